@@ -1,0 +1,128 @@
+"""Grouped-query attention: one readable reference; every fast backend is tested against it.
+
+Axes: B batch, T new positions, S cached + new positions, H query heads, K kv heads, d head width.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ardor.arch.layout import Cached, Layout
+from ardor.errors import ShapeError
+
+
+def attend(
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S d"],
+    allowed: Bool[Tensor, "#B #H T S"],
+    *,
+    scale: float,
+) -> Float[Tensor, "B H T d"]:
+    """Mix `v` by how well each query matches each key.
+
+    Position t reads position s only where `allowed`; a row with nothing allowed gives zeros.
+    Scores are at least float32 whatever comes in.
+
+    Raises: ShapeError if H is not a multiple of K.
+    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
+    """
+    H, K = q.shape[1], k.shape[1]
+    if H % K:
+        raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
+    work = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(H // K, dim=1).to(work) for x in (k, v))  # (B, H, S, d)
+
+    scores = q.to(work) @ k.mT * scale  # (B, H, T, S)
+    # Not -inf: a row with nothing allowed would become NaN, in its gradient too.
+    weights = scores.masked_fill(~allowed, torch.finfo(work).min).softmax(-1)
+    return (weights.masked_fill(~allowed, 0.0) @ v).to(q.dtype)
+
+
+def eager(
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S d"],
+    layout: Layout,
+    *,
+    scale: float,
+) -> Float[Tensor, "B H T d"]:
+    """The reference: the dense mask of `layout`, all scores computed."""
+    return attend(q, k, v, layout.allowed(q.device), scale=scale)
+
+
+def sdpa(
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S d"],
+    layout: Layout,
+    *,
+    scale: float,
+) -> Float[Tensor, "B H T d"]:
+    """`eager` on PyTorch's fused kernels; masked-out document blocks are never computed."""
+    H, K = q.shape[1], k.shape[1]
+    if H % K:
+        raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
+    if isinstance(layout, Cached):
+        return _sdpa_cached(q, k, v, layout, scale)
+    if len(layout.runs) == 1:
+        return _causal(q, k, v, layout.runs[0], scale)
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, d)
+    outs = []
+    for start, count, length in layout.runs:
+        part = [x[start : start + count * length] for x in flat]
+        part = [x.unflatten(0, (count, length)).transpose(1, 2) for x in part]
+        out = _causal(*part, (0, count, length), scale)  # (count, H, length, d)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int, int], scale: float
+) -> Float[Tensor, "B H T d"]:
+    """Causal attention in each of `count` equally long documents that tile the rows."""
+    rows, heads = q.shape[:2]
+    count, length = run[1:]
+    if count != rows:  # several documents a row: they become rows of their own
+        q, k, v = (
+            x.transpose(1, 2).reshape(count, length, x.shape[1], -1).transpose(1, 2)
+            for x in (q, k, v)
+        )
+    out = F.scaled_dot_product_attention(
+        q, *_shared(k, v, heads), is_causal=length > 1, scale=scale
+    )
+    if count != rows:
+        out = out.transpose(1, 2).reshape(rows, -1, heads, out.shape[-1]).transpose(1, 2)
+    return out
+
+
+def _sdpa_cached(
+    q: Tensor, k: Tensor, v: Tensor, layout: Cached, scale: float
+) -> Float[Tensor, "B H T d"]:
+    B, H, T, d = q.shape
+    if layout.even and layout.past[0] == 0:
+        return _causal(q, k, v, (0, B, T), scale)
+    if T == 1:
+        # The heads of a group read the same keys: as rows of one query block nothing is copied.
+        q = q.view(B, k.shape[1], -1, d)
+        mask = None if layout.even else layout.allowed(q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, 1, d)
+    return F.scaled_dot_product_attention(
+        q, *_shared(k, v, H), layout.allowed(q.device), scale=scale
+    )
+
+
+def _shared(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated for each query head of their group."""
+    times = heads // k.shape[1]
+    if times == 1:
+        return k, v
+    return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+
+
+Backend = Callable[..., Tensor]
+
+BACKENDS: Mapping[str, Backend] = {"eager": eager, "sdpa": sdpa}

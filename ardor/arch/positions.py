@@ -1,0 +1,100 @@
+"""Rotary positions. Angles are float32; what is rotated keeps its dtype.
+
+Axes: B batch, T positions, H heads, d head width, r rotated channels (r <= d, even).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ardor.arch.spec import LinearScaling, Llama3Scaling, Rope, YarnScaling
+
+
+class Rotation(NamedTuple):
+    cos: Float[Tensor, "B 1 T half"]
+    sin: Float[Tensor, "B 1 T half"]
+
+
+def frequencies(rope: Rope, device: torch.device | None = None) -> Float[Tensor, "half"]:
+    """Radians per position of each channel pair, after the scaling.
+
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2.
+    """
+    pairs = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=device) / rope.rotated
+    plain = 1.0 / rope.theta**pairs
+    match rope.scaling:
+        case None:
+            return plain
+        case LinearScaling(factor=factor):
+            return plain / factor
+        case Llama3Scaling() as scaling:
+            return _llama3(plain, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(plain, rope, scaling)
+
+
+def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
+    turns = scaling.original_positions * plain / (2 * math.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (turns - low) / (high - low)
+    mixed = (1 - blend) * plain / scaling.factor + blend * plain
+    return torch.where(turns < low, plain / scaling.factor, torch.where(turns > high, plain, mixed))
+
+
+def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
+    def channel(turns: float) -> float:
+        """Which (fractional) channel pair turns so often in the original context."""
+        wavelength = scaling.original_positions / (turns * 2 * math.pi)
+        return rope.rotated * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotated - 1)
+    width = (high - low) or 0.001  # equal borders make a step, not a division by zero
+    index = torch.arange(rope.rotated // 2, dtype=torch.float32, device=plain.device)
+    interpolated = ((index - low) / width).clamp(0, 1)
+    return plain / scaling.factor * interpolated + plain * (1 - interpolated)
+
+
+def rotation(rope: Rope, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation:
+    """Cosines and sines of every position's angles, cast once to the dtype they will multiply."""
+    angles = positions[:, None, :, None].float() * frequencies(rope, positions.device)
+    amplitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+    return Rotation((angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype))
+
+
+def rotate(x: Float[Tensor, "B H T d"], by: Rotation) -> Float[Tensor, "B H T d"]:
+    """Turn the pairs (i, i + r/2) of the first r channels; the rest pass through.
+
+    Source: the half-split pairing of GPT-NeoX and Llama checkpoints.
+    """
+    return _Rotate.apply(x, by.cos, by.sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Three passes over x instead of seven, and nothing of x's size kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # ty: ignore
+        cos, sin = ctx.saved_tensors
+        return _turned(upstream, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    out = torch.empty_like(x)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
