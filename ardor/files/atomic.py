@@ -17,7 +17,6 @@ from pathlib import Path
 from ardor.errors import CheckpointError
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<pid>\d+)")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -53,9 +52,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
     Raises: CheckpointError if the disk is full, `path` is a file, or the place cannot be written.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the name of a directory to write")
     with explained(path):
@@ -63,23 +61,33 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         # A leftover with our own id is of a dead process: ids repeat, above all in containers.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        try:
-            yield partial
+    try:
+        yield partial
+        with explained(path):
             for found in [*partial.rglob("*"), partial]:
                 _fsync(found)
-            if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.rename(path, replaced)
-            try:
-                os.rename(partial, path)
-            except OSError:
-                if replaced.exists():
-                    os.rename(replaced, path)
-                raise
-            _fsync(path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _swap(partial, path)
+    except OSError as error:  # the body's own; a full disk is ours to explain
+        if full := _full(path, error):
+            raise full from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        os.rename(path, replaced)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, path)
+        raise
+    _fsync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clean_partials(parent: str | Path) -> tuple[str, ...]:
@@ -116,13 +124,19 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise CheckpointError(
-                f"no space left on the device of {path}; nothing was changed; "
-                "free some space or write to another disk"
-            ) from error
+        if full := _full(path, error):
+            raise full from error
         reason = error.strerror or str(error)
         raise CheckpointError(f"cannot write {path}: {reason}; nothing was changed") from error
+
+
+def _full(path: Path, error: OSError) -> CheckpointError | None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return CheckpointError(
+        f"no space left on the device of {path}; nothing was changed; "
+        "free some space or write to another disk"
+    )
 
 
 def _fsync(path: Path) -> None:

@@ -1,0 +1,104 @@
+"""A config.json that knows which of its keys were read, so that none is ignored by accident."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ardor.errors import ConfigError
+
+
+class HFConfig:
+    """The keys of a config.json, or of an object inside one. A null is the same as absence.
+
+    Every getter marks its key as read and checks the type; one without a default is required.
+    `finish` refuses what nothing read. `raw` and `text` are the file as it was, for saving.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], *, path: str, text: str | None = None):
+        self.raw, self.path, self.text = dict(raw), path, text
+        self._unread = {key for key, value in raw.items() if value is not None}
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """The value of `key`, whatever its type.
+
+        Raises: ConfigError if there is neither the key nor a default.
+        """
+        self._unread.discard(key)
+        if (value := self.raw.get(key)) is not None:
+            return value
+        if default is not ...:
+            return default
+        near = difflib.get_close_matches(key, self.raw, n=1)
+        raise ConfigError(f"{self.path}: no {key!r}" + (f" (found {near[0]!r})" if near else ""))
+
+    def count(self, key: str, default: Any = ...) -> int:
+        value = self.take(key, default)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{self.path}: {key}={value!r} is not a whole number above 0")
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        value = self.take(key, default)
+        if type(value) not in (int, float):
+            raise ConfigError(f"{self.path}: {key}={value!r} is not a number")
+        return float(value)
+
+    def flag(self, key: str, default: Any = ...) -> bool:
+        value = self.take(key, default)
+        if type(value) is not bool:
+            raise ConfigError(f"{self.path}: {key}={value!r} is neither true nor false")
+        return value
+
+    def choice(self, key: str, known: Mapping[str, Any], default: Any = ...) -> Any:
+        """What the value of `key` stands for in `known`."""
+        value = self.take(key, default)
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(
+                f"{self.path}: {key}={value!r} is not implemented; expected {' | '.join(known)}"
+            )
+        return known[value]
+
+    def section(self, key: str) -> "HFConfig | None":
+        """The object under `key`, which keeps its own account; None if absent or empty."""
+        value = self.take(key, {})
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{self.path}: {key}={value!r} is not an object")
+        return HFConfig(value, path=f"{self.path}, {key}") if value else None
+
+    def require(self, key: str, only: Any, why: str) -> None:
+        """Accept one value of `key`, or its absence."""
+        if (value := self.take(key, only)) != only:
+            raise ConfigError(
+                f"{self.path}: {key}={value!r} is not implemented, only {only!r}: {why}"
+            )
+
+    def dtype(self) -> str | None:
+        """The dtype the weights are said to have, such as "bfloat16"; v5's key wins over v4's."""
+        value = self.take("dtype", None) or self.take("torch_dtype", None)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise ConfigError(f"{self.path}: dtype={value!r} is not the name of a dtype")
+        return value.removeprefix("torch.")
+
+    def finish(self, harmless: Mapping[str, str]) -> None:
+        """Check that every key was read, or is in `harmless` (key -> why it changes no result)."""
+        if not (unread := sorted(self._unread - set(harmless))):
+            return
+        known = {*self.raw, *harmless} - {*unread}
+        names = []
+        for key in unread:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            names.append(f"{key}={self.raw[key]!r}" + (f" (like {near[0]})" if near else ""))
+        raise ConfigError(
+            f"{self.path}: nothing reads {', '.join(names)}; skipping it may change results, so "
+            "correct or remove the key if it means nothing"
+        )
+
+    def written(self, changes: Mapping[str, Any]) -> str:
+        """The file as it was, byte for byte, but for the keys in `changes` (None removes one)."""
+        kept = {k: v for k, v in {**self.raw, **changes}.items() if changes.get(k, ...) is not None}
+        if self.text is not None and kept == self.raw:
+            return self.text
+        return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,237 @@
+"""Weights as safetensors files: names, shapes and dtypes without reading, tensors by memory map."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ardor.errors import CheckpointError
+from ardor.files.atomic import explained
+from ardor.files.json import read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class WeightFiles:
+    """The tensors of one checkpoint, whichever files hold them. Only headers are read at first."""
+
+    def __init__(self, directory: Path, homes: Mapping[str, Path], handles: Mapping[Path, Any]):
+        self.directory = directory
+        self._homes, self._handles = dict(homes), dict(handles)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._homes)
+
+    def file(self, name: str) -> Path:
+        """The file that holds `name`.
+
+        Raises: CheckpointError if no file does.
+        """
+        if name not in self._homes:
+            raise CheckpointError(f"{self.directory} holds no tensor {name!r}")
+        return self._homes[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self._slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file(name)}: {name} has dtype {code}; expected one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[code]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the CPU, in the dtype it is stored in."""
+        path = self.file(name)
+        try:
+            return self._handles[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self.file(name)].get_slice(name)
+
+
+def open_weights(directory: str | Path) -> WeightFiles:
+    """Open `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    Raises: CheckpointError if there are none, one is damaged, a shard is missing, or the index
+    names a tensor that its shard does not hold.
+    """
+    directory = Path(directory)
+    if (single := directory / SINGLE).exists():
+        handles = {single: _open(single)}
+        return WeightFiles(directory, dict.fromkeys(handles[single].keys(), single), handles)
+    if not (index := directory / INDEX).exists():
+        raise CheckpointError(_nothing(directory))
+    homes = _weight_map(index)
+    if missing := sorted({path.name for path in homes.values() if not path.exists()}):
+        raise CheckpointError(
+            f"{index} lists {', '.join(missing)}, not found in {directory}; "
+            "copy or download the missing shards"
+        )
+    handles = {path: _open(path) for path in dict.fromkeys(homes.values())}
+    held = {path: frozenset(handle.keys()) for path, handle in handles.items()}
+    for name, path in homes.items():
+        if name not in held[path]:
+            raise CheckpointError(f"{index} says that {path.name} holds {name}, but it does not")
+    # A tensor the index forgot is still in the checkpoint: whoever accounts for names must see it.
+    forgotten = {name: path for path, names in held.items() for name in sorted(names - {*homes})}
+    return WeightFiles(directory, homes | forgotten, handles)
+
+
+def write_weights(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = 5_000_000_000,
+) -> tuple[Path, ...]:
+    """Write tensors bit for bit, as one file or as shards with an index; returns the files.
+
+    Consumes `tensors` as it goes and holds one shard at most; a tensor above the limit has a shard
+    to itself. Files appear under their names after all are written, and those of an earlier
+    checkpoint go last. To replace a checkpoint in one step, write into an `atomic_directory`.
+
+    Raises: CheckpointError if the disk is full or the place cannot be written.
+    """
+    directory = Path(directory)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    pairs = cast("Iterable[tuple[str, Tensor]]", pairs)
+    with explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    partials: list[Path] = []
+    names: list[list[str]] = []
+    elements = size = 0
+    try:
+        for shard in _shards(pairs, max_shard_bytes):
+            partials.append(directory / f".shard-{len(partials) + 1}.partial-{os.getpid()}")
+            _save(shard, partials[-1])
+            names.append(list(shard))
+            elements += sum(tensor.numel() for tensor in shard.values())
+            size += sum(tensor.nbytes for tensor in shard.values())
+        count = len(partials)
+        files = [directory / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if count == 1:
+            files = [directory / SINGLE]
+        with explained(directory):
+            for partial, file in zip(partials, files, strict=True):
+                os.replace(partial, file)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    if count > 1:
+        homes = {name: f.name for f, held in zip(files, names, strict=True) for name in held}
+        metadata = {"total_parameters": elements, "total_size": size}
+        files.append(directory / INDEX)
+        write_json(files[-1], {"metadata": metadata, "weight_map": homes})
+    for stale in {
+        directory / INDEX,
+        directory / SINGLE,
+        *directory.glob("model-*-of-*.safetensors"),
+    }:
+        if stale not in files:
+            stale.unlink(missing_ok=True)
+    return tuple(files)
+
+
+def _shards(pairs: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: set[str] = set()
+    for name, tensor in pairs:
+        assert name not in seen, f"{name} was given twice"
+        seen.add(name)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    if shard or not seen:
+        yield shard
+
+
+def _save(shard: dict[str, Tensor], path: Path) -> None:
+    storages: set[int] = set()
+    for name, tensor in shard.items():
+        # safetensors refuses tensors that share memory, which a reader could not tell anyway.
+        if (pointer := tensor.untyped_storage().data_ptr()) in storages:
+            shard[name] = tensor.clone()
+        storages.add(pointer)
+    with _explained_save(path):
+        path.touch()
+        mode = path.stat().st_mode  # safetensors writes through a temporary file of mode 0600
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
+
+
+@contextmanager
+def _explained_save(path: Path) -> Iterator[None]:
+    with explained(path.parent):
+        try:
+            yield
+        except SafetensorError as error:
+            # The library gives the system's error number in words only: "(os error 28)".
+            number = str(error).partition("(os error ")[2].partition(")")[0]
+            if not number.isdecimal():
+                raise CheckpointError(f"cannot write weights to {path.parent}: {error}") from error
+            raise OSError(int(number), os.strerror(int(number))) from error
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or was cut short ({path.stat().st_size} bytes): {error}; "
+            "download or write it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, Path]:
+    value = read_json(index)
+    homes = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(homes, dict) or not homes:
+        raise CheckpointError(f"{index} has no weight_map; download or write it again")
+    for name, file in homes.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{index}: {name} is said to be in {file!r}, not a file beside it"
+            )
+    return {name: index.parent / file for name, file in homes.items()}
+
+
+def _nothing(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a directory"
+    found = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    text = f"no {SINGLE} or {INDEX} in {directory}; found {', '.join(found) or 'nothing'}"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+        text += (
+            "; pickle files can run code and are not loaded: convert them to safetensors first "
+            "(transformers' from_pretrained and save_pretrained do)"
+        )
+    return text
