@@ -93,7 +93,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Float[Tensor, ""]) -> tuple[Tensor | None, ...]:  # ty: ignore
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, *d_parameters = ctx.saved_tensors
-        scaled = None if d_rows is None else d_rows * upstream.to(d_rows.dtype)
-        return (None, None, scaled, None, *(d * upstream for d in d_parameters))
+        (factor,) = upstream
+        scaled = None if d_rows is None else d_rows * factor.to(d_rows.dtype)
+        return (None, None, scaled, None, *(d * factor for d in d_parameters))

@@ -70,14 +70,17 @@ def sdpa(
         return _sdpa_cached(q, k, v, layout, scale)
     if len(layout.runs) == 1:
         return _causal(q, k, v, layout.runs[0], scale)
+    rows = q.shape[0]
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, d)
     outs = []
     for start, count, length in layout.runs:
-        part = [x[start : start + count * length] for x in flat]
-        part = [x.unflatten(0, (count, length)).transpose(1, 2) for x in part]
-        out = _causal(*part, (0, count, length), scale)  # (count, H, length, d)
+        q, k, v = (
+            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for x in flat
+        )
+        out = _causal(q, k, v, (0, count, length), scale)  # (count, H, length, d)
         outs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+    return torch.cat(outs).unflatten(0, (rows, -1)).transpose(1, 2)
 
 
 def _causal(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
 from ardor.arch.cache import KVCache
-from ardor.arch.layout import Layout, Packed
+from ardor.arch.layout import Cached, Layout, Packed
 from ardor.arch.linear import Linear
 from ardor.arch.norm import norm
 from ardor.arch.positions import Rotation, rotate, rotation
@@ -66,6 +66,7 @@ class Attention(nn.Module):
             by = rotations[self.spec.rope]
             q, k = rotate(q, by), rotate(k, by)
         if cache is not None:
+            assert isinstance(layout, Cached)
             k, v = cache.write(index, k, v, layout)
         mixed = BACKENDS[self.backend](q, k, v, layout, scale=self.spec.scale)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -164,7 +165,8 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions).to(self.compute)
         rotations = {
             rope: rotation(rope, positions, self.compute)
-            for rope in {layer.mixer.rope for layer in self.spec.layers} - {None}
+            for rope in {layer.mixer.rope for layer in self.spec.layers}
+            if rope is not None
         }
         for index, layer in enumerate(self.layers):
             x = layer(x, layout, rotations, cache, index)

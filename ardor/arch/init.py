@@ -1,0 +1,25 @@
+"""Random weights for a decoder that is trained from scratch."""
+
+import torch
+
+from ardor.arch.decoder import Decoder
+
+RESIDUAL_WRITERS = ("mixer.o_proj.weight", "ffn.down_proj.weight")
+
+
+@torch.no_grad()
+def initialise(decoder: Decoder, generator: torch.Generator, *, std: float = 0.02) -> None:
+    """Normal weights of `std`, zero biases, unit norms; what writes to the residual is scaled down.
+
+    Each of the 2L residual writers starts at std / sqrt(2L), so that the stream's variance does
+    not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    residual_std = std * (2 * len(decoder.spec.layers)) ** -0.5
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            writes = name.endswith(RESIDUAL_WRITERS)
+            parameter.normal_(0.0, residual_std if writes else std, generator=generator)

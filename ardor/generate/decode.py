@@ -1,0 +1,148 @@
+"""Prompt in, tokens out, one at a time: prefill, then a step per token for all unfinished rows.
+
+Axes: B batch rows, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ardor.arch.cache import KVCache
+from ardor.arch.decoder import Decoder
+from ardor.errors import ConfigError, ShapeError
+from ardor.generate.sample import Choose, greedy, penalise_repetition
+from ardor.kernels.few_rows import few_rows
+
+StopReason = Literal["stop_token", "stop_string", "length", "context"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What decoding needs to know beyond the prompts; `generate.generate` fills it from flags."""
+
+    max_new_tokens: int
+    stops: frozenset[int] = frozenset()
+    choose: Choose = greedy
+    repetition_penalty: float = 1.0
+    tokens_known: int | None = None  # ids from here on belong to no token and are never chosen
+
+
+@dataclass(frozen=True)
+class Token:
+    """One decoded token of row `row`."""
+
+    row: int
+    id: int
+    logprob: float  # nats, under the model itself: before temperature, penalty and filters
+    finished: StopReason | None  # why the row ends with this token; None while it goes on
+
+
+@dataclass
+class _Row:
+    """A sequence still being written, by its place among the prompts."""
+
+    index: int
+    tokens: list[int]
+    new: int = 0
+    room: int = field(default=0)  # positions left in the model's context
+
+
+@torch.inference_mode()
+def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[Token]:
+    """Continue every prompt until a stop token, `max_new_tokens`, or the end of the context.
+
+    Prompts may differ in length: each is read into its own row of the cache, so no padding exists.
+    Rows that finish are dropped from the batch.
+
+    Raises: ShapeError for an empty prompt, or one that leaves no room in the model's context.
+    """
+    device = decoder.embed_tokens.weight.device
+    rows = [_row(decoder, i, prompt) for i, prompt in enumerate(prompts)]
+    if request.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
+    capacity = max(len(r.tokens) + min(request.max_new_tokens, r.room) for r in rows)
+    cache = KVCache(
+        decoder.spec, rows=len(rows), capacity=capacity, dtype=decoder.compute, device=device
+    )
+    logits = torch.cat([_prefill(decoder, cache, i, r.tokens) for i, r in enumerate(rows)])
+    while True:
+        ids, logprobs = _choose(logits, rows, request)
+        alive = []
+        for place, (row, id_, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
+            row.tokens.append(id_)
+            row.new += 1
+            finished = _finished(row, id_, request)
+            if finished is None:
+                alive.append(place)
+            yield Token(row.index, id_, logprob, finished)
+        if not alive:
+            return
+        if len(alive) < len(rows):
+            rows = [rows[place] for place in alive]
+            cache.keep(alive)
+        last = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
+        with few_rows(len(rows), decoder.compute, device):
+            hidden = decoder.hidden(last, cache=cache)
+            cache.advance(1)
+            logits = decoder.logits(hidden[:, -1])
+
+
+def _row(decoder: Decoder, index: int, prompt: Sequence[int]) -> _Row:
+    if not prompt:
+        raise ShapeError(
+            f"prompt {index} holds no tokens, and this tokenizer adds none at the start; "
+            "give at least one character"
+        )
+    room = decoder.spec.max_positions - len(prompt)
+    if room < 1:
+        raise ShapeError(
+            f"prompt {index} has {len(prompt)} tokens, but the model's context holds "
+            f"{decoder.spec.max_positions}; shorten it"
+        )
+    return _Row(index, list(prompt), room=room)
+
+
+def _prefill(
+    decoder: Decoder, cache: KVCache, index: int, tokens: list[int]
+) -> Float[Tensor, "1 V"]:
+    row = cache.row(index)
+    read = torch.tensor([tokens], device=decoder.embed_tokens.weight.device)
+    with few_rows(len(tokens), decoder.compute, read.device):
+        hidden = decoder.hidden(read, cache=row)
+        cache.past[index] = len(tokens)
+        return decoder.logits(hidden[:, -1])
+
+
+def _choose(
+    logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
+) -> tuple[list[int], list[float]]:
+    """The next id of every row, and its log-probability under the model."""
+    if request.tokens_known is not None and request.tokens_known < logits.shape[-1]:
+        logits[:, request.tokens_known :] = -torch.inf
+    adjusted = logits
+    if request.repetition_penalty != 1.0:
+        adjusted = torch.stack(
+            [
+                penalise_repetition(
+                    row_logits,
+                    torch.tensor(row.tokens, device=logits.device),
+                    request.repetition_penalty,
+                )
+                for row_logits, row in zip(logits, rows, strict=True)
+            ]
+        )
+    ids = request.choose(adjusted)
+    logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return ids.tolist(), logprobs.tolist()
+
+
+def _finished(row: _Row, id_: int, request: Request) -> StopReason | None:
+    if id_ in request.stops:
+        return "stop_token"
+    if row.new >= request.max_new_tokens:
+        return "length"
+    return "context" if row.new >= row.room else None

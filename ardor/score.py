@@ -1,0 +1,85 @@
+"""How probable a text is under a model.
+
+Axes: B batch rows, T positions, D model width.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ardor.arch.decoder import Decoder
+from ardor.arch.layout import Packed
+from ardor.data.batches import Batch
+from ardor.errors import ShapeError
+from ardor.loss import LossSum, chunked_next_token_loss
+
+CHUNK = 256  # positions whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of `tokens[1:]`, each given what stands before it; of `[0]` if a BOS did.
+
+    `nats` is their negated sum over `targets` tokens; `bytes` are those of the text scored.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # nats, one per scored token: the last len(logprobs) tokens
+    bytes: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def nats(self) -> float:
+        return -math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats per scored token."""
+        return math.exp(self.nats / self.targets)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to encode the text per byte of it: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.inference_mode()
+def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
+    """log p(tokens[i] | tokens[:i]) for i = 1 .. len(tokens) - 1, in nats.
+
+    Raises: ShapeError if there are fewer than two tokens or more than the model's context.
+    """
+    if not 2 <= len(tokens) <= decoder.spec.max_positions:
+        raise ShapeError(
+            f"{len(tokens)} tokens cannot be scored: at least 2 are needed, and the model's "
+            f"context holds {decoder.spec.max_positions}; give a longer text or split it"
+        )
+    row = torch.tensor([list(tokens)], device=decoder.embed_tokens.weight.device)
+    hidden, wanted = decoder.hidden(row[:, :-1]), row[:, 1:]
+    found = []
+    for start in range(0, wanted.shape[1], CHUNK):
+        piece = slice(start, start + CHUNK)
+        logprobs = decoder.logits(hidden[:, piece]).log_softmax(-1)
+        found.append(logprobs.gather(-1, wanted[:, piece, None])[0, :, 0])
+    return torch.cat(found).tolist()
+
+
+@torch.inference_mode()
+def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
+    """Summed nats and counted targets of a dataset, whatever its division into batches."""
+    device = decoder.embed_tokens.weight.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    targets = torch.zeros((), dtype=torch.int64, device=device)
+    decoder.eval()
+    for batch in batches:
+        hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
+        found = chunked_next_token_loss(
+            hidden, batch.targets.to(device), decoder.head, decoder.head_parameters()
+        )
+        nats, targets = nats + found.nats, targets + found.targets
+    return LossSum(nats, targets)

@@ -1,0 +1,97 @@
+"""checkpoint-N/: the weights in the form other tools read, and the trainer's state beside them."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ardor.errors import CheckpointError
+from ardor.files.atomic import atomic_directory, clean_partials
+from ardor.files.json import read_json, write_json
+
+TENSORS, STATE = "trainer.safetensors", "trainer.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: after `step` optimizer steps, before micro-batch `index` of `epoch`."""
+
+    step: int
+    epoch: int
+    index: int
+    seen_tokens: int
+    seen_targets: int
+    metrics_bytes: int  # length of metrics.jsonl; what was written after it is written again
+    dataset: str  # fingerprint of the training data
+    settings: dict[str, Any]  # those that change the result
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def write_checkpoint(
+    run: Path,
+    progress: Progress,
+    tensors: dict[str, Tensor],
+    save_weights: Callable[[Path], None],
+    *,
+    keep: int,
+) -> Path:
+    """Write run/checkpoint-<step> whole or not at all, then drop all but the newest `keep`.
+
+    An older checkpoint is dropped only once the new one is in place.
+    """
+    target = run / f"checkpoint-{progress.step}"
+    with atomic_directory(target) as partial:
+        save_weights(partial)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / TENSORS)
+        write_json(partial / STATE, asdict(progress))
+    for old in checkpoints(run)[: -max(1, keep)]:
+        _remove(old)
+    return target
+
+
+def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
+    """The trainer's state in a checkpoint.
+
+    Raises: CheckpointError if it is missing or damaged.
+    """
+    if not (directory / STATE).exists():
+        raise CheckpointError(
+            f"{directory} holds weights but no {STATE}, so training cannot resume from it; "
+            "fine-tune it as a model instead"
+        )
+    try:
+        progress = Progress(**read_json(directory / STATE))
+        return progress, load_file(directory / TENSORS)
+    except (TypeError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{directory} is damaged: {error}; delete it to resume from the checkpoint before it"
+        ) from error
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint to resume from, after tidying what a killed writer may have left."""
+    clean_partials(run)
+    return next(reversed(checkpoints(run)), None)
+
+
+def _remove(directory: Path) -> None:
+    """Rename first: a kill in the middle of deleting must not leave half a checkpoint."""
+    doomed = directory.with_name(f".{directory.name}.partial-0")
+    directory.rename(doomed)
+    for path in _deepest_first(doomed):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _deepest_first(directory: Path) -> Iterator[Path]:
+    yield from sorted(directory.rglob("*"), reverse=True)
+    yield directory

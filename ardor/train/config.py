@@ -1,0 +1,133 @@
+"""The settings of `ardor train` and `ardor finetune`: defaults, flags, help and run file in one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ardor.train.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How a run walks: shared by every kind of training."""
+
+    output: Path | None = None
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 2e-3 from scratch, 2e-4 for adapters, 2e-5 for all weights."""
+    num_train_epochs: float = 1.0
+    """Passes over the data; a fraction ends within one."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    tokens_per_batch: int | None = None
+    """Fill micro-batches with whole documents up to this many tokens."""
+    per_device_train_batch_size: int = 8
+    """Examples per micro-batch, where tokens_per_batch is not given."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step; their losses are divided once, by all their targets."""
+    max_length: int = 1024
+    """Longest example in tokens."""
+    over_length: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to longer ones: text is cut into pieces, prompts lose their start; counted."""
+    warmup_steps: int | None = None
+    """Steps of linear rise; overrides warmup_ratio."""
+    warmup_ratio: float = 0.03
+    """Share of all steps in which the rate rises."""
+    lr_scheduler_type: Schedule = "cosine"
+    """How the rate falls after the rise."""
+    min_lr_ratio: float = 0.0
+    """Where the decay ends, as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices; vectors do not decay."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's floor under the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0: not clipped."""
+    dtype: str = "auto"
+    """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
+    attn_implementation: str = "sdpa"
+    """Attention backend: sdpa, or eager (the reference)."""
+    seed: int = 0
+    """Of initial weights, order, dropout and samples."""
+    eval_data: str | None = None
+    """Held-out data; without it eval_fraction of the data is held out."""
+    eval_fraction: float = 0.02
+    """Share of the examples held out where eval_data is not given; 0: none."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; always at the end. Default: ten times a run."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; always at the end. Default: with evaluations."""
+    save_total_limit: int = 2
+    """Newest checkpoints kept."""
+    logging_steps: int = 1
+    """A line in metrics.jsonl every so many steps."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Optimisation):
+    """Train a language model from scratch on text."""
+
+    data: str
+    """Text to learn: jsonl with a text column, plain text files, a folder, or a hub dataset."""
+    tokenizer: str | None = None
+    """Take the tokenizer of this model instead of training one on the data."""
+    family: Literal["llama", "gpt2"] = "llama"
+    """Architecture, in the form transformers reads."""
+    vocab_size: int = 4096
+    """Entries of the tokenizer trained on the data."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    intermediate_size: int = 704
+    """Width inside the feed-forward."""
+    num_hidden_layers: int = 6
+    """Layers."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int | None = None
+    """Heads of keys and values; fewer than query heads: grouped attention. Default: as many."""
+    tie_word_embeddings: bool = True
+    """Use the embedding as the output head."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; vectors do not decay."""
+    tokens_per_batch: int | None = 8192
+    """Fill micro-batches with whole documents up to this many tokens."""
+    eval_fraction: float = 0.01
+    """Share of the examples held out where eval_data is not given; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Continue these at every evaluation, to see the model learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Optimisation):
+    """Fine-tune a model on your data: full, LoRA or QLoRA."""
+
+    model: str
+    """Hub id, local directory, or the folder of a run."""
+    data: str
+    """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised."""
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """Train adapters on 16-bit weights, adapters on 4-bit weights, or every weight."""
+    quantization: Literal["nf4", "nf4-dq"] = "nf4"
+    """4-bit format of qlora; -dq quantizes the block scales too."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """The adapters' product is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs dropped in training."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which linears are adapted: names as in PEFT, or all-linear (all but the head)."""
+    use_rslora: bool = False
+    """Multiply by lora_alpha / sqrt(lora_r) instead."""
+    train_control_tokens: Literal["auto", "yes", "no"] = "auto"
+    """Train the embedding rows of the chat's control tokens; auto: where they never were."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    stop_rate_samples: int = 0
+    """Held-out prompts answered at every evaluation to measure how many answers end."""

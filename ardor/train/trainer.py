@@ -1,0 +1,246 @@
+"""The one training loop. Pre-training, SFT, LoRA and QLoRA differ in data and trainable set only.
+
+A step: micro-batches of whole documents -> summed nats -> one division by all their targets ->
+clipped AdamW. The loop is a generator of events; who draws them is not its concern.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ardor.arch.decoder import Decoder
+from ardor.arch.layout import Packed
+from ardor.data.batches import Batch, BatchPlan
+from ardor.errors import ArdorError, CheckpointError, ConfigError
+from ardor.loss import IGNORE, LossSum, chunked_next_token_loss
+from ardor.train.checkpoint import (
+    Progress,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ardor.train.config import Optimisation
+from ardor.train.metrics import Metrics
+from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
+from ardor.train.schedule import rate_share
+
+RNG = "rng"
+
+# What may change between a run and its resumption without changing a single number of it.
+_FREE = frozenset(
+    ("output", "resume", "eval_steps", "save_steps", "save_total_limit", "logging_steps")
+)
+
+Event = Mapping[str, Any]
+"""A line of metrics.jsonl: "kind" is train | eval | sample | checkpoint, "step" the steps done."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls but does not know: how weights are saved, and what evaluation means."""
+
+    save_weights: Callable[[Path], None]
+    load_weights: Callable[[Path], None]
+    evaluate: Callable[[], list[dict[str, Any]]] | None = None
+
+
+class Diverged(ArdorError):
+    """The loss or its gradient is not a finite number."""
+
+
+def document_loss(decoder: Decoder, batch: Batch) -> LossSum:
+    """Summed nats of a ragged row of documents; no position reads another document."""
+    device = decoder.embed_tokens.weight.device
+    hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
+    targets = batch.targets.to(device)
+    return chunked_next_token_loss(hidden, targets, decoder.head, decoder.head_parameters())
+
+
+class Trainer:
+    """A run in a folder. Build it, then iterate `events()` to the end."""
+
+    def __init__(
+        self, decoder: Decoder, plan: BatchPlan, config: Optimisation, run: Path, hooks: Hooks
+    ):
+        if config.learning_rate is None or config.gradient_accumulation_steps < 1:
+            raise ConfigError("a run needs a learning_rate and gradient_accumulation_steps >= 1")
+        self.decoder, self.plan, self.config, self.run, self.hooks = (
+            decoder,
+            plan,
+            config,
+            run,
+            hooks,
+        )
+        self.parameters = trainable(decoder)
+        self.optimizer = adamw(
+            self.parameters,
+            learning_rate=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.steps = self._count_steps()
+        self.progress = Progress(0, 0, 0, 0, 0, 0, plan.dataset.fingerprint, self._settings())
+        self.stop_requested = False  # set from a signal handler: stop after the current step
+
+    def _settings(self) -> dict[str, Any]:
+        return {k: str(v) for k, v in asdict(self.config).items() if k not in _FREE}
+
+    def _count_steps(self) -> int:
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        steps, left, epoch = 0, self.config.num_train_epochs, 0
+        while left > 0:
+            whole = math.ceil(len(self.plan.epoch(epoch)) / self.config.gradient_accumulation_steps)
+            steps += math.ceil(whole * min(1.0, left))
+            left, epoch = left - 1, epoch + 1
+        return steps
+
+    def resume(self) -> bool:
+        """Take up the newest checkpoint of the run, if there is one, exactly where it stood.
+
+        Raises: CheckpointError if it was written from other data or with other settings.
+        """
+        directory = newest_checkpoint(self.run)
+        if directory is None:
+            return False
+        progress, tensors = read_checkpoint(directory)
+        mine = self.progress
+        if progress.dataset != mine.dataset:
+            raise CheckpointError(
+                f"{directory} was trained on other data; resume with the data the run began with, "
+                "or choose another output folder"
+            )
+        if changed := _differences(progress.settings, mine.settings):
+            raise CheckpointError(
+                f"{directory} was written with other settings ({changed}); resume with those, "
+                "or choose another output folder"
+            )
+        self.hooks.load_weights(directory)
+        torch.set_rng_state(tensors.pop(RNG))
+        restore_optimizer(self.optimizer, self.parameters, tensors.items())
+        self.progress = progress
+        return True
+
+    def events(self) -> Iterator[Event]:
+        """Train to the end, or to the step after `stop_requested`; yields as things happen."""
+        config, every = self.config, max(1, self.steps // 10)
+        evaluate_every = config.eval_steps or every
+        save_every = config.save_steps or evaluate_every
+        metrics = Metrics(self.run / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
+        windows = self._windows()
+        while self.progress.step < self.steps and not self.stop_requested:
+            event = self._step(*next(windows))
+            step = self.progress.step
+            if step % config.logging_steps == 0 or step == self.steps:
+                metrics.append(dict(event))
+            yield event
+            last = step == self.steps or self.stop_requested
+            if self.hooks.evaluate and (step % evaluate_every == 0 or step == self.steps):
+                for found in self.hooks.evaluate():
+                    metrics.append({"step": step, **found})
+                    yield {"step": step, **found}
+            if last or step % save_every == 0:
+                path = self._save(metrics.bytes)
+                yield {"step": step, "kind": "checkpoint", "path": str(path)}
+
+    def _save(self, metrics_bytes: int) -> Path:
+        self.progress = replace(self.progress, metrics_bytes=metrics_bytes)
+        tensors = optimizer_state(self.optimizer, self.parameters)
+        tensors[RNG] = torch.get_rng_state()
+        keep = self.config.save_total_limit
+        return write_checkpoint(
+            self.run, self.progress, tensors, self.hooks.save_weights, keep=keep
+        )
+
+    def _windows(self) -> Iterator[tuple[list[Batch], int, int]]:
+        """The micro-batches of each step, and where the next one starts. The last of an epoch may
+        be short: it is divided by its own targets, so nothing needs to be made up."""
+        epoch, index = self.progress.epoch, self.progress.index
+        while True:
+            batches = iter(self.plan.epoch(epoch)[index:])
+            while window := list(islice(batches, self.config.gradient_accumulation_steps)):
+                index += len(window)
+                yield [self.plan.batch(members) for members in window], epoch, index
+            epoch, index = epoch + 1, 0
+
+    def _step(self, batches: list[Batch], epoch: int, index: int) -> Event:
+        began = time.perf_counter()
+        rate = self._set_rate()
+        self.decoder.train()
+        targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        nats = 0.0
+        for batch in batches:
+            loss = document_loss(self.decoder, batch)
+            (loss.nats / targets).backward()
+            nats += float(loss.nats.detach())
+        norm = self._clip()
+        if not math.isfinite(nats) or not math.isfinite(norm):
+            raise Diverged(
+                f"the loss ({nats / targets:.4g}) or its gradient (norm {norm:.4g}) is not finite "
+                f"at step {self.progress.step + 1}; the newest checkpoint in {self.run} is sound: "
+                "lower learning_rate, or compute in float32 (dtype)"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        seconds = time.perf_counter() - began
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            epoch=epoch,
+            index=index,
+            seen_tokens=self.progress.seen_tokens + tokens,
+            seen_targets=self.progress.seen_targets + targets,
+        )
+        return {
+            "step": self.progress.step,
+            "kind": "train",
+            "epoch": epoch,
+            "loss": nats / targets,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "targets": targets,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+        }
+
+    def _set_rate(self) -> float:
+        config = self.config
+        warmup = config.warmup_steps
+        if warmup is None:
+            warmup = round(config.warmup_ratio * self.steps)
+        assert config.learning_rate is not None
+        rate = config.learning_rate * rate_share(
+            self.progress.step,
+            steps=self.steps,
+            warmup=warmup,
+            kind=config.lr_scheduler_type,
+            min_share=config.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _clip(self) -> float:
+        """The global gradient norm before clipping."""
+        gradients: list[Tensor] = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters.values(), self.config.max_grad_norm, norm
+            )
+        return float(norm)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return ", ".join(f"{k}: {old.get(k)}, now {new.get(k)}" for k in changed)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ardor.loss import IGNORE, chunked_next_token_loss, next_token_loss
+
+B, T, D, V = 3, 7, 8, 50
+
+
+def case(dtype: torch.dtype = torch.float64):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, D, generator=g, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=g, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, V, (B, T), generator=g)
+    targets[0, :4] = targets[2, -1] = IGNORE
+    return hidden, weight, targets
+
+
+def test_it_is_the_masked_sum_of_the_literature():
+    hidden, weight, targets = (x.detach() for x in case())
+    logits = hidden @ weight.T
+    by_hand = 0.0
+    for b in range(B):
+        for t in range(T):
+            if targets[b, t] != IGNORE:
+                p = logits[b, t].float().softmax(-1)[targets[b, t]]
+                by_hand -= float(p.log())
+    loss = next_token_loss(logits, targets)
+    assert float(loss.nats) == pytest.approx(by_hand, rel=1e-5)
+    assert int(loss.targets) == B * T - 5
+
+
+def test_loss_of_a_batch_equals_its_unequal_microbatches():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 7, generator=g)
+    targets = torch.randint(0, 7, (4, 3), generator=g)
+    targets[0, :2] = IGNORE  # the halves now hold 4 and 6 targets
+    whole = next_token_loss(logits, targets)
+    parts = [next_token_loss(logits[i : i + 2], targets[i : i + 2]) for i in (0, 2)]
+    assert [int(p.targets) for p in parts] == [4, 6]
+    torch.testing.assert_close(sum(p.nats for p in parts), whole.nats)
+    mean_of_means = torch.stack([p.nats / p.targets for p in parts]).mean()
+    assert not torch.isclose(mean_of_means, whole.nats / whole.targets)  # the usual mistake
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100, None])
+def test_chunked_equals_whole_in_value_and_gradient(chunk):
+    hidden, weight, targets = case(torch.float32)
+    whole = next_token_loss(hidden @ weight.T, targets)
+    wanted = torch.autograd.grad(whole.nats / 3, [hidden, weight])
+    mine = chunked_next_token_loss(hidden, targets, lambda h: h @ weight.T, (weight,), chunk=chunk)
+    assert int(mine.targets) == int(whole.targets)
+    torch.testing.assert_close(mine.nats, whole.nats)
+    for a, b in zip(torch.autograd.grad(mine.nats / 3, [hidden, weight]), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunked_trains_the_states_under_a_frozen_head():
+    hidden, weight, targets = case(torch.float32)
+    frozen = weight.detach()
+    whole = next_token_loss(hidden @ frozen.T, targets)
+    mine = chunked_next_token_loss(hidden, targets, lambda h: h @ frozen.T, (frozen,), chunk=4)
+    (a,), (b,) = (torch.autograd.grad(loss.nats, [hidden]) for loss in (mine, whole))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_learn_is_zero_with_zero_gradient():
+    hidden, weight, targets = case(torch.float32)
+    loss = chunked_next_token_loss(
+        hidden, torch.full_like(targets, IGNORE), lambda h: h @ weight.T, (weight,)
+    )
+    loss.nats.backward()
+    assert float(loss.nats.detach()) == 0 and int(loss.targets) == 0
+    assert weight.grad is not None and not weight.grad.any()
+
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_tokens_by_vocabulary_are_never_held_in_either_direction():
+    g = torch.Generator().manual_seed(0)
+    tokens, vocab = 640, 96
+    hidden = torch.randn(1, tokens, D, generator=g).requires_grad_()
+    weight = torch.randn(vocab, D, generator=g).requires_grad_()
+    targets = torch.randint(0, vocab, (1, tokens), generator=g)
+    with Largest() as chunked:
+        chunked_next_token_loss(
+            hidden, targets, lambda h: F.linear(h, weight), (weight,), chunk=32
+        ).nats.backward()
+    with Largest() as whole:
+        next_token_loss(F.linear(hidden, weight), targets).nats.backward()
+    assert chunked.elements <= max(32 * vocab, tokens * D)
+    assert whole.elements >= tokens * vocab  # the probe sees what it looks for
+
+
+def test_an_oracle_that_knows_the_next_token_has_no_loss():
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    targets = torch.tensor([[1, 4, 1, 5, IGNORE]])
+    oracle = 50.0 * F.one_hot(targets.clamp(min=0), 9).float()
+    assert float(next_token_loss(oracle, targets).nats) < 1e-6
+    assert float(next_token_loss(oracle, tokens).nats) > 10  # shifted wrongly it is not
