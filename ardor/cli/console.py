@@ -1,0 +1,136 @@
+"""What people see: results on stdout, progress and remarks on stderr, plain when piped."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+PLAIN_WIDTH = 100
+
+
+def results() -> Console:
+    """The console on stdout."""
+    return _console(stderr=False)
+
+
+def remarks() -> Console:
+    """The console on stderr, for everything that is not the result."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        stderr=stderr,
+        width=None if terminal else PLAIN_WIDTH,
+        soft_wrap=not terminal,  # a pipe gets whole lines
+        markup=False,  # texts of models and users contain [brackets]
+        emoji=False,
+        highlight=False,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, on one line."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+class Progress:
+    """A live bar with loss, tokens/s and time left; a plain line now and then when not a terminal.
+
+    >>> with Progress("training", total=400) as progress:
+    ...     progress.update(step, loss=loss, tokens_per_second=rate)
+    ...     progress.note("a sample")  # above the bar
+
+    Time left counts from the first update, so that a resumed run and a slow start do not mislead.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        *,
+        console: Console | None = None,
+        interval: float = 5.0,  # seconds between plain lines
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.label, self.total = label, total
+        self.console = console or remarks()
+        self._interval, self._clock = interval, clock
+        self._started: tuple[float, int] | None = None  # when, and at which step
+        self._printed = float("-inf")
+        self._bar = self._make_bar() if self.console.is_terminal else None
+        self._task = self._bar.add_task(label, total=total, facts="") if self._bar else None
+
+    def _make_bar(self) -> Bar:
+        narrow = self.console.width < 70
+        columns = [TextColumn("{task.description}")]
+        wide = [BarColumn(bar_width=None), MofNCompleteColumn()]
+        return Bar(
+            *columns,
+            *(wide[1:] if narrow else wide),
+            TextColumn("{task.fields[facts]}"),
+            console=self.console,
+            expand=not narrow,
+        )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(
+        self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Show that `step` steps are done; the last step always prints."""
+        now = self._clock()
+        if self._started is None:
+            self._started = (now, step)
+        facts = self._facts(now, step, loss, tokens_per_second)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, facts=facts)
+        elif now - self._printed >= self._interval or step >= self.total:
+            self._printed = now
+            self.console.print(f"{self.label}  {step}/{self.total}  {facts}".rstrip())
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        self.console.print(text)
+
+    def _facts(self, now: float, step: int, loss: float | None, rate: float | None) -> str:
+        assert self._started is not None
+        began, first = self._started
+        facts = []
+        if loss is not None:
+            facts.append(f"loss {loss:.3f}")
+        if rate is not None:
+            facts.append(f"{rate:,.0f} tokens/s")
+        if first < step < self.total:
+            facts.append(f"{duration((now - began) / (step - first) * (self.total - step))} left")
+        return "  ".join(facts)
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s or 2h07m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes, seconds_left = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds_left:02}s"
+    return f"{minutes // 60}h{minutes % 60:02}m"
