@@ -1,0 +1,297 @@
+"""NF4: sixteen quantiles of a normal distribution, scaled by the largest value of every 64 weights.
+
+The codes, scales and packing are the bytes that bitsandbytes writes on a CPU, so checkpoints can
+be exchanged in both directions. Double quantization stores the scales themselves in 8 bits.
+
+Axes: n weights (flattened, row-major), nb = ceil(n / 64) blocks.
+Source: Dettmers et al. 2023, arXiv:2305.14314, section 3; the constants and the order of the
+arithmetic are those of bitsandbytes 0.50.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Num, UInt8
+from torch import Tensor
+
+from ardor.errors import CheckpointError, ShapeError
+
+BLOCK = 64  # weights that share a scale
+NESTED_BLOCK = 256  # scales that share a scale of their own
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+HALF_GAP = (LEVELS[1] - LEVELS[0]) / 2  # the widest: no scaled weight is further from its level
+# Half the widest gap of the 8-bit map, 0.9/64, and half a bin of the table that finds the code.
+NESTED_HALF_GAP = 0.9 / 128 + 1 / 65535
+
+_STATE = ".quant_state.bitsandbytes__nf4"  # JSON in a tensor of bytes
+_TINY = 1e-38  # divides a block of zeros
+# A chunk stays in a CPU's cache; an accelerator wants few launches, but also bounded memory.
+_CHUNK, _CHUNK_ACCELERATOR = 1 << 18, 1 << 24
+
+
+class Nested(NamedTuple):
+    """What turns 8-bit scale codes back into scales: map[code] * absmax[block] + offset."""
+
+    absmax: Float32[Tensor, "nested_blocks"]  # one per 256 scales
+    offset: Float32[Tensor, ""]  # the mean of the scales
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NF4Weight:
+    """A quantized tensor: 4.5 bits per weight, or 4.127 with nested scales.
+
+    Element 2j of the flattened tensor is the high half of byte j, element 2j + 1 the low half.
+    """
+
+    packed: UInt8[Tensor, "bytes 1"]  # ceil(n / 2) bytes
+    absmax: Num[Tensor, "blocks"]  # float32, or 8-bit codes when nested
+    nested: Nested | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of the tensor that was quantized
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held: ceil(n/2) + 4 nb, or ceil(n/2) + nb + 4 ceil(nb/256) + 4 when nested."""
+        tensors = (self.packed, self.absmax, *(self.nested or ()))
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def scales(self) -> Float32[Tensor, "blocks"]:
+        """The largest magnitude of each block of 64, exact unless nested."""
+        if self.nested is None:
+            return self.absmax
+        nested_map, _ = _nested_tables(self.absmax.device)
+        wide = self.nested.absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax.numel()]
+        return nested_map[self.absmax.int()] * wide + self.nested.offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
+        """level * scale, multiplied in float32 and rounded once to `dtype` (None: the original's).
+
+        Each element is within `error_bound` of its block, and the rounding to `dtype`, of the
+        weight that was quantized.
+        """
+        _, pairs = _tables(self.packed.device)
+        scales = self.scales()
+        # Whole blocks are written, and the surplus of the last one is cut off by a view.
+        out = torch.empty(
+            len(scales) * BLOCK, dtype=dtype or self.dtype, device=self.packed.device
+        ).view(-1, BLOCK)
+        packed = self.packed.view(-1)
+        for first, last in _chunks(len(scales) * BLOCK, self.packed.device):
+            codes = packed[first // 2 : last // 2]
+            values = F.embedding(codes.int(), pairs).view(-1)
+            if missing := last - first - len(values):
+                values = F.pad(values, (0, missing))
+            rows = slice(first // BLOCK, last // BLOCK)
+            torch.mul(values.view(-1, BLOCK), scales[rows, None], out=out[rows])
+        n = torch.Size(self.shape).numel()
+        return out.view(-1)[:n].view(self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What bitsandbytes writes for a weight `X`, by what follows `X` in the name.
+
+        Source: bitsandbytes 0.50, QuantState.as_dict(packed=True).
+        """
+        device = self.packed.device
+        about: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        found = {
+            "": self.packed,
+            ".absmax": self.absmax,
+            ".quant_map": torch.tensor(LEVELS, dtype=torch.float32, device=device),
+        }
+        if self.nested is not None:
+            about |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+            about["nested_offset"] = self.nested.offset.item()
+            found[".nested_absmax"] = self.nested.absmax
+            found[".nested_quant_map"] = dynamic_map().to(device)
+        text = json.dumps(about).encode()
+        found[_STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+        return found
+
+    @classmethod
+    def from_tensors(cls, found: Mapping[str, Tensor], name: str = "weight") -> "NF4Weight":
+        """The inverse of `tensors`, also for files that bitsandbytes wrote; `name` is for errors.
+
+        Raises: CheckpointError if a tensor is missing, is no NF4 of block 64, or has another size.
+        """
+        needed = {"", ".absmax", ".quant_map", _STATE}
+        if missing := sorted(needed - found.keys()):
+            raise CheckpointError(
+                f"{name} is not a complete NF4 weight: found {sorted(found)}, missing {missing}"
+            )
+        about = json.loads(bytes(found[_STATE].cpu().tolist()))
+        nested = None
+        if "nested_offset" in about:
+            offset = torch.tensor(about["nested_offset"], dtype=torch.float32)
+            nested = Nested(found[".nested_absmax"], offset.to(found[""].device))
+            _expect(name, "nested block", about["nested_blocksize"], NESTED_BLOCK)
+            close = torch.allclose(found[".nested_quant_map"].cpu(), dynamic_map(), atol=1e-6)
+            _expect(name, "use of bitsandbytes' dynamic map", close, True)
+        levels = torch.tensor(LEVELS, dtype=torch.float32)
+        _expect(name, "block", about["blocksize"], BLOCK)
+        _expect(
+            name, "use of the NF4 levels", torch.allclose(found[".quant_map"].cpu(), levels), True
+        )
+        shape = tuple(about["shape"])
+        n = torch.Size(shape).numel()
+        packed = found[""].view(torch.uint8).reshape(-1, 1)  # other storage dtypes are mere views
+        _expect(name, f"bytes for shape {shape}", packed.numel(), (n + 1) // 2)
+        _expect(name, f"scales for shape {shape}", found[".absmax"].numel(), -(-n // BLOCK))
+        return cls(packed, found[".absmax"], nested, shape, getattr(torch, about["dtype"]))
+
+    def error_bound(self) -> Float32[Tensor, "blocks"]:
+        """The largest |weight - dequantized float32 weight| possible in each block.
+
+        Half the widest gap between levels (0.1519) times the block's scale; nested scales may
+        themselves be off by 0.00705 of the largest deviation from their mean. The last term
+        covers the float32 rounding of scaling and of unscaling.
+        """
+        scales = self.scales()
+        drift = torch.zeros_like(scales)
+        if self.nested is not None:
+            wide = self.nested.absmax.repeat_interleave(NESTED_BLOCK)[: scales.numel()]
+            drift = NESTED_HALF_GAP * wide
+        largest = scales.abs() + drift
+        rounding = 4 * torch.finfo(torch.float32).eps * largest
+        return HALF_GAP * largest + drift + rounding
+
+
+def quantize_nf4(weight: Float[Tensor, "..."], double: bool = False) -> NF4Weight:
+    """The nearest NF4 level of every weight over its block's largest magnitude.
+
+    A tie takes the lower level. `double` also quantizes the scales, less their mean, to bnb's
+    8-bit dynamic map in blocks of 256. Temporary memory is a few MiB on a CPU, whatever the size.
+    All-zero blocks are exact.
+
+    Raises: ShapeError for an empty tensor, CheckpointError for one with NaN or infinity in it.
+    """
+    n = weight.numel()
+    if not n:
+        raise ShapeError(f"a weight of shape {tuple(weight.shape)} has nothing to quantize")
+    flat = weight.detach().reshape(-1)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=weight.device)
+    for first, last in _chunks(n, weight.device):
+        scaled, scales = _scale(flat[first:last].float(), BLOCK)
+        absmax[first // BLOCK : first // BLOCK + len(scales)] = scales
+        packed[first // 2 : (last + 1) // 2] = _pack(scaled)
+    if not absmax.isfinite().all():
+        raise CheckpointError(
+            f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be "
+            "quantized; load it in float32 or bfloat16 and look for a damaged or overflowed tensor"
+        )
+    shape = tuple(weight.shape)
+    if not double:
+        return NF4Weight(packed[:, None], absmax, None, shape, weight.dtype)
+    codes, nested = _nest(absmax)
+    return NF4Weight(packed[:, None], codes, nested, shape, weight.dtype)
+
+
+def _expect(name: str, what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{name}: {what} is {found}, but Ardor reads {expected}; "
+            "quantize the original checkpoint again"
+        )
+
+
+def _chunks(n: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[first, last) ranges that cover n elements; every `first` begins a block."""
+    step = _CHUNK if device.type == "cpu" else _CHUNK_ACCELERATOR
+    return ((first, min(first + step, n)) for first in range(0, n, step))
+
+
+def _scale(values: Float32[Tensor, "n"], block: int) -> tuple[Tensor, Tensor]:
+    """Every value over the largest magnitude of its block, and those magnitudes.
+
+    Whole blocks multiply by the reciprocal and a partial one divides: bitsandbytes does, and a
+    weight near a midpoint can tell the difference.
+    """
+    whole = values.numel() // block * block
+    rows = values[:whole].view(-1, block)
+    absmax = rows.abs().amax(1)
+    scaled = (rows * (1.0 / absmax.clamp(min=_TINY))[:, None]).view(-1)
+    if whole < values.numel():
+        rest = values[whole:]
+        largest = rest.abs().amax().clamp(min=_TINY)
+        absmax = torch.cat([absmax, largest[None]])
+        scaled = torch.cat([scaled, rest / largest])
+    return scaled, absmax
+
+
+def _pack(scaled: Float32[Tensor, "n"]) -> UInt8[Tensor, "bytes"]:
+    midpoints, _ = _tables(scaled.device)
+    if scaled.numel() % 2:
+        scaled = F.pad(scaled, (0, 1))
+    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
+    return torch.add(codes[:, 1], codes[:, 0], alpha=16)
+
+
+def _nest(absmax: Float32[Tensor, "blocks"]) -> tuple[UInt8[Tensor, "blocks"], Nested]:
+    offset = absmax.mean()
+    deviation = absmax - offset
+    padded = F.pad(deviation, (0, -len(deviation) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    nested_absmax = padded.abs().amax(1)
+    some = nested_absmax > 0
+    inverse = torch.where(some, 1.0 / nested_absmax, 0.0)
+    halves = ((padded * inverse[:, None]).clamp(-1, 1) + 1.0) * 0.5
+    # Float64 rounds halves * 65535 + 0.5 once, as the fused multiply-add of bitsandbytes does.
+    bins = (halves.double() * 65535 + 0.5).float().int()
+    _, table = _nested_tables(absmax.device)
+    # In a block without deviations every code decodes to zero; bitsandbytes writes code 0.
+    codes = torch.where(some[:, None], table[bins], 0).to(torch.uint8)
+    return codes.view(-1)[: len(deviation)].clone(), Nested(nested_absmax, offset)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 15 midpoints between levels, and the two levels (256, 2) of every byte."""
+    with torch.inference_mode(False):  # cached tensors must also serve under autograd
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+        return ((levels[:-1] + levels[1:]) / 2).to(device), pairs.to(device)
+
+
+@cache
+def _nested_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 8-bit dynamic map, and the code of each of 65,536 evenly spaced values in [-1, 1].
+
+    bitsandbytes finds codes with this table on a CPU: half a bin, 1/65535, from the nearest.
+    """
+    with torch.inference_mode(False):
+        nested_map = dynamic_map()
+        midpoints = 0.5 * (nested_map[:-1] + nested_map[1:])
+        grid = 2.0 * torch.arange(65536, dtype=torch.float32, device="cpu") / 65535 - 1.0
+        codes = torch.bucketize(grid, midpoints).to(torch.uint8)
+        return nested_map.to(device), codes.to(device)
+
+
+def dynamic_map() -> Float32[Tensor, "256"]:
+    """The signed 8-bit dynamic map: seven decades, each with twice the fractions of the one below.
+
+    Source: Dettmers 2015, arXiv:1511.04561, section 2.1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
+        means = (edges[:-1] + edges[1:]) / 2.0
+        # The order of the product, power first, is what makes the last bit agree.
+        values += [
+            *(10 ** (decade - 6) * means).tolist(),
+            *(-(10 ** (decade - 6)) * means).tolist(),
+        ]
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
