@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Generator[Path, None, None]:
     """Yield an empty directory to fill; on success it becomes `path`, replacing what was there.
 
     If the body raises, the new directory is removed and `path` is as before. If the process is
@@ -119,7 +119,7 @@ def clean_partials(parent: str | Path) -> tuple[str, ...]:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Generator[None, None, None]:
     """Turn an OSError while writing `path` into a CheckpointError with the remedy."""
     try:
         yield

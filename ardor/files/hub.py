@@ -50,6 +50,8 @@ def resolve(
     Raises: CheckpointError if it is neither, cannot be reached, does not exist, or is gated.
     """
     path = Path(name).expanduser()
+    if not str(name):
+        raise CheckpointError("the model's name is empty; expected a directory or a hub id")
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(

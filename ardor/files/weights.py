@@ -1,7 +1,7 @@
 """Weights as safetensors files: names, shapes and dtypes without reading, tensors by memory map."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -187,7 +187,7 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
 
 
 @contextmanager
-def _explained_save(path: Path) -> Iterator[None]:
+def _explained_save(path: Path) -> Generator[None, None, None]:
     with explained(path.parent):
         try:
             yield
