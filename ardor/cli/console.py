@@ -5,13 +5,15 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
-PLAIN_WIDTH = 100
+PLAIN_WIDTH = 100  # columns of a table in a pipe
+NARROW = 70  # columns of a terminal that has no room for the bar itself
 
 
 def results() -> Console:
@@ -69,18 +71,15 @@ class Progress:
         self._task = self._bar.add_task(label, total=total, facts="") if self._bar else None
 
     def _make_bar(self) -> Bar:
-        narrow = self.console.width < 70
-        columns = [TextColumn("{task.description}")]
-        wide = [BarColumn(bar_width=None), MofNCompleteColumn()]
-        return Bar(
-            *columns,
-            *(wide[1:] if narrow else wide),
-            TextColumn("{task.fields[facts]}"),
-            console=self.console,
-            expand=not narrow,
-        )
+        whole = Column(no_wrap=True, overflow="ellipsis")
+        facts = TextColumn("{task.fields[facts]}", table_column=whole)
+        if self.console.width < NARROW:
+            count = "{task.description} {task.completed}/{task.total} {task.fields[facts]}"
+            return Bar(TextColumn(count, table_column=whole), console=self.console)
+        parts = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn()
+        return Bar(*parts, facts, console=self.console, expand=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._bar:
             self._bar.start()
         return self
@@ -106,11 +105,11 @@ class Progress:
             self._bar.update(self._task, completed=step, facts=facts)
         elif now - self._printed >= self._interval or step >= self.total:
             self._printed = now
-            self.console.print(f"{self.label}  {step}/{self.total}  {facts}".rstrip())
+            self.console.print(f"{self.label}  {step}/{self.total}  {facts}".rstrip(), markup=False)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        self.console.print(text)
+        self.console.print(text, markup=False)
 
     def _facts(self, now: float, step: int, loss: float | None, rate: float | None) -> str:
         assert self._started is not None
