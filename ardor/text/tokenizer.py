@@ -1,0 +1,366 @@
+"""Text to token ids and back, around the tokenizers library and its tokenizer.json.
+
+What decides is what tokenizer.json does, found by encoding, never the flags beside it. Text comes
+in two kinds: template text, in which a control token counts, and content, in which it is only text.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, get_args
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from ardor.errors import TextError
+from ardor.files.atomic import write_atomic
+from ardor.files.json import parse_json, read_text, write_json
+from ardor.text.special import (
+    KINDS,
+    Place,
+    SpecialTokens,
+    is_control,
+    is_tag,
+    read_added,
+    read_config,
+    read_names,
+    without_control,
+)
+
+CHAT_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+
+# A word with the one mark before it (marks and letters together, for scripts that compose them),
+# one or two digits, a run of signs, line ends with the white space before them, other white space.
+# Source: forms of this kind are compared in Dagan et al. 2024, arXiv:2402.01035.
+_PIECES = (
+    r"'(?i:s|t|d|m|ll|re|ve)"
+    r"|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """A tokenizer whose special tokens are known and which never truncates or pads.
+
+    `names` are the special tokens' texts as in tokenizer_config.json: {"eos_token": "</s>", ...}.
+
+    Raises: TextError if `names` gives a BOS or EOS that the vocabulary lacks (an unknown or padding
+    token that it lacks is left out: neither decides anything here).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        names: dict[str, str] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._plain: dict[str, tokenizers.Tokenizer] = {}
+        self._split: dict[str, tuple[int | str, ...]] = {}
+        self.max_length = max_length
+        ids = {name: backend.token_to_id(text) for name, text in (names or {}).items()}
+        for name in ("bos_token", "eos_token"):
+            if name in ids and ids[name] is None:
+                raise TextError(
+                    f"{name} is {(names or {})[name]!r}, which is not in the vocabulary; "
+                    "add it to added_tokens in tokenizer.json, or correct tokenizer_config.json"
+                )
+        self.special = SpecialTokens(**{kind: ids.get(f"{kind}_token") for kind in KINDS})
+        self.names = {name: text for name, text in (names or {}).items() if ids[name] is not None}
+        added = backend.get_added_tokens_decoder()
+        self.added = {token.content: id for id, token in added.items()}
+        self.control = frozenset(id for id, token in added.items() if is_control(token))
+        # Longest first: the library, too, takes the longest token that starts at a place.
+        longest_first = sorted(added.values(), key=lambda token: -len(token.content))
+        spaces = [re.escape(token.content) for token in longest_first if not is_control(token)]
+        tags = [re.escape(token.content) for token in longest_first if is_tag(token)]
+        self._spaces = re.compile("|".join(spaces)) if spaces else None
+        self._tags = re.compile("|".join(tags + spaces)) if tags + spaces else None
+        self._skipped = frozenset(id for id, token in added.items() if token.special)
+        self.tags = frozenset(id for id, token in added.items() if is_tag(token))
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "Tokenizer":
+        """The tokenizer of a checkpoint directory: tokenizer.json and the names beside it.
+
+        Raises: TextError if tokenizer.json is missing or cannot be understood, or if the files
+        disagree; CheckpointError if a JSON file beside it is damaged.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TextError(_missing(directory))
+        text = read_text(path)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more precise
+            parse_json(text, path)
+            raise TextError(
+                f"{path} is JSON but not a tokenizer: {error}; "
+                "fetch the file again, or update the tokenizers package"
+            ) from error
+        _add_declared(backend, directory)
+        length = read_config(directory).get("model_max_length")
+        try:
+            # transformers writes 1e30 for "no limit"
+            known = int(length) if length is not None and 0 < length < 1e9 else None
+            return cls(backend, read_names(directory), known)
+        except TextError as error:
+            raise TextError(f"{directory}: {error}") from error
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int = 4096,
+        special_tokens: Sequence[str] = CHAT_SPECIAL,
+        progress: Callable[[int], None] | None = None,
+    ) -> "Tokenizer":
+        """A byte-level BPE of at most `vocab_size` ids; the same texts give the same tokenizer.
+
+        Any text survives encode and decode unchanged. The special tokens take the last ids; the
+        first of them ends a document (EOS), `<|pad|>`, if there, is the padding token, and there is
+        no BOS. `progress` is called with the number of texts read so far.
+
+        Raises: TextError if `vocab_size` has no room for 256 bytes and the special tokens, or if
+        a special token is given twice.
+        Source: Sennrich et al. 2016, arXiv:1508.07909; bytes: Radford et al. 2019, section 2.2.
+        """
+        room = vocab_size - len(special_tokens)
+        if room < 256:
+            raise TextError(
+                f"vocab_size is {vocab_size}; a byte-level tokenizer with {len(special_tokens)} "
+                f"special tokens needs at least {256 + len(special_tokens)}"
+            )
+        if len(set(special_tokens)) != len(special_tokens):
+            raise TextError(f"special_tokens repeats a token: {', '.join(special_tokens)}")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=room,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(_counted(texts, progress), trainer)
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in special_tokens]
+        )
+        names = {"eos_token": special_tokens[0]} if special_tokens else {}
+        if "<|pad|>" in special_tokens:
+            names["pad_token"] = "<|pad|>"
+        return cls(backend, names)
+
+    @cached_property
+    def vocab_rows(self) -> int:
+        """The largest id plus one: how many rows an embedding needs at least."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """What the post-processor puts before a text: usually nothing or BOS."""
+        found = self._backend.encode("a")
+        marked = zip(found.ids, found.special_tokens_mask, strict=True)
+        return tuple(id for id, _ in takewhile(lambda pair: pair[1], marked))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Does plain encoding put anything before a text?"""
+        return bool(self.prefix)
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Does every token spell out bytes, one character for each?"""
+        return isinstance(self._backend.decoder, decoders.ByteLevel)
+
+    def id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it, or None."""
+        return self._backend.token_to_id(token)
+
+    def token(self, id: int) -> str | None:
+        """The token as the vocabulary writes it, or None for an id that has none."""
+        return self._backend.id_to_token(id)
+
+    def encode(self, text: str, *, bos: bool | None = None) -> list[int]:
+        """Ids of a prompt; control tokens in it count.
+
+        `bos` None puts before it what the tokenizer's own post-processor would; True also puts the
+        BOS there if the post-processor has none; False puts nothing. A text that already begins so
+        gets no second one, and nothing is ever put at the end, where generation goes on.
+
+        Raises: TextError if `bos` is True and there is no BOS token.
+        """
+        ids = self.encode_template(text)
+        if bos is False:
+            return ids
+        prefix = self.prefix
+        if bos and not prefix:
+            if self.special.bos is None:
+                raise TextError("bos=True, but this tokenizer has no BOS token; leave bos out")
+            prefix = (self.special.bos,)
+        return ids if tuple(ids[: len(prefix)]) == prefix else [*prefix, *ids]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of text in which control tokens count, with nothing put around it."""
+        return _encode(self._backend, text).ids
+
+    def encode_content(
+        self, text: str, *, tags: bool = False, place: Place = "middle"
+    ) -> list[int]:
+        """Ids of text in which a spelled-out control token stays plain text; no BOS.
+
+        With `tags`, for what a model wrote, tokens such as `<think>` are tokens after all. At the
+        default `place` the text goes on from what was before it, so no space is put in front.
+        """
+        plain = self._without_control(place)
+        kept = self._tags if tags else self._spaces
+        if kept is None:
+            return _encode(plain, text).ids
+        ids, done = [], 0
+        for match in kept.finditer(text):
+            if match.start() > done:
+                ids += _encode(plain, text[done : match.start()]).ids
+            ids.append(self.added[match[0]])
+            plain, done = self._without_control("segment"), match.end()
+        return ids + _encode(plain, text[done:]).ids if done < len(text) else ids
+
+    def split(self, text: str) -> tuple[int | str, ...]:
+        """Template text as its control tokens (ids) and the plain text between them (strings).
+
+        White space that a control token swallows (its `lstrip` and `rstrip`) is gone.
+        """
+        if (known := self._split.get(text)) is not None:
+            return known
+        parts: list[int | str] = []
+        done = 0
+        found = _encode(self._backend, text)
+        for id, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if id not in self.control:
+                continue
+            # The id of the unknown token also stands for other text.
+            if id == self.special.unk and text[start:end].strip() != self.names["unk_token"]:
+                continue
+            parts += [text[done:start], id] if start > done else [id]
+            done = end
+        result = (*parts, text[done:]) if done < len(text) else tuple(parts)
+        if len(self._split) > 4096:  # templates repeat a few literals; this is only a bound
+            self._split.clear()
+        self._split[text] = result
+        return result
+
+    def control_in(self, text: str, *, tags: bool = False) -> str | None:
+        """The first control token that `text` spells, if any; with `tags`, tags are allowed."""
+        allowed = self.tags if tags else frozenset()
+        ids = (part for part in self.split(text) if isinstance(part, int))
+        return next((self.token(id) for id in ids if id not in allowed), None)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def is_special(self, id: int) -> bool:
+        """Does decoding with `skip_special` leave this id out?"""
+        return id in self._skipped
+
+    def save(self, directory: str | Path, chat_template: str | None = None) -> None:
+        """Write files that transformers 4 and 5 read to the same ids and the same special tokens.
+
+        tokenizer.json, tokenizer_config.json and special_tokens_map.json; the chat template goes to
+        chat_template.jinja and, for transformers 4, into tokenizer_config.json.
+
+        Raises: CheckpointError if a file cannot be written.
+        """
+        directory = Path(directory)
+        # This class takes tokenizer.json as it is; the model-named ones rebuild parts of it.
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
+        config["clean_up_tokenization_spaces"] = False
+        if self.max_length is not None:
+            config["model_max_length"] = self.max_length
+        if chat_template is not None:
+            config["chat_template"] = chat_template
+            write_atomic(directory / "chat_template.jinja", chat_template)
+        others = [
+            token
+            for token, id in self.added.items()
+            if id in self._skipped and token not in self.names.values()
+        ]
+        legacy = self.names | ({"additional_special_tokens": others} if others else {})
+        write_atomic(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_json(directory / "special_tokens_map.json", legacy)
+        write_json(directory / "tokenizer_config.json", config)
+
+    def _without_control(self, place: Place) -> tokenizers.Tokenizer:
+        if not self._plain:
+            whole = json.loads(self._backend.to_str())
+            built: dict[str, tokenizers.Tokenizer] = {}
+            for name in get_args(Place):
+                spec = without_control(whole, self.control, self.special.unk, name)
+                # Most tokenizers never put a space in front: then one serves all three places.
+                spacing = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
+                if spacing not in built:
+                    built[spacing] = tokenizers.Tokenizer.from_str(json.dumps(spec))
+                self._plain[name] = built[spacing]
+        return self._plain[place]
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return backend.encode(text, add_special_tokens=False)
+    except TypeError as error:  # what the library says when it cannot take a str
+        at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+        raise TextError(
+            f"character {at} of the text is half of a surrogate pair ({text[at : at + 1]!r}); "
+            "the text was cut or decoded wrongly; remove it or read the source as UTF-8"
+            if at is not None
+            else f"cannot encode the text: {error}"
+        ) from error
+
+
+def _counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
+    for count, text in enumerate(texts, 1):
+        if progress is not None:
+            progress(count)
+        yield text
+
+
+def _add_declared(backend: tokenizers.Tokenizer, directory: Path) -> None:
+    """Add the tokens that only the files beside tokenizer.json declare, at the ids they declare."""
+    for id, token in sorted(read_added(directory).items()):
+        if backend.token_to_id(token.content) is not None:
+            continue
+        backend.add_tokens([token])
+        if (got := backend.token_to_id(token.content)) != id:
+            raise TextError(
+                f"{directory}: the token {token.content!r} is declared with id {id}, but "
+                f"tokenizer.json lacks it and the next free id is {got}; "
+                "add it to added_tokens in tokenizer.json"
+            )
+
+
+def _missing(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"{directory} is not a directory; give the directory that holds tokenizer.json"
+    others = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+    present = [name for name in others if (directory / name).is_file()]
+    if not present:
+        return (
+            f"looked for tokenizer.json in {directory}; it is not there, nor any other tokenizer "
+            "file; copy the tokenizer of the model's base checkpoint into the directory"
+        )
+    return (
+        f"looked for tokenizer.json in {directory} and found only {', '.join(present)}; convert "
+        f"with transformers: AutoTokenizer.from_pretrained({str(directory)!r})"
+        f".save_pretrained({str(directory)!r})"
+    )
