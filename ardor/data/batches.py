@@ -1,0 +1,188 @@
+"""A deterministic order of micro-batches that can be taken up again at any point.
+
+Axes: N tokens of one ragged row.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ardor.data.dataset import Dataset, permutation, shift
+from ardor.errors import ConfigError, DataError
+from ardor.text.tokenizer import Tokenizer
+
+WINDOW = 1024  # examples sorted together while bins are filled: fuller bins against more mixing
+
+
+class Position(NamedTuple):
+    """The place of the next micro-batch; with the same plan it is all that resuming needs."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+class Span(NamedTuple):
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch: whole documents end to end in one row, without padding."""
+
+    tokens: Int[Tensor, "1 N"]
+    targets: Int[Tensor, "1 N"]  # the token that follows in the same document, or IGNORE
+    lengths: tuple[int, ...]  # of the documents, in order; they sum to N
+    examples: tuple[int, ...]  # index of each document in its dataset
+
+    def to(self, device: torch.device | str) -> "Batch":
+        tokens, targets = self.tokens.to(device), self.targets.to(device)
+        return Batch(tokens, targets, self.lengths, self.examples)
+
+
+class BatchPlan:
+    """Which examples are trained on together, and when: a function of (dataset, seed, epoch).
+
+    Every epoch has every example exactly once. Give either `examples_per_batch` (the last batch
+    of an epoch may be smaller) or `tokens_per_batch`, a budget that no batch exceeds and that
+    whole documents fill as well as they can.
+
+    Raises: ConfigError unless exactly one is given and at least 1; DataError if an example alone
+    exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        tokens_per_batch: int | None = None,
+        examples_per_batch: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        given = [size for size in (tokens_per_batch, examples_per_batch) if size is not None]
+        if len(given) != 1 or given[0] < 1:
+            raise ConfigError(
+                f"found tokens_per_batch={tokens_per_batch} and examples_per_batch="
+                f"{examples_per_batch}; give exactly one of them, at least 1"
+            )
+        longest = int(dataset.lengths.max())
+        if tokens_per_batch is not None and longest > tokens_per_batch:
+            raise DataError(
+                f"the longest example has {longest} tokens, more than tokens_per_batch="
+                f"{tokens_per_batch}, and a document is never split; raise tokens_per_batch or "
+                f"lower max_length"
+            )
+        self.dataset = dataset
+        self.tokens_per_batch = tokens_per_batch
+        self.examples_per_batch = examples_per_batch
+        self.seed, self.shuffle = seed, shuffle
+        self._latest: tuple[int, list[tuple[int, ...]]] | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that fixes the order, for a checkpoint to compare before it resumes."""
+        return {
+            "dataset": self.dataset.fingerprint,
+            "tokens_per_batch": self.tokens_per_batch,
+            "examples_per_batch": self.examples_per_batch,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """The example indices of each batch of an epoch, in order."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = (epoch, self._plan(epoch))
+        return self._latest[1]
+
+    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
+        count = len(self.dataset)
+        order = permutation(count, self.seed, epoch, 0) if self.shuffle else np.arange(count)
+        if self.examples_per_batch is not None:
+            starts = range(0, count, self.examples_per_batch)
+            return [tuple(order[i : i + self.examples_per_batch].tolist()) for i in starts]
+        assert self.tokens_per_batch is not None
+        bins = _fill(order, self.dataset.lengths, self.tokens_per_batch)
+        if not self.shuffle:
+            return bins
+        # A window opens its bins with its longest examples: mix the bins too.
+        return [bins[i] for i in permutation(len(bins), self.seed, epoch, 1)]
+
+    def batch(self, indices: tuple[int, ...]) -> Batch:
+        """The micro-batch that holds these examples, in this order."""
+        spans = [self.dataset.span(index) for index in indices]
+        lengths = tuple(span.stop - span.start for span in spans)
+        tokens = np.concatenate([self.dataset.tokens[span] for span in spans]).astype(np.int64)
+        supervised = np.concatenate([self.dataset.supervised[span] for span in spans])
+        row = torch.from_numpy(tokens)
+        targets = shift(row, torch.from_numpy(supervised), lengths)
+        return Batch(row[None], targets[None], lengths, tuple(indices))
+
+    def stream(
+        self, start_epoch: int = 0, start_index: int = 0
+    ) -> Iterator[tuple[Position, Batch]]:
+        """Micro-batches without end, each with the position to resume from once it is done.
+
+        Raises: DataError if there is no such position, as when data or batch size have changed.
+        """
+        batches = len(self.epoch(start_epoch))
+        if not 0 <= start_index <= batches:
+            raise DataError(
+                f"cannot resume at micro-batch {start_index} of epoch {start_epoch}, which has "
+                f"{batches}; the dataset or the batch size is not the one of the saved run"
+            )
+        epoch, done = start_epoch, start_index
+        while True:
+            planned = self.epoch(epoch)
+            for index in range(done, len(planned)):
+                last = index + 1 == len(planned)
+                following = Position(epoch + 1, 0) if last else Position(epoch, index + 1)
+                yield following, self.batch(planned[index])
+            epoch, done = epoch + 1, 0
+
+
+def _fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
+    """Best fit, longest first within each window; bins stay open for the windows that follow."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens free, bin), sorted
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        for i in window[np.argsort(-lengths[window], kind="stable")].tolist():
+            size = int(lengths[i])
+            found = bisect.bisect_left(room, (size, -1))
+            if found < len(room):
+                free, which = room.pop(found)
+                bins[which].append(i)
+            else:
+                free, which = budget, len(bins)
+                bins.append([i])
+            bisect.insort(room, (free - size, which))
+    return [tuple(indices) for indices in bins]
+
+
+def preview(dataset: Dataset, tokenizer: Tokenizer, count: int) -> list[list[Span]]:
+    """The first `count` examples as text, in runs that are trained on and runs that are not.
+
+    The first token of an example is never trained on, whatever its mark says.
+    """
+    shown = []
+    for index in range(min(count, len(dataset))):
+        example = dataset[index]
+        marks = (False, *example.supervised[1:])
+        borders = [i for i in range(1, len(marks)) if marks[i] != marks[i - 1]]
+        spans, done = [], ""
+        for start, stop in zip([0, *borders], [*borders, len(marks)], strict=True):
+            # Decoded from the start: on its own a run may lose its leading space.
+            text = tokenizer.decode(list(example.tokens[:stop]))
+            spans.append(Span(text[len(done) :], marks[start]))
+            done = text
+        shown.append(spans)
+    return shown

@@ -1,0 +1,178 @@
+"""Each format's columns, and which of its tokens are trained on."""
+
+import pytest
+
+from ardor.data.formats import FORMATS, examples_of, recognise
+from ardor.data.sources import Row
+from ardor.errors import DataError
+from ardor.text.chat import CHATML, ChatTemplate, supervise
+from ardor.text.example import completion, document
+
+ASK, ANSWER = "What is a cat?", "A small animal."
+TURNS = [{"role": "user", "content": ASK}, {"role": "assistant", "content": ANSWER}]
+SHAREGPT = [{"from": "human", "value": ASK}, {"from": "gpt", "value": ANSWER}]
+
+# The same question and answer in every format that becomes a conversation.
+CONVERSATIONS = {
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": SHAREGPT},
+    "prompt-completion": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "alpaca": {"instruction": ASK, "input": "", "output": ANSWER},
+    "dolly": {"instruction": ASK, "context": None, "response": ANSWER},
+    "question-answer": {"question": ASK, "answer": ANSWER},
+}
+
+
+def row(values, where="pairs.jsonl:17"):
+    return Row(values, where)
+
+
+def trained_on(tokenizer, example):
+    return tokenizer.decode(t for t, s in zip(example.tokens, example.supervised, strict=True) if s)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_every_conversation_format_gives_the_same_example(tokenizer, name):
+    values = CONVERSATIONS[name]
+    assert recognise(values).name == name
+    assert examples_of(row(values), tokenizer, CHATML) == supervise(tokenizer, CHATML, TURNS)
+
+
+def test_every_format_is_tested_here():
+    assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text"}
+
+
+@pytest.mark.parametrize(
+    "values", [*CONVERSATIONS.values(), {"prompt": "a", "completion": " b"}, {"text": "the cat"}]
+)
+def test_every_format_ends_with_a_stop_token_that_is_trained_on(tokenizer, values):
+    (example,) = examples_of(row(values), tokenizer, CHATML)
+    assert example.supervised[-1]
+    assert tokenizer.token(example.tokens[-1]) in ("<|im_end|>", "<|endoftext|>")
+
+
+def test_strings_of_prompt_and_completion_use_no_template(tokenizer):
+    values = {"prompt": "the cat", "completion": " sat"}
+    expected = completion(tokenizer, "the cat", " sat")
+    assert examples_of(row(values), tokenizer, CHATML) == [expected]
+    assert examples_of(row(values), tokenizer, None) == [expected]
+    assert trained_on(tokenizer, expected) == " sat<|endoftext|>"
+
+
+def test_text_is_a_document(tokenizer):
+    found = examples_of(row({"text": "the cat"}), tokenizer, None)
+    assert found == [document(tokenizer, "the cat")]
+
+
+def test_answers_inside_a_prompt_of_messages_are_not_trained_on(tokenizer):
+    values = {"prompt": [*TURNS, TURNS[0]], "completion": [{"role": "assistant", "content": "No."}]}
+    (example,) = examples_of(row(values), tokenizer, CHATML)
+    assert trained_on(tokenizer, example) == "No.<|im_end|>"
+    (whole,) = examples_of(
+        row({"messages": [*values["prompt"], *values["completion"]]}), tokenizer, CHATML
+    )
+    assert whole.tokens == example.tokens
+    assert trained_on(tokenizer, whole) == f"{ANSWER}<|im_end|>No.<|im_end|>"
+
+
+def test_answers_inside_a_prompt_are_not_trained_on_even_in_rows_of_their_own(tokenizer):
+    # Only the last answer is written as it was said, as with templates that drop thoughts.
+    forgetful = ChatTemplate(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and not loop.last %}-{% else %}{{ m.content }}{% endif %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "No."}
+    turns = [*TURNS, TURNS[0], answer]
+    assert len(examples_of(row({"messages": turns}), tokenizer, forgetful)) == 2
+    values = {"prompt": turns[:3], "completion": [answer]}
+    (example,) = examples_of(row(values), tokenizer, forgetful)
+    assert trained_on(tokenizer, example) == "No.<|im_end|>"
+
+
+def test_an_input_and_a_system_prompt_are_part_of_the_conversation(tokenizer):
+    values = {"instruction": "Translate.", "input": "cat", "output": "Katze", "system": "Be brief."}
+    (example,) = examples_of(row(values), tokenizer, CHATML)
+    text = tokenizer.decode(example.tokens)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert "user\nTranslate.\n\ncat<|im_end|>" in text
+    values = {"conversations": SHAREGPT, "system": "Be brief."}
+    (example,) = examples_of(row(values), tokenizer, CHATML)
+    assert tokenizer.decode(example.tokens).startswith("<|im_start|>system\nBe brief.")
+
+
+def test_conversations_may_hold_the_keys_of_messages(tokenizer):
+    found = examples_of(row({"conversations": TURNS}), tokenizer, CHATML)
+    assert found == supervise(tokenizer, CHATML, TURNS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (("instruction", "input", "output", "text"), "alpaca"),  # tatsu-lab/alpaca
+        (("prompt", "prompt_id", "messages"), "messages"),  # UltraChat
+        (("id", "conversations"), "sharegpt"),
+        (("question", "answer", "context"), "question-answer"),
+        (("text", "label"), "text"),
+    ],
+)
+def test_the_more_telling_columns_decide(columns, name):
+    values = dict.fromkeys(columns)
+    format = recognise(values)
+    assert format.name == name
+    assert not set(format.unread(values)) & set(format.columns)
+
+
+def test_columns_that_are_not_read_are_known():
+    values = {"question": "a", "answer": "b", "context": "c", "id": 3}
+    assert recognise(values).unread(values) == ("context", "id")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text": " \n"},
+        {"prompt": "a", "completion": ""},
+        {"instruction": "a", "output": ""},
+        {"messages": TURNS[:1]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": " "}]},
+        {"prompt": TURNS, "completion": TURNS[:1]},
+    ],
+)
+def test_a_row_without_an_answer_gives_no_example(tokenizer, values):
+    assert examples_of(row(values), tokenizer, CHATML) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"promt": "a", "completion": "b"}, "found the columns promt, completion; known formats"),
+        (
+            {"promt": "a", "completion": "b"},
+            "known formats are messages; .*; prompt . completion; .*; text",
+        ),
+        ({"promt": "a", "completion": "b"}, "nearest is prompt-completion: rename 'promt' to"),
+        ({"instruction": "a"}, "nearest is alpaca: add 'output'"),
+        ({}, r"found the columns \(none\)"),
+        ({"text": 3}, r"\(text\): column 'text' holds int 3, expected a string"),
+        ({"text": None}, "column 'text' holds null"),
+        ({"messages": "hello"}, "column 'messages' holds str 'hello', expected a list"),
+        ({"messages": []}, "holds an empty list"),
+        ({"messages": [{"role": "user"}]}, "message 1 of 1 has no 'content'"),
+        ({"messages": ["hello"]}, "message 1 of 1 is str"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": 3}]}, "'content' is int"),
+        ({"conversations": [{"from": "nobody", "value": "a"}]}, "turn 1 is from 'nobody'; known"),
+        ({"conversations": [{"form": "human"}]}, "turn 1 holds form; expected 'from' and 'value'"),
+        ({"prompt": "a", "completion": TURNS}, "expected two strings or two lists of messages"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "column 'input' holds int 3"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tokenizer, values, message):
+    with pytest.raises(DataError, match=message) as caught:
+        examples_of(row(values), tokenizer, CHATML)
+    assert str(caught.value).startswith("pairs.jsonl:17 ")
+
+
+def test_a_conversation_without_a_template_is_refused(tokenizer):
+    with pytest.raises(DataError, match="needs a chat template .* chat_template=chatml"):
+        examples_of(row({"messages": TURNS}), tokenizer, None)
