@@ -1,6 +1,7 @@
 """Micro-batches: every example once per epoch, no padding, and resuming exactly."""
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ardor.errors import ConfigError, DataError
 from ardor.loss import IGNORE
 from ardor.text.chat import CHATML
 
-SIZES = [{"examples_per_batch": 1}, {"examples_per_batch": 4}, {"tokens_per_batch": 64}]
+SIZES: list[dict[str, Any]] = [{"examples_per_batch": 1}, {"examples_per_batch": 4}, {"tokens_per_batch": 64}]
 
 
 def make(lengths):
