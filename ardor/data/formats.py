@@ -260,7 +260,7 @@ def _nearest(values: Values) -> str:
         renames = {}
         score = float(len(format.columns) - len(missing))
         for column in missing:
-            near = difflib.get_close_matches(column, [str(name) for name in spare], n=1)
+            near = difflib.get_close_matches(column, spare, n=1)
             if near:
                 renames[column] = near[0]
                 score += difflib.SequenceMatcher(None, column, near[0]).ratio()

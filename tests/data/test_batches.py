@@ -14,7 +14,11 @@ from ardor.errors import ConfigError, DataError
 from ardor.loss import IGNORE
 from ardor.text.chat import CHATML
 
-SIZES: list[dict[str, Any]] = [{"examples_per_batch": 1}, {"examples_per_batch": 4}, {"tokens_per_batch": 64}]
+SIZES: list[dict[str, Any]] = [
+    {"examples_per_batch": 1},
+    {"examples_per_batch": 4},
+    {"tokens_per_batch": 64},
+]
 
 
 def make(lengths):
