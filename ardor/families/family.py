@@ -101,6 +101,7 @@ _TOKENS = "read with the tokenizer, not by the decoder"
 _GENERATION = "a default for generating, read from generation_config.json instead"
 _TRAINING = "acts only in training, where Ardor uses none"
 _INIT = "acts only on weights that are not loaded"
+_OLD = "left from an older version of transformers, where it was not read for this model either"
 _HEADS = "belongs to a classification head, which a causal language model lacks"
 _OUTPUTS = "chooses what a Python call of transformers returns"
 _SPEED = "changes speed or memory, not results"
@@ -124,6 +125,8 @@ HARMLESS: dict[str, str] = {
             num_assistant_tokens_schedule target_lookbehind""",
         _TRAINING: "attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout",
         _INIT: "initializer_range",
+        _OLD: """is_decoder cross_attention_hidden_size tie_encoder_decoder output_past n_special
+            predict_special_tokens max_sequence_length""",
         _HEADS: """id2label label2id num_labels _num_labels problem_type finetuning_task
             summary_type summary_use_proj summary_activation summary_proj_to_labels
             summary_first_dropout""",

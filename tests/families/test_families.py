@@ -180,7 +180,7 @@ def test_a_value_that_we_cannot_honour_is_refused_by_name(base, keys, says):
 
 
 def test_released_configs_are_read_whole():
-    """The keys of files on the hub: openai-community/gpt2, SmolLM2, TinyLlama, Llama 3.2."""
+    """The keys of files on the hub: openai-community/gpt2*, SmolLM2, TinyLlama, Llama 3.2."""
     read(
         GPT2,
         architectures=["GPT2LMHeadModel"],
@@ -201,6 +201,9 @@ def test_released_configs_are_read_whole():
         id2label={"0": "LABEL_0"},
         label2id={"LABEL_0": 0},
         gradient_checkpointing=False,
+        n_special=0,
+        predict_special_tokens=True,
+        output_past=True,
     )
     spec = read(
         LLAMA,

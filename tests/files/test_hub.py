@@ -1,5 +1,6 @@
 """Names are found here or on the hub, and every way to fail says what to do."""
 
+import json
 import os
 import re
 import subprocess
@@ -51,12 +52,13 @@ def test_a_mistyped_directory_names_its_neighbours(tmp_path):
 
 
 def ask(endpoint: str, cache, *, offline: bool = False, revision: str | None = None) -> str:
-    """The error of `resolve("owner/model")`, in a process whose hub is at `endpoint`."""
+    """The commit and files, or the error, of a process whose hub is at `endpoint`."""
     script = f"""
         from ardor.errors import CheckpointError
         from ardor.files.hub import resolve
         try:
-            print(resolve("owner/model", revision={revision!r}))
+            path, commit = resolve("owner/model", revision={revision!r})
+            print(commit, *sorted(file.name for file in path.iterdir()))
         except CheckpointError as error:
             print(error)
     """
@@ -72,25 +74,50 @@ def ask(endpoint: str, cache, *, offline: bool = False, revision: str | None = N
     return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
+COMMIT = "c" * 40
+
+
 class Hub(HTTPServer):
-    """A hub that answers every request alike."""
+    """A hub that refuses every request alike, or has one model if `files` is set."""
 
     status, code = 404, ""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files: dict[str, bytes] = {}
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         assert isinstance(self.server, Hub)
-        self.send_response(self.server.status)
-        if self.server.code:
-            self.send_header("X-Error-Code", self.server.code)
-        self.send_header("Content-Length", "2")
+        path, files = self.path.partition("?")[0], self.server.files
+        name = path.removeprefix(f"/owner/model/resolve/{COMMIT}/")
+        if not files:
+            self.reply(self.server.status, b"{}", {"X-Error-Code": self.server.code})
+        elif path.startswith("/api/models/owner/model/revision/"):
+            self.reply(200, json.dumps({"id": "owner/model", "sha": COMMIT}).encode())
+        elif path.startswith("/api/models/owner/model/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(held), "oid": str(len(held))}
+                for name, held in files.items()
+            ]
+            self.reply(200, json.dumps(tree).encode())
+        elif name in files:
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{len(files[name])}"'}
+            self.reply(200, files[name], headers)
+        else:
+            self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(b"{}")
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, format, *args):
         pass
@@ -118,6 +145,16 @@ def hub():
 def test_each_refusal_of_the_hub_says_what_to_do(tmp_path, hub, status, code, says):
     hub.status, hub.code = status, code
     assert says in ask(hub.url, tmp_path, revision="v2")
+
+
+def test_a_download_takes_what_a_model_needs_and_is_found_again_offline(tmp_path, hub):
+    wanted = {"config.json", "model-00001-of-00001.safetensors", "tokenizer.json"}
+    unwanted = {"modeling.py", "pytorch_model.bin", "model.fp16.safetensors", "onnx/model.onnx"}
+    hub.files = {name: name.encode() for name in wanted | unwanted}
+    expected = " ".join([COMMIT, *sorted(wanted)])
+    assert ask(hub.url, tmp_path).strip() == expected
+    hub.files = {}
+    assert ask(hub.url, tmp_path, offline=True).strip() == expected
 
 
 def test_no_connection_says_how_to_bring_the_files_over(tmp_path):
