@@ -30,8 +30,8 @@ class LoraConfig:
     """
 
     r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    lora_alpha: int | float = 32
+    lora_dropout: int | float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     use_rslora: bool = False  # scale by alpha / sqrt(r); Kalajdzievski 2023, arXiv:2312.03732
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
@@ -76,8 +76,8 @@ class LoraLinear(nn.Module):
         self,
         base: nn.Module,
         r: int,
-        alpha: float,
-        dropout: float = 0.0,
+        alpha: int | float,
+        dropout: int | float = 0.0,
         *,
         rslora: bool = False,
         generator: torch.Generator | None = None,
@@ -303,6 +303,8 @@ def lora_parameters(decoder: nn.Module) -> list[nn.Parameter]:
 def replace(decoder: nn.Module, name: str, module: nn.Module | None) -> None:
     """Put `module` where the dotted `name` is. Unlike torch's own, also in a place that is None."""
     owner, _, leaf = name.rpartition(".")
+    if module is None:
+        delattr(decoder.get_submodule(owner), leaf)  # else a None stays among the modules
     setattr(decoder.get_submodule(owner), leaf, module)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +59,7 @@ _HARMLESS = {
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+@runtime_checkable
 class DiskLinear(Protocol):
     """Where transformers has a linear of ours."""
 
@@ -95,7 +96,7 @@ class _Adapter:
 
     a: Tensor  # (R, in)
     b: Tensor  # (out, R)
-    alpha: float
+    alpha: int | float
 
 
 def save_adapter(
@@ -498,7 +499,7 @@ def _take(
     return _Adapter(a, b, alpha)
 
 
-def _pattern(patterns: Mapping[str, Any], disk: str, default: float) -> Any:
+def _pattern(patterns: Mapping[str, Any], disk: str, default: Any) -> Any:
     """The value whose key is a regular expression for the end of the name; the first one wins."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", disk):
@@ -516,12 +517,12 @@ def _disk(disk_names: Mapping[str, DiskLinear], name: str) -> str:
     return disk_names[name].name
 
 
-def _alpha(alpha: float, rank: int, other: int, rslora: bool) -> float:
+def _alpha(alpha: int | float, rank: int, other: int, rslora: bool) -> int | float:
     """The alpha that gives the rank `other` the scale that `alpha` gives `rank`."""
     return alpha * math.sqrt(other) / math.sqrt(rank) if rslora else alpha * other / rank
 
 
-def _plain(number: float) -> float:
+def _plain(number: int | float) -> int | float:
     """32 rather than 32.0, as PEFT writes it."""
     return int(number) if float(number).is_integer() else number
 
