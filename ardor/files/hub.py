@@ -91,8 +91,8 @@ def _download(
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{name} is not a directory{_nearest(Path(name))}, not whole in the local cache, and "
-            f"the hub cannot be reached; on a connected machine run 'hf download {name} --local-dir "
-            "DIRECTORY', copy DIRECTORY here and give its path"
+            f"the hub cannot be reached; on a connected machine run 'hf download {name} "
+            "--local-dir DIRECTORY', copy DIRECTORY here and give its path"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise CheckpointError(f"the hub refused {name}: {error}") from error
