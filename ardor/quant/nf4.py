@@ -88,7 +88,7 @@ class NF4Weight:
         packed = self.packed.view(-1)
         for first, last in _chunks(len(scales) * BLOCK, self.packed.device):
             codes = packed[first // 2 : last // 2]
-            values = F.embedding(codes.int(), pairs).view(-1)
+            values = torch.take(pairs, codes.long()).view(torch.float32)
             if missing := last - first - len(values):
                 values = F.pad(values, (0, missing))
             rows = slice(first // BLOCK, last // BLOCK)
@@ -259,11 +259,13 @@ def _nest(absmax: Float32[Tensor, "blocks"]) -> tuple[UInt8[Tensor, "blocks"], N
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 15 midpoints between levels, and the two levels (256, 2) of every byte."""
+    """The 15 midpoints between levels, and the two float32 levels of every byte, in an int64."""
     with torch.inference_mode(False):  # cached tensors must also serve under autograd
         levels = torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
-        return ((levels[:-1] + levels[1:]) / 2).to(device), pairs.to(device)
+        return ((levels[:-1] + levels[1:]) / 2).to(device), pairs.view(torch.int64).view(-1).to(
+            device
+        )
 
 
 @cache

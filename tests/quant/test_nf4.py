@@ -175,12 +175,3 @@ def test_a_damaged_weight_is_refused(bad):
 def test_an_empty_weight_is_refused():
     with pytest.raises(ShapeError, match="nothing to quantize"):
         quantize_nf4(torch.empty(0, 4))
-
-
-def test_a_large_matrix_takes_well_under_a_second():
-    import time
-
-    w = torch.randn(2048, 5632, dtype=torch.bfloat16)
-    start = time.perf_counter()
-    quantize_nf4(w, double=True)
-    assert time.perf_counter() - start < 3  # 0.15 s on two idle cores; this machine may be busy
