@@ -174,8 +174,8 @@ def quantize_nf4(weight: Float[Tensor, "..."], double: bool = False) -> NF4Weigh
     """The nearest NF4 level of every weight over its block's largest magnitude.
 
     A tie takes the lower level. `double` also quantizes the scales, less their mean, to bnb's
-    8-bit dynamic map in blocks of 256. Temporary memory is a few MiB on a CPU, whatever the size.
-    All-zero blocks are exact.
+    8-bit dynamic map in blocks of 256. All-zero blocks are exact. On a CPU temporary memory is a
+    few MiB, and half a byte per weight more if `double`.
 
     Raises: ShapeError for an empty tensor, CheckpointError for one with NaN or infinity in it.
     """
