@@ -53,7 +53,8 @@ def chunked_next_token_loss(
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if len(kept) < len(rows):
         rows, wanted = rows.index_select(0, kept), wanted.index_select(0, kept)
-    trained = tuple(p for p in head_parameters if p.requires_grad)
+    wants = torch.is_grad_enabled()
+    trained = tuple(p for p in head_parameters if wants and p.requires_grad)
     nats = _ChunkedLoss.apply(head, chunk, rows, wanted, *trained)
     return LossSum(nats, torch.tensor(len(kept), device=targets.device))
 

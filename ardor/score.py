@@ -13,6 +13,7 @@ from ardor.arch.decoder import Decoder
 from ardor.arch.layout import Packed
 from ardor.data.batches import Batch
 from ardor.errors import ShapeError
+from ardor.load import Model, tokenizer_of
 from ardor.loss import LossSum, chunked_next_token_loss
 
 CHUNK = 256  # positions whose logits are held at a time
@@ -20,14 +21,15 @@ CHUNK = 256  # positions whose logits are held at a time
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of `tokens[1:]`, each given what stands before it; of `[0]` if a BOS did.
+    """Log-probabilities of the tokens of a text, each given those before it.
 
-    `nats` is their negated sum over `targets` tokens; `bytes` are those of the text scored.
+    The first token has none: nothing stands before it. (With a tokenizer that begins with BOS
+    that is the BOS, and all of the text is scored.)
     """
 
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # nats, one per scored token: the last len(logprobs) tokens
-    bytes: int
+    logprobs: tuple[float, ...]  # nats, of tokens[1:]
+    bytes: int  # of the text that was scored, in UTF-8
 
     @property
     def targets(self) -> int:
@@ -59,7 +61,7 @@ def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
             f"{len(tokens)} tokens cannot be scored: at least 2 are needed, and the model's "
             f"context holds {decoder.spec.max_positions}; give a longer text or split it"
         )
-    row = torch.tensor([list(tokens)], device=decoder.embed_tokens.weight.device)
+    row = torch.tensor([list(tokens)], device=decoder.device)
     hidden, wanted = decoder.hidden(row[:, :-1]), row[:, 1:]
     found = []
     for start in range(0, wanted.shape[1], CHUNK):
@@ -72,7 +74,7 @@ def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
 @torch.inference_mode()
 def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
     """Summed nats and counted targets of a dataset, whatever its division into batches."""
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     targets = torch.zeros((), dtype=torch.int64, device=device)
     decoder.eval()
@@ -83,3 +85,15 @@ def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
         )
         nats, targets = nats + found.nats, targets + found.targets
     return LossSum(nats, targets)
+
+
+def score_text(model: Model, text: str) -> Score:
+    """How probable `text` is, as the model's own tokenizer cuts it.
+
+    Raises: ShapeError if it has fewer than two tokens or more than the model's context.
+    """
+    tokenizer = tokenizer_of(model)
+    tokens = tokenizer.encode(text)
+    logprobs = token_logprobs(model.decoder, tokens)
+    scored = tokenizer.decode(tokens[1:], skip_special=True)
+    return Score(tuple(tokens), tuple(logprobs), len(scored.encode()))

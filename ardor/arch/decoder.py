@@ -134,6 +134,10 @@ class Decoder(nn.Module):
         self.norm = norm(spec.width, spec.norm)
         self.lm_head = None if spec.tied else Linear(spec.width, spec.vocab)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def hidden(
         self,
         tokens: Int[Tensor, "B T"],

@@ -143,14 +143,14 @@ class DiskPart(NamedTuple):
 
 
 def disk_linears(rules: Rules) -> dict[str, DiskPart]:
-    """The linear maps by their names in memory. Biases and norms are not listed."""
+    """What an adapter can name, by names in memory: the linear maps and the embedding."""
     return {
         name.removesuffix(".weight"): DiskPart(
             rule.disk.removesuffix(".weight"), part, len(rule.memory), rule.transposed
         )
         for rule in rules.rules
         for part, name in enumerate(rule.memory)
-        if name.endswith("_proj.weight") or name == "lm_head.weight"
+        if name.endswith("_proj.weight") or name in ("lm_head.weight", "embed_tokens.weight")
     }
 
 

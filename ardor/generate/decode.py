@@ -3,7 +3,7 @@
 Axes: B batch rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,13 +22,14 @@ StopReason = Literal["stop_token", "stop_string", "length", "context"]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What decoding needs to know beyond the prompts; `generate.generate` fills it from flags."""
+    """What decoding needs to know beyond the prompts; `generate.text` fills it from settings."""
 
     max_new_tokens: int
     stops: frozenset[int] = frozenset()
     choose: Choose = greedy
     repetition_penalty: float = 1.0
     tokens_known: int | None = None  # ids from here on belong to no token and are never chosen
+    watch: Callable[[int, int], bool] | None = None  # (row, id) -> whether its text ends here
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request)
 
     Raises: ShapeError for an empty prompt, or one that leaves no room in the model's context.
     """
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     rows = [_row(decoder, i, prompt) for i, prompt in enumerate(prompts)]
     if request.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
@@ -110,7 +111,7 @@ def _prefill(
     decoder: Decoder, cache: KVCache, index: int, tokens: list[int]
 ) -> Float[Tensor, "1 V"]:
     row = cache.row(index)
-    read = torch.tensor([tokens], device=decoder.embed_tokens.weight.device)
+    read = torch.tensor([tokens], device=decoder.device)
     with few_rows(len(tokens), decoder.compute, read.device):
         hidden = decoder.hidden(read, cache=row)
         cache.past[index] = len(tokens)
@@ -143,6 +144,8 @@ def _choose(
 def _finished(row: _Row, id_: int, request: Request) -> StopReason | None:
     if id_ in request.stops:
         return "stop_token"
+    if request.watch is not None and request.watch(row.index, id_):
+        return "stop_string"
     if row.new >= request.max_new_tokens:
         return "length"
     return "context" if row.new >= row.room else None

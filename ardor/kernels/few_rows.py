@@ -21,5 +21,10 @@ def few_rows(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[No
     if device.type != "cpu" or dtype == torch.float32 or rows > FEW:
         yield
         return
-    with torch.backends.mkldnn.flags(enabled=False):
+    # Not torch.backends.mkldnn.flags: it also sets TF32 modes, which warns, and costs more time.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
         yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)

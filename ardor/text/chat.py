@@ -12,8 +12,9 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -179,7 +180,8 @@ class ChatTemplate:
         lines = self.source.splitlines()
         if line is None or not 0 < line <= len(lines):
             return TextError(f"{self.name}: {message}")
-        return TextError(f"{self.name}, line {line}: {message}; the line is {lines[line - 1]!r}")
+        shown = shorten(lines[line - 1], 120)  # some templates are one line of thousands
+        return TextError(f"{self.name}, line {line}: {message}; the line is {shown!r}")
 
 
 CHATML = ChatTemplate(CHATML_SOURCE, name="ChatML")
@@ -222,7 +224,8 @@ def prompt_ids(
     """
     if not messages:
         raise TextError("there are no messages; give at least one")
-    return _prompt(tokenizer, template, messages, _frozen(tokenizer, template, variables))
+    variables = _frozen(tokenizer, template, variables)
+    return _prompt(tokenizer, template, messages, variables, _encoder(tokenizer))
 
 
 def terminator(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
@@ -266,10 +269,11 @@ def supervise(
     variables = _frozen(tokenizer, template, variables)
     said = _as_rendered(template, messages[: answers[-1] + 1], variables)
     rows: list[Example] = []
+    encode = _encoder(tokenizer)
     for i in answers:
-        prompt = _prompt(tokenizer, template, messages[:i], variables)
+        prompt = _prompt(tokenizer, template, messages[:i], variables, encode)
         text = turn.lead + said[i] + (turn.trail if stop == turn.stop else "")
-        answer = tokenizer.encode_content(text, tags=True)
+        answer = encode(text, True, "middle")
         if stop in answer:
             raise TextError(
                 f"message {i + 1} of {len(messages)} holds the stop token "
@@ -295,15 +299,26 @@ class _Turn(NamedTuple):
     stop: int | None = None
 
 
+def _encoder(tokenizer: Tokenizer) -> Callable[[str, bool, Place], list[int]]:
+    """`encode_content` that remembers: each turn of a conversation repeats those before it."""
+    return cache(lambda text, tags, place: tokenizer.encode_content(text, tags=tags, place=place))
+
+
 def _prompt(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, variables: dict[str, Any]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Messages,
+    variables: dict[str, Any],
+    encode: Callable[[str, bool, Place], list[int]],
 ) -> list[int]:
     messages = checked(messages)
     _refuse_control(tokenizer, messages, variables)
     text = template.render(messages, True, **variables)
     pieces = _pieces(template, messages, text, True, variables)
     if pieces is not None:
-        return _join(tokenizer, pieces, messages, _turn(tokenizer, template).lead)
+        answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
+        pieces = _with_lead(pieces, answers, _turn(tokenizer, template).lead)
+        return _join(tokenizer, pieces, answers, encode)
     for number, message in enumerate(messages, 1):
         # What the template made of a content cannot be told from its own text, so all must be safe.
         token = tokenizer.control_in(message["content"], tags=message["role"] == "assistant")
@@ -352,22 +367,24 @@ def _pieces(
 
 
 def _join(
-    tokenizer: Tokenizer, pieces: list[_Piece], messages: list[dict[str, Any]], lead: str
+    tokenizer: Tokenizer,
+    pieces: list[_Piece],
+    answers: set[int],
+    encode: Callable[[str, bool, Place], list[int]],
 ) -> list[int]:
     """The ids of `pieces`: plain text is encoded in runs between control tokens, as if typed.
 
     A run is cut where an answer begins, since a model that answers starts with a new token there.
     """
-    answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
     ids: list[int] = []
     run, place, tags = "", "start", False
 
     def cut(next_place: Place, next_tags: bool = False) -> None:
         nonlocal run, place, tags
-        ids.extend(tokenizer.encode_content(run, tags=tags, place=place))
+        ids.extend(encode(run, tags, place))
         run, place, tags = "", next_place, next_tags
 
-    for piece in _with_lead(pieces, answers, lead):
+    for piece in pieces:
         if piece.message is not None:
             if piece.message in answers or tags:
                 cut("middle", piece.message in answers)

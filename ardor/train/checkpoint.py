@@ -1,6 +1,5 @@
 """checkpoint-N/: the weights in the form other tools read, and the trainer's state beside them."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardor.errors import CheckpointError
-from ardor.files.atomic import atomic_directory, clean_partials
+from ardor.files.atomic import atomic_directory
 from ardor.files.json import read_json, write_json
+from ardor.files.runs import checkpoints
 
 TENSORS, STATE = "trainer.safetensors", "trainer.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,6 @@ class Progress:
     metrics_bytes: int  # length of metrics.jsonl; what was written after it is written again
     dataset: str  # fingerprint of the training data
     settings: dict[str, Any]  # those that change the result
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
 
 
 def write_checkpoint(
@@ -76,12 +69,6 @@ def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
         raise CheckpointError(
             f"{directory} is damaged: {error}; delete it to resume from the checkpoint before it"
         ) from error
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint to resume from, after tidying what a killed writer may have left."""
-    clean_partials(run)
-    return next(reversed(checkpoints(run)), None)
 
 
 def _remove(directory: Path) -> None:

@@ -57,6 +57,8 @@ class Optimisation:
     """Held-out data; without it eval_fraction of the data is held out."""
     eval_fraction: float = 0.02
     """Share of the examples held out where eval_data is not given; 0: none."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too."""
     eval_steps: int | None = None
     """Evaluate every so many steps; always at the end. Default: ten times a run."""
     save_steps: int | None = None
@@ -127,7 +129,12 @@ class Finetune(Optimisation):
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
     train_control_tokens: Literal["auto", "yes", "no"] = "auto"
     """Train the embedding rows of the chat's control tokens; auto: where they never were."""
+    chat_template: str | None = None
+    """A jinja file, or chatml. Default: the model's own; for a model without one, ChatML where the
+    tokenizer has its control tokens, else plain headings."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    eval_on_start: bool = True
+    """Evaluate before the first step too."""
     stop_rate_samples: int = 0
     """Held-out prompts answered at every evaluation to measure how many answers end."""

@@ -19,10 +19,10 @@ from ardor.arch.decoder import Decoder
 from ardor.arch.layout import Packed
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
+from ardor.files.runs import newest_checkpoint
 from ardor.loss import IGNORE, LossSum, chunked_next_token_loss
 from ardor.train.checkpoint import (
     Progress,
-    newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
 )
@@ -35,7 +35,15 @@ RNG = "rng"
 
 # What may change between a run and its resumption without changing a single number of it.
 _FREE = frozenset(
-    ("output", "resume", "eval_steps", "save_steps", "save_total_limit", "logging_steps")
+    (
+        "output",
+        "resume",
+        "eval_on_start",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+    )
 )
 
 Event = Mapping[str, Any]
@@ -47,7 +55,6 @@ class Hooks:
     """What the loop calls but does not know: how weights are saved, and what evaluation means."""
 
     save_weights: Callable[[Path], None]
-    load_weights: Callable[[Path], None]
     evaluate: Callable[[], list[dict[str, Any]]] | None = None
 
 
@@ -57,7 +64,7 @@ class Diverged(ArdorError):
 
 def document_loss(decoder: Decoder, batch: Batch) -> LossSum:
     """Summed nats of a ragged row of documents; no position reads another document."""
-    device = decoder.embed_tokens.weight.device
+    device = decoder.device
     hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
     targets = batch.targets.to(device)
     return chunked_next_token_loss(hidden, targets, decoder.head, decoder.head_parameters())
@@ -106,6 +113,8 @@ class Trainer:
     def resume(self) -> bool:
         """Take up the newest checkpoint of the run, if there is one, exactly where it stood.
 
+        The decoder must hold that checkpoint's weights already.
+
         Raises: CheckpointError if it was written from other data or with other settings.
         """
         directory = newest_checkpoint(self.run)
@@ -123,7 +132,6 @@ class Trainer:
                 f"{directory} was written with other settings ({changed}); resume with those, "
                 "or choose another output folder"
             )
-        self.hooks.load_weights(directory)
         torch.set_rng_state(tensors.pop(RNG))
         restore_optimizer(self.optimizer, self.parameters, tensors.items())
         self.progress = progress
@@ -136,6 +144,8 @@ class Trainer:
         save_every = config.save_steps or evaluate_every
         metrics = Metrics(self.run / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
         windows = self._windows()
+        if config.eval_on_start and self.progress.step == 0:
+            yield from self._evaluate(metrics)
         while self.progress.step < self.steps and not self.stop_requested:
             event = self._step(*next(windows))
             step = self.progress.step
@@ -143,13 +153,17 @@ class Trainer:
                 metrics.append(dict(event))
             yield event
             last = step == self.steps or self.stop_requested
-            if self.hooks.evaluate and (step % evaluate_every == 0 or step == self.steps):
-                for found in self.hooks.evaluate():
-                    metrics.append({"step": step, **found})
-                    yield {"step": step, **found}
+            if step % evaluate_every == 0 or step == self.steps:
+                yield from self._evaluate(metrics)
             if last or step % save_every == 0:
                 path = self._save(metrics.bytes)
                 yield {"step": step, "kind": "checkpoint", "path": str(path)}
+
+    def _evaluate(self, metrics: Metrics) -> Iterator[Event]:
+        for found in self.hooks.evaluate() if self.hooks.evaluate else ():
+            row = {"step": self.progress.step, **found}
+            metrics.append(row)
+            yield row
 
     def _save(self, metrics_bytes: int) -> Path:
         self.progress = replace(self.progress, metrics_bytes=metrics_bytes)

@@ -1,0 +1,46 @@
+"""Flags that say how a model is loaded: the same for every verb that uses one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ardor.cli.console import remarks
+
+if TYPE_CHECKING:
+    from ardor.lm import LM
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """How to hold the model."""
+
+    dtype: str = "auto"
+    """auto (as stored), float32, bfloat16 or float16."""
+    quantization: str | None = None
+    """nf4, nf4-dq or none. Default: as the run was trained."""
+    adapter: str | None = None
+    """A PEFT adapter directory to put on the model."""
+    attn_implementation: str | None = None
+    """sdpa or eager. Default: sdpa."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    def load(self, name: str) -> LM:
+        """The model, with one line on stderr that says how it is held."""
+        from ardor.lm import load  # later: help needs no torch
+
+        lm = load(
+            name,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            adapter=self.adapter,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+        )
+        model = lm.model
+        held = model.quantization or str(model.precision.weights).removeprefix("torch.")
+        compute = str(model.precision.compute).removeprefix("torch.")
+        text = f"{name}: {held}, computing in {compute} on {model.decoder.device}"
+        remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
+        return lm

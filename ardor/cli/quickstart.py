@@ -1,0 +1,72 @@
+"""`ardor quickstart`."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ardor.cli.console import duration, results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole job, offline: text from Python's own library, a model from scratch, QLoRA, chat."""
+
+    output: Path = Path("runs/quickstart")
+    """Folder that everything goes to; the other verbs can use it."""
+    steps: int = 240
+    """Optimizer steps of the base model."""
+    epochs: float = 3.0
+    """Passes over the question-answer pairs."""
+    seed: int = 0
+    """Of everything."""
+
+
+def run(config: Config) -> int:
+    from ardor import quickstart as stages  # later: help needs no torch
+    from ardor.cli.watch import evaluation_line, watch
+
+    out, began = results(), time.monotonic()
+    folder = config.output
+    stages.check_folder(folder)
+    out.print("1/4  text from the standard library of this Python")
+    data = stages.make_data(folder / "data", config.seed)
+    out.print(
+        f"     {data.documents:,} documents, {data.characters / 1e6:.1f} MB of text; "
+        f"{data.pairs:,} question-answer pairs, {len(data.held_out):,} more held out with their modules"
+    )
+    out.print("2/4  a tokenizer and a small Llama from scratch")
+    base = stages.prepare_base(folder, data, steps=config.steps, seed=config.seed)
+    watch(base, "training", verb="train")
+    out.print("3/4  QLoRA: the base again from disk in 4 bits, adapters on the pairs")
+    tuning = stages.prepare_tuning(folder, data, epochs=config.epochs, seed=config.seed)
+    before, *_, after = watch(tuning, "qlora", verb="finetune")
+    out.print(f"     before: {evaluation_line(before)}")
+    out.print(f"     after:  {evaluation_line(after)}")
+    out.print("4/4  chat: questions about modules that were held out")
+    _chat(folder, stages.questions(data))
+    out.print(
+        f"\nAll of it took {duration(time.monotonic() - began)}. Look at {folder}/report.html,"
+    )
+    out.print("and do the same with your own model and data:\n")
+    out.print(f"  ardor chat {folder}")
+    out.print(f"  ardor score {folder} {data.heldout}")
+    out.print(f'  ardor generate {folder / "base"} "Return the"')
+    out.print("  ardor train my_texts/ -o runs/my-base")
+    out.print("  ardor finetune MODEL my_pairs.jsonl -o runs/mine --method qlora")
+    out.print("  ardor chat runs/mine\n")
+    out.print("MODEL is a folder or a hub id; my_pairs.jsonl looks like")
+    out.print(f"{data.train}.")
+    return 0
+
+
+def _chat(folder: Path, questions: list) -> None:  # type: ignore[type-arg]
+    from ardor.lm import load
+
+    lm, out = load(folder), results()
+    for pair in questions:
+        out.print(f"     > {pair.question}")
+        out.print("     ", end="")
+        for piece in lm.stream_chat([{"role": "user", "content": pair.question}]):
+            out.print(piece.text, end="")
+            if piece.done is not None:
+                out.print(f"  [{piece.done.stop_reason}]")

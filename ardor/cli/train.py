@@ -1,0 +1,25 @@
+"""`ardor train DATA`."""
+
+from dataclasses import dataclass
+
+from ardor.cli.console import remarks
+from ardor.train.config import Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Train):
+    """Train a language model, and its tokenizer, from scratch on text."""
+
+    json: bool = False
+    """Print every event as a line of JSON on stdout."""
+
+
+def run(config: Config) -> int:
+    from ardor.cli.watch import watch  # later: help needs no torch
+    from ardor.train.pretrain import prepare
+
+    found = prepare(config)
+    watch(found, "training", json=config.json, verb="train")
+    if not config.json:
+        remarks().print(f'try it: ardor generate {found.folder} "Once upon a time"')
+    return 0

@@ -1,0 +1,78 @@
+"""A run as people (or machines) see it: notes, a live bar, evaluations, and a clean Ctrl-C."""
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ardor.cli.console import Progress, print_json, remarks
+from ardor.train.run import Run
+
+SHOWN = 100  # characters of a sample
+
+
+def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mapping[str, Any]]:
+    """Run to the end, or to a clean stop on Ctrl-C; the evaluations, in order.
+
+    Raises: KeyboardInterrupt with the command to go on with, after the checkpoint is written.
+    """
+    console, trainer = remarks(), run.trainer
+    for note in run.notes:
+        console.print(note)
+    where = f"step {trainer.progress.step} of {trainer.steps}"
+    console.print(f"run: {run.folder}" + (f", resumed at {where}" if run.resumed else ""))
+    evaluations: list[Mapping[str, Any]] = []
+    if trainer.progress.step >= trainer.steps:
+        console.print(f"nothing left to do: the run is at {where}")
+        return evaluations
+    loss = None
+    with _stop_on_interrupt(run), Progress(label, trainer.steps, console=console) as progress:
+        for event in run.events():
+            if json:
+                print_json(event)
+            match event["kind"]:
+                case "train":
+                    # Smoothed, as single batches of few examples jump.
+                    loss = event["loss"] if loss is None else 0.9 * loss + 0.1 * event["loss"]
+                    rate = event["tokens_per_second"]
+                    progress.update(event["step"], loss=loss, tokens_per_second=rate)
+                case "eval":
+                    evaluations.append(event)
+                    progress.note(f"step {event['step']}: {evaluation_line(event)}")
+                case "sample":
+                    text = " ".join(f"{event['prompt']}{event['text']}".split())
+                    progress.note(f"step {event['step']}: sample: {text[:SHOWN]}")
+    if trainer.progress.step < trainer.steps:
+        raise KeyboardInterrupt(
+            f"step {trainer.progress.step} of {trainer.steps} is saved; go on with",
+            f"  ardor {verb} --config {run.folder}/config.yaml --resume",
+        )
+    if not json:
+        console.print(f"report: {run.folder / 'report.html'}")
+    return evaluations
+
+
+def evaluation_line(event: Mapping[str, Any]) -> str:
+    """Held-out figures on one line."""
+    line = f"held-out loss {event['loss']:.3f} nats, perplexity {event['perplexity']:,.1f}"
+    if "stop_rate" in event:
+        line += f", stop rate {event['stop_rate']:.0%}"
+    return line
+
+
+@contextmanager
+def _stop_on_interrupt(run: Run) -> Iterator[None]:
+    """Ctrl-C ends the run after the current step, with a checkpoint; a second one at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if run.trainer.stop_requested:
+            raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
+        run.trainer.stop_requested = True
+        remarks().print("stopping after this step (Ctrl-C again: at once)")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

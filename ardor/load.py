@@ -1,0 +1,223 @@
+"""The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ardor.adapters.lora import LoraConfig
+from ardor.adapters.peft_files import ADAPTER_CONFIG, load_adapter
+from ardor.arch.decoder import Decoder
+from ardor.errors import CheckpointError, ConfigError
+from ardor.families import family_of
+from ardor.families.family import Family
+from ardor.families.hf_config import HFConfig
+from ardor.families.rules import Rules
+from ardor.files.hub import resolve
+from ardor.files.json import read_json
+from ardor.files.runs import ORIGIN, newest_checkpoint
+from ardor.files.weights import WeightFiles, open_weights
+from ardor.precision import Precision
+from ardor.precision import resolve as resolve_precision
+from ardor.quant.linear import quantize_decoder
+from ardor.text.chat import ChatTemplate
+from ardor.text.stops import StopSet
+from ardor.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Model:
+    """A decoder with everything its checkpoint says about it. Nothing in it requires gradients."""
+
+    decoder: Decoder
+    family: Family
+    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
+    config: dict[str, Any]  # config.json as it was read
+    generation_config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    stops: StopSet
+    precision: Precision
+    source: str  # of the base weights: a hub id or an absolute path
+    revision: str | None  # the commit, for a hub id
+    quantization: str | None = None
+    adapter: LoraConfig | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a name leads: the base model, and the adapter on it if there is one."""
+
+    base: str
+    adapter: Path | None
+    quantization: str | None  # of the base while the adapter was trained
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+) -> Model:
+    """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
+
+    Weights are mapped from their files and copied only where the dtype or device asks for it;
+    `quantization` replaces one linear at a time. An adapter's base is found through its own files
+    and quantized as it was when the adapter was trained, unless said otherwise.
+
+    Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
+    """
+    origin = _origin(Path(name), str(name), adapter)
+    quantization = quantization or origin.quantization
+    found = resolve(origin.base, revision)
+    files = open_weights(found.path)
+    raw, family, rules, decoder = _on_meta(found.path, files, attn_implementation or "sdpa")
+    _fill(decoder, files, rules)
+    stored = decoder.embed_tokens.weight.dtype
+    precision = resolve_precision(dtype, stored, torch.device(device))
+    if quantization is not None and quantization != "none":
+        quantize_decoder(decoder, quantization)
+    decoder.compute = precision.compute
+    decoder.to(device=device, dtype=precision.weights).requires_grad_(False).eval()
+    lora = None
+    if origin.adapter is not None:
+        lora = load_adapter(origin.adapter, decoder, disk_names=family.disk_linears(decoder.spec))
+        decoder.requires_grad_(False).to(device)
+    text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
+    tokenizer, template = _text(text)
+    generation = _optional_json(text / "generation_config.json")
+    return Model(
+        decoder=decoder,
+        family=family,
+        rules=rules,
+        config=raw,
+        generation_config=generation,
+        tokenizer=tokenizer,
+        template=template,
+        stops=stops_of(tokenizer, template, generation, raw),
+        precision=precision,
+        source=str(found.path.resolve()) if found.revision is None else origin.base,
+        revision=found.revision,
+        quantization=None if quantization == "none" else quantization,
+        adapter=lora,
+    )
+
+
+def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
+    """Follow a run folder to its newest checkpoint, and an adapter to its base."""
+    if path.is_dir() and not (path / "config.json").exists():
+        path = newest_checkpoint(path) or path
+    if adapter is None and not (path / ADAPTER_CONFIG).exists():
+        return Origin(str(path) if path.is_dir() else name, None, None)
+    if adapter is None:
+        adapter, name = path, ""
+    directory = Path(adapter)
+    if not (directory / ADAPTER_CONFIG).exists():
+        directory = newest_checkpoint(directory) or directory
+    config = read_json(directory / ADAPTER_CONFIG)
+    base = name or config.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(
+            f"{directory / ADAPTER_CONFIG} does not name its base model; "
+            "give the model, and this directory as adapter"
+        )
+    base_path = Path(base)
+    if base_path.is_dir() and not (base_path / "config.json").exists():
+        base = str(newest_checkpoint(base_path) or base)
+    elif base_path.is_absolute() and not base_path.exists():
+        raise CheckpointError(
+            f"the base model of {directory} was at {base}, which does not exist; "
+            "give its new place as the model, and this directory as adapter"
+        )
+    return Origin(base, directory, _optional_json(directory / ORIGIN).get("quantization"))
+
+
+def _on_meta(
+    path: Path, files: WeightFiles, attn: str
+) -> tuple[dict[str, Any], Family, Rules, Decoder]:
+    """The decoder that config.json describes, without memory, and the rules to fill it."""
+    raw = read_json(path / "config.json")
+    family = family_of(raw, path=str(path / "config.json"))
+    spec = family.spec(HFConfig(raw, path=str(path / "config.json")))
+    rules = family.rules(spec).bind(files.names())
+    rules.check(files.names(), str(path))
+    with torch.device("meta"):
+        decoder = Decoder(spec, attn=attn)
+    wanted = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    for rule in rules.rules:
+        for name, shape in rule.shapes(files.shape(rule.disk)).items():
+            if wanted[name] != shape:
+                raise CheckpointError(
+                    f"{files.file(rule.disk)}: {rule.disk} gives {name} the shape {list(shape)}, "
+                    f"but config.json makes it {list(wanted[name])}"
+                )
+    return raw, family, rules, decoder
+
+
+def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
+    for rule in rules.rules:
+        for name, tensor in rule.to_memory(files.read(rule.disk)).items():
+            _place(decoder, name, tensor)
+    if rules.head_copied and rules.tied_head is not None:
+        copy = files.read(rules.tied_head.disk)
+        if not torch.equal(copy, decoder.embed_tokens.weight):
+            raise CheckpointError(
+                f"{files.directory}: config.json ties the head to the embedding, but "
+                f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
+            )
+    left = [name for name, p in decoder.named_parameters() if p.is_meta]
+    assert not left, f"no rule fills {left}"
+
+
+def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(owner)
+    module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
+
+
+def _text_home(adapter: Path, base: Path) -> Path:
+    """Files beside the adapter win: fine-tuning may have set a chat template."""
+    return adapter if (adapter / "tokenizer.json").exists() else base
+
+
+def _text(path: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    if not (path / "tokenizer.json").exists():
+        return None, None
+    return Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
+
+
+def stops_of(
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    generation_config: dict[str, Any],
+    config: dict[str, Any],
+) -> StopSet:
+    """Every token that ends a text of this model; empty without a tokenizer."""
+    if tokenizer is None:
+        return StopSet(frozenset())
+    return StopSet.gather(
+        tokenizer, template=template, generation_config=generation_config, config=config
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises: ConfigError if it came without one.
+    """
+    if model.tokenizer is None:
+        raise ConfigError(
+            f"{model.source} has no tokenizer.json, which text needs; give token ids, or copy the "
+            "tokenizer's files beside the weights"
+        )
+    return model.tokenizer

@@ -1,0 +1,60 @@
+"""A model back into the files it came from, whole or not at all."""
+
+from pathlib import Path
+
+from ardor.adapters.lora import lora_modules
+from ardor.adapters.peft_files import save_adapter
+from ardor.errors import ConfigError
+from ardor.files.atomic import atomic_directory
+from ardor.files.json import write_json
+from ardor.files.runs import ORIGIN
+from ardor.files.weights import write_weights
+from ardor.load import Model
+
+
+def save_model(model: Model, directory: str | Path) -> None:
+    """Write `directory` as transformers reads it; an adapted model as PEFT does (adapter only).
+
+    An existing directory is replaced in one step. What was loaded unchanged is written bitwise.
+
+    Raises: ConfigError for a quantized model without an adapter: its full weights are not here.
+    """
+    with atomic_directory(directory) as partial:
+        write_files(model, partial)
+
+
+def write_files(model: Model, directory: Path) -> None:
+    """The files of `save_model` into an existing directory, for whoever makes it atomic."""
+    if model.adapter is not None and any(True for _ in lora_modules(model.decoder)):
+        save_adapter(
+            directory,
+            model.decoder,
+            model.adapter,
+            disk_names=model.family.disk_linears(model.decoder.spec),
+            base_model=model.source,
+            revision=model.revision,
+        )
+        write_json(directory / ORIGIN, {"quantization": model.quantization or "none"})
+    else:
+        _write_weights(model, directory)
+    if model.generation_config:
+        write_json(directory / "generation_config.json", model.generation_config)
+    if model.tokenizer is not None:
+        template = None if model.template is None else model.template.source
+        model.tokenizer.save(directory, template)
+
+
+def _write_weights(model: Model, directory: Path) -> None:
+    if model.quantization is not None:
+        raise ConfigError(
+            f"{model.source} is loaded as {model.quantization}, without the full weights; "
+            "load it without quantization to save it, or save an adapter on it"
+        )
+    state = dict(model.decoder.named_parameters())
+    write_weights(directory, model.rules.to_disk(lambda name: state[name].detach().cpu()))
+    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    config = dict(model.config)
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype
+    write_json(directory / "config.json", config)

@@ -1,0 +1,50 @@
+"""What a run says about held-out data: loss, perplexity, and how many answers end by themselves."""
+
+import math
+from typing import Any
+
+from ardor.data.batches import BatchPlan
+from ardor.data.dataset import Dataset
+from ardor.generate.text import Settings, generate
+from ardor.load import Model
+from ardor.score import heldout_loss
+
+TOKENS = 8192  # of a batch; the result does not depend on it
+ANSWERS = 64  # decoded side by side
+ANSWER_TOKENS = 96  # an answer that is longer counts as one that does not end
+
+
+def evaluate(model: Model, heldout: Dataset, *, answers: int = 0) -> dict[str, Any]:
+    """{"loss": nats per target, "perplexity", "targets"} and, if `answers`, {"stop_rate"}."""
+    budget = max(TOKENS, int(heldout.lengths.max()))
+    plan = BatchPlan(heldout, tokens_per_batch=budget, shuffle=False)
+    found = heldout_loss(model.decoder, (plan.batch(members) for members in plan.epoch(0)))
+    loss = float(found.nats) / int(found.targets)
+    row: dict[str, Any] = {
+        "kind": "eval",
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "targets": int(found.targets),
+    }
+    if answers:
+        row["stop_rate"] = stop_rate(model, heldout, answers)
+    return row
+
+
+def stop_rate(model: Model, heldout: Dataset, count: int) -> float:
+    """Share of greedy answers to the first `count` held-out prompts that end by themselves.
+
+    A prompt is an example up to its first trained token. An answer ends by itself if the model
+    writes a stop token within ANSWER_TOKENS tokens.
+    """
+    settings = Settings(max_new_tokens=ANSWER_TOKENS, temperature=0.0, repetition_penalty=1.0)
+    prompts = []
+    for index in range(min(count, len(heldout))):
+        example = heldout[index]
+        prompts.append(example.tokens[: max(1, example.supervised.index(True))])
+    model.decoder.eval()
+    ended = 0
+    for start in range(0, len(prompts), ANSWERS):
+        answers = generate(model, prompts[start : start + ANSWERS], settings)
+        ended += sum(answer.stopped for answer in answers)
+    return ended / len(prompts)

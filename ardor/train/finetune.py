@@ -1,0 +1,170 @@
+"""`ardor finetune`: a model that exists, on examples of what it should do."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.data.dataset import Dataset
+from ardor.data.sources import Row, read_rows
+from ardor.errors import ConfigError
+from ardor.files.json import read_text
+from ardor.load import Model, load_model, stops_of, tokenizer_of
+from ardor.precision import training_compute
+from ardor.text.chat import CHATML, ChatTemplate
+from ardor.text.templates import default_template
+from ardor.text.tokenizer import Tokenizer
+from ardor.train.config import Finetune
+from ardor.train.evaluate import evaluate
+from ardor.train.run import Run, begin, output_folder, resumed_from, split
+
+LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+
+
+def prepare(config: Finetune) -> Run:
+    """Everything up to the first step.
+
+    Raises: an ArdorError before anything is written.
+    """
+    rate = config.learning_rate or LEARNING_RATES[config.method]
+    config = replace(config, learning_rate=rate)
+    folder = output_folder(config, "finetune")
+    rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
+    rows = [*islice(rows, 1), *rows]
+    checkpoint = resumed_from(config)
+    model, added = _model(config, checkpoint)
+    limit = min(config.max_length, model.decoder.spec.max_positions)
+    data = _dataset(rows, model, config, limit)
+    held = None
+    if config.eval_data is not None:
+        held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
+    if checkpoint is None:
+        _make_trainable(config, model, added)
+    train, heldout = split(config, data, held)
+    return begin(
+        config,
+        folder,
+        model,
+        (train, heldout),
+        evaluate=lambda: (
+            [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
+        ),
+        notes=(
+            f"data: {data.census.summary()}, each at most {limit:,} tokens",
+            f"model: {_described(model, config)}",
+            f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+        ),
+    )
+
+
+def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dataset:
+    return Dataset.build(
+        rows,
+        tokenizer_of(model),
+        model.template,
+        max_length=limit,
+        over_length=config.over_length,
+    )
+
+
+def _model(config: Finetune, checkpoint: Path | None) -> tuple[Model, bool]:
+    """The model with the chat template it will be trained on, and whether that is new to it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = training_compute(config.dtype, device)
+    full = config.method == "full"
+    model = load_model(
+        config.model if not full or checkpoint is None else checkpoint,
+        dtype=precision.weights if full else precision.compute,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        quantization=config.quantization if config.method == "qlora" else "none",
+        adapter=None if full else checkpoint,
+        revision=config.revision,
+    )
+    if model.adapter is not None and checkpoint is None:
+        raise ConfigError(
+            f"{config.model} is an adapter on {model.source}; fine-tune that model, or add "
+            "--resume with -o to go on with the run"
+        )
+    model.precision = precision
+    model.decoder.compute = precision.compute
+    added = model.template is None or config.chat_template is not None
+    if checkpoint is None and added:
+        model.template = _template(config, tokenizer_of(model))
+    model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
+    model.generation_config["eos_token_id"] = model.stops.eos_token_id
+    if full:
+        model.config["eos_token_id"] = model.stops.eos_token_id
+    if checkpoint is not None:
+        _require_grad(config, model)
+    return model, added
+
+
+def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
+    if config.chat_template is None:
+        return default_template(tokenizer)
+    if config.chat_template == "chatml":
+        return CHATML
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ConfigError(
+            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
+        )
+    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
+
+
+def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
+    if config.method != "full":
+        targets = config.target_modules
+        rows = _control_rows(config, model, template_added)
+        model.adapter = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+            use_rslora=config.use_rslora,
+            trainable_token_indices=rows,
+        )
+        disk = model.family.disk_linears(model.decoder.spec)
+        add_lora(
+            model.decoder,
+            model.adapter,
+            names=lambda name: disk[name].name,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+    torch.manual_seed(config.seed)
+    _require_grad(config, model)
+
+
+def _require_grad(config: Finetune, model: Model) -> None:
+    if config.method == "full":
+        for parameter in model.decoder.parameters():
+            # What a file is mapped to must not be written to.
+            parameter.data = parameter.data.clone()
+        model.decoder.requires_grad_(True)
+        return
+    for parameter in lora_parameters(model.decoder):
+        parameter.requires_grad_(True)
+
+
+def _control_rows(config: Finetune, model: Model, template_added: bool) -> tuple[int, ...]:
+    """Control tokens that the template writes, where the model has never been trained on them."""
+    if config.train_control_tokens == "no" or model.template is None:
+        return ()
+    if config.train_control_tokens == "auto" and not template_added:
+        return ()
+    tokenizer = tokenizer_of(model)
+    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    text = model.template.render(probe, add_generation_prompt=True)
+    written = {part for part in tokenizer.split(text) if isinstance(part, int)}
+    return tuple(sorted(written - {tokenizer.special.bos, tokenizer.special.eos}))
+
+
+def _described(model: Model, config: Finetune) -> str:
+    parameters = list(model.decoder.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    held = sum(t.nbytes for t in (*parameters, *model.decoder.buffers()))
+    text = f"{config.method}, {trained / 1e6:.2f} M trained parameters, {held / 2**20:.0f} MiB"
+    return text + (f", base in {model.quantization}" if model.quantization else "")

@@ -1,0 +1,114 @@
+"""The folder of a run, and what every kind of run does around the loop."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ardor import __version__
+from ardor.data.batches import BatchPlan
+from ardor.data.dataset import Dataset
+from ardor.errors import ConfigError
+from ardor.files.atomic import clean_partials, write_atomic
+from ardor.files.runs import newest_checkpoint
+from ardor.files.yaml import to_yaml
+from ardor.load import Model
+from ardor.save import write_files
+from ardor.train.config import Optimisation
+from ardor.train.report import write_report
+from ardor.train.trainer import Event, Hooks, Trainer
+
+CONFIG = "config.yaml"
+
+
+@dataclass
+class Run:
+    """A run that is ready to go: iterate `events`."""
+
+    folder: Path
+    model: Model
+    trainer: Trainer
+    train: Dataset
+    heldout: Dataset | None
+    resumed: bool
+    notes: tuple[str, ...]  # for people: what was found and chosen
+
+    def events(self) -> Iterator[Event]:
+        """Train to the end; report.html follows every checkpoint."""
+        for event in self.trainer.events():
+            if event["kind"] == "checkpoint":
+                write_report(self.folder)
+            yield event
+
+
+def output_folder(config: Optimisation, verb: str) -> Path:
+    """The folder to write: as asked, or the next free runs/<verb>-N.
+
+    Raises: ConfigError if it already holds a run and `resume` is not set, or the reverse.
+    """
+    if config.output is None:
+        if config.resume:
+            raise ConfigError("resume needs the folder of the run to go on with: -o RUN")
+        taken = {path.name for path in Path("runs").glob(f"{verb}-*")}
+        number = next(n for n in range(1, len(taken) + 2) if f"{verb}-{n}" not in taken)
+        return Path("runs") / f"{verb}-{number}"
+    holds_run = (config.output / CONFIG).exists()
+    if holds_run and not config.resume:
+        raise ConfigError(
+            f"{config.output} already holds a run; add --resume to go on with it, "
+            "or choose another folder with -o"
+        )
+    if config.output.exists() and not config.output.is_dir():
+        raise ConfigError(f"{config.output} is a file; give a folder with -o")
+    if config.resume and not holds_run:
+        raise ConfigError(
+            f"{config.output} holds no run to resume; leave --resume out to begin one"
+        )
+    return config.output
+
+
+def resumed_from(config: Optimisation) -> Path | None:
+    """The checkpoint that this run will go on from, if any; tidies what a killed writer left."""
+    if not config.resume or config.output is None:
+        return None
+    clean_partials(config.output)
+    return newest_checkpoint(config.output)
+
+
+def split(
+    config: Optimisation, data: Dataset, heldout: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """(training, held-out or None) data, holding out a part if none was given."""
+    if heldout is not None or config.eval_fraction <= 0 or len(data) < 10:
+        return data, heldout
+    return data.split(config.eval_fraction, config.seed)
+
+
+def begin(
+    config: Optimisation,
+    folder: Path,
+    model: Model,
+    data: tuple[Dataset, Dataset | None],
+    *,
+    evaluate: Callable[[], list[dict[str, Any]]] | None,
+    notes: tuple[str, ...] = (),
+) -> Run:
+    """Write the resolved settings, build the trainer, and take up the newest checkpoint."""
+    train, heldout = data
+    plan = BatchPlan(
+        train,
+        tokens_per_batch=config.tokens_per_batch,
+        examples_per_batch=(
+            None if config.tokens_per_batch is not None else config.per_device_train_batch_size
+        ),
+        seed=config.seed,
+    )
+    hooks = Hooks(
+        save_weights=lambda directory: write_files(model, directory),
+        evaluate=evaluate,
+    )
+    trainer = Trainer(model.decoder, plan, config, folder, hooks)
+    resumed = config.resume and trainer.resume()
+    text = to_yaml(replace(config, output=folder, resume=False))
+    write_atomic(folder / CONFIG, f"# ardor {__version__}\n{text}")
+    return Run(folder, model, trainer, train, heldout, resumed, notes)
