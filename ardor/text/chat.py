@@ -39,6 +39,9 @@ CHATML_SOURCE = (
 Messages = Sequence[Any]
 """Dicts with a `role` and a `content`, both str. Checked here, as they come from people's files."""
 
+# A prompt that has opened what the answer is to go on in, such as a thought.
+_OPENED = re.compile(r"(?P<tag><[A-Za-z][\w-]*>)(?P<space>\s*)$")
+
 # What a template that does not like its messages can raise besides jinja2's own errors.
 _FAILURES = (
     TemplateError,
@@ -224,8 +227,7 @@ def prompt_ids(
     """
     if not messages:
         raise TextError("there are no messages; give at least one")
-    variables = _frozen(tokenizer, template, variables)
-    return _prompt(tokenizer, template, messages, variables, _encoder(tokenizer))
+    return _Encoder(tokenizer, template, variables).prompt(checked(messages))[1]
 
 
 def terminator(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
@@ -247,9 +249,10 @@ def supervise(
 
     Before each answer stand exactly the `prompt_ids` of that turn. Turns share a row while the
     template lets them; where it writes the past differently from what was said (Qwen3 drops
-    thoughts), the turn gets a row of its own. White space that the template puts between prompt and
-    answer or before its terminator (Llama 2) is trained on with the answer. `stop_id` defaults to
-    the template's terminator, then to EOS.
+    thoughts), the turn gets a row of its own. What the template writes between the prompt and the
+    answer, or between the answer and its terminator, is trained on with it, since the model has to
+    write it: a space in Llama 2, an empty thought in Qwen3. `stop_id` defaults to the template's
+    terminator, then to EOS.
 
     Raises: TextError if there is nothing to train on, no stop token, or as for `prompt_ids`.
     """
@@ -258,22 +261,19 @@ def supervise(
     if not any(messages[i]["content"] for i in answers):
         what = "every assistant message is empty" if answers else "there is no assistant message"
         raise TextError(f"nothing to train on: {what}; drop the conversation or mend it")
-    turn = _turn(tokenizer, template)
-    stop = next((id for id in (stop_id, turn.stop, tokenizer.special.eos) if id is not None), None)
+    ends = (stop_id, terminator(tokenizer, template), tokenizer.special.eos)
+    stop = next((id for id in ends if id is not None), None)
     if stop is None:
         raise TextError(
             f"{template.name} writes no control token after an answer and the tokenizer has no EOS "
             "token, so a model could not learn where to stop; give stop_id, or set eos_token in "
             "tokenizer_config.json"
         )
-    variables = _frozen(tokenizer, template, variables)
-    said = _as_rendered(template, messages[: answers[-1] + 1], variables)
+    encoder = _Encoder(tokenizer, template, variables)
     rows: list[Example] = []
-    encode = _encoder(tokenizer)
     for i in answers:
-        prompt = _prompt(tokenizer, template, messages[:i], variables, encode)
-        text = turn.lead + said[i] + (turn.trail if stop == turn.stop else "")
-        answer = encode(text, True, "middle")
+        text, prompt = encoder.prompt(messages[:i])
+        answer = encoder.answer(messages[: i + 1], text, stop)
         if stop in answer:
             raise TextError(
                 f"message {i + 1} of {len(messages)} holds the stop token "
@@ -294,40 +294,106 @@ class _Piece(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    lead: str = ""  # white space between the prompt and the answer
-    trail: str = ""  # white space between the answer and its terminator
+    glue: str = ""  # plain text of the template that comes after the prompt, next to the answer
     stop: int | None = None
 
 
-def _encoder(tokenizer: Tokenizer) -> Callable[[str, bool, Place], list[int]]:
-    """`encode_content` that remembers: each turn of a conversation repeats those before it."""
-    return cache(lambda text, tags, place: tokenizer.encode_content(text, tags=tags, place=place))
+class _Encoder:
+    """The renderings of one conversation: with the same variables and clock reading for each."""
 
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, variables: dict[str, Any]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.variables = _frozen(tokenizer, template, variables)
+        self.glue = _turn(tokenizer, template).glue
+        # Each turn of a conversation repeats those before it.
+        self.encode = cache(
+            lambda text, tags, place: tokenizer.encode_content(text, tags=tags, place=place)
+        )
 
-def _prompt(
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    messages: Messages,
-    variables: dict[str, Any],
-    encode: Callable[[str, bool, Place], list[int]],
-) -> list[int]:
-    messages = checked(messages)
-    _refuse_control(tokenizer, messages, variables)
-    text = template.render(messages, True, **variables)
-    pieces = _pieces(template, messages, text, True, variables)
-    if pieces is not None:
+    def prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        """The text and the ids that the model is given to go on from `messages`."""
+        text = self.template.render(messages, True, **self.variables)
+        return text, self.join(self.pieces(messages, text, True), messages, "start")
+
+    def answer(self, messages: list[dict[str, Any]], prompt: str, stop: int) -> list[int]:
+        """The ids that the model should write after `prompt` to give the last of `messages`."""
+        number = len(messages) - 1
+        text = self.template.render(messages, **self.variables)
+        pieces = self.pieces(messages, text, False)
+        tail = _after(pieces, len(prompt)) if text.startswith(prompt) else None
+        at = max((i for i, piece in enumerate(pieces) if piece.message == number), default=None)
+        content, trail = messages[number]["content"], ""
+        if at is not None:
+            content = pieces[at].text
+            space, end = _ending(self.tokenizer, pieces[at + 1].text)
+            trail = space if end == stop else ""
+        if tail is not None and at is not None:
+            lead = [piece for piece in tail[:at] if piece.text]
+            return self.join([*lead, tail[at], _Piece(trail, None)], messages, "middle")
+        if tail is not None and stop in (ids := self.join(tail, messages, "middle")):
+            return ids[: ids.index(stop)]
+        if (opened := _OPENED.search(prompt)) and content.startswith(opened["tag"]):
+            content = content.removeprefix(opened["tag"]).removeprefix(opened["space"])
+        return self.join([_Piece(content, number), _Piece(trail, None)], messages, "middle")
+
+    def pieces(
+        self, messages: list[dict[str, Any]], text: str, add_generation_prompt: bool
+    ) -> list[_Piece]:
+        """`text` cut so that every content that spells a control token is a piece of its own.
+
+        All contents are, unless the template reads or rewrites one of them.
+
+        Raises: TextError if a control token is spelled where it cannot be told from a real one.
+        """
+        _refuse_control(self.tokenizer, messages, self.variables)
+        frame = (self.template, messages, text, add_generation_prompt, self.variables)
+        if (found := _pieces(*frame, set(range(len(messages))))) is not None:
+            return found
+        spelled = {
+            number: token
+            for number, message in enumerate(messages)
+            for tags in [message["role"] == "assistant"]
+            if (token := self.tokenizer.control_in(message["content"], tags=tags)) is not None
+        }
+        if (found := _pieces(*frame, set(spelled))) is not None:
+            return found
+        number, token = next(iter(spelled.items()))
+        raise TextError(
+            f"message {number + 1} of {len(messages)} spells the control token {token!r}, and "
+            f"{self.template.name} rewrites contents, so it cannot be kept as text; remove it"
+        )
+
+    def join(self, pieces: list[_Piece], messages: list[dict[str, Any]], place: Place) -> list[int]:
+        """The ids of `pieces`: plain text is encoded in runs between control tokens, as if typed.
+
+        A run is cut where an answer begins: a model that answers starts with a new token there.
+        """
         answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
-        pieces = _with_lead(pieces, answers, _turn(tokenizer, template).lead)
-        return _join(tokenizer, pieces, answers, encode)
-    for number, message in enumerate(messages, 1):
-        # What the template made of a content cannot be told from its own text, so all must be safe.
-        token = tokenizer.control_in(message["content"], tags=message["role"] == "assistant")
-        if token is not None:
-            raise TextError(
-                f"message {number} of {len(messages)} spells the control token {token!r}, and "
-                f"{template.name} rewrites contents, so it cannot be kept as text; remove it"
-            )
-    return tokenizer.encode_template(text)
+        ids: list[int] = []
+        run, tags = "", False
+
+        def cut(next_place: Place, next_tags: bool = False) -> None:
+            nonlocal run, place, tags
+            ids.extend(self.encode(run, tags, place))
+            run, place, tags = "", next_place, next_tags
+
+        for piece in _with_glue(pieces, answers, self.glue):
+            if piece.message is not None:
+                if piece.message in answers or tags:
+                    cut("middle", piece.message in answers)
+                run += piece.text
+                continue
+            for part in self.tokenizer.split(piece.text):
+                if isinstance(part, int):
+                    cut("segment")
+                    ids.append(part)
+                else:
+                    run += part
+        cut("middle")
+        return ids
 
 
 def _pieces(
@@ -336,17 +402,23 @@ def _pieces(
     text: str,
     add_generation_prompt: bool,
     variables: dict[str, Any],
+    chosen: set[int],
 ) -> list[_Piece] | None:
-    """`text`, the rendering of `messages`, cut into the template's text and people's contents.
+    """`text`, the rendering of `messages`, cut around the contents of the `chosen` ones.
 
-    The cuts are found by rendering again with a marker for each content. None if the contents, as
+    The cuts are found by rendering again with a marker for each of these. None if the contents, as
     they are or without the white space around them, do not fill the markers' places to give `text`.
     """
+    if not chosen:
+        return [_Piece(text, None)]
     taken = "".join([text, template.source, *(message["content"] for message in messages)])
     mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in taken), None)
     if mark is None:
         return None
-    marked = [message | {"content": f"{mark}{i}{mark}"} for i, message in enumerate(messages)]
+    marked = [
+        message | {"content": f"{mark}{i}{mark}"} if i in chosen else message
+        for i, message in enumerate(messages)
+    ]
     try:
         skeleton = template.render(marked, add_generation_prompt, **variables)
     except TextError:  # the template reads the contents
@@ -366,48 +438,23 @@ def _pieces(
     return pieces if at == len(text) else None
 
 
-def _join(
-    tokenizer: Tokenizer,
-    pieces: list[_Piece],
-    answers: set[int],
-    encode: Callable[[str, bool, Place], list[int]],
-) -> list[int]:
-    """The ids of `pieces`: plain text is encoded in runs between control tokens, as if typed.
-
-    A run is cut where an answer begins, since a model that answers starts with a new token there.
-    """
-    ids: list[int] = []
-    run, place, tags = "", "start", False
-
-    def cut(next_place: Place, next_tags: bool = False) -> None:
-        nonlocal run, place, tags
-        ids.extend(encode(run, tags, place))
-        run, place, tags = "", next_place, next_tags
-
-    for piece in pieces:
-        if piece.message is not None:
-            if piece.message in answers or tags:
-                cut("middle", piece.message in answers)
-            run += piece.text
-            continue
-        for part in tokenizer.split(piece.text):
-            if isinstance(part, int):
-                cut("segment")
-                ids.append(part)
-            else:
-                run += part
-    cut("middle")
-    return ids
+def _after(pieces: list[_Piece], length: int) -> list[_Piece]:
+    """The pieces of the text that is left when the first `length` characters are gone."""
+    left = []
+    for text, message in pieces:
+        left.append(_Piece(text[length:], message))
+        length = max(0, length - len(text))
+    return left
 
 
-def _with_lead(pieces: list[_Piece], answers: set[int], lead: str) -> list[_Piece]:
-    """The same text, with the white space that leads up to an answer counted as the answer's."""
+def _with_glue(pieces: list[_Piece], answers: set[int], glue: str) -> list[_Piece]:
+    """The same text, with the glue before an answer counted as the answer's."""
     moved = list(pieces)
     for i, piece in enumerate(pieces[1:]):
         before = pieces[i].text
-        if lead and piece.message in answers and before.endswith(lead):
-            moved[i] = _Piece(before.removesuffix(lead), pieces[i].message)
-            moved[i + 1] = _Piece(lead + piece.text, piece.message)
+        if glue and piece.message in answers and before.endswith(glue):
+            moved[i] = _Piece(before.removesuffix(glue), pieces[i].message)
+            moved[i + 1] = _Piece(glue + piece.text, piece.message)
     return moved
 
 
@@ -419,7 +466,7 @@ def _turn(tokenizer: Tokenizer, template: ChatTemplate) -> _Turn:
 
     def literals(*messages: dict[str, Any]) -> list[str]:
         text = template.render(messages, **variables)
-        pieces = _pieces(template, list(messages), text, False, variables) or []
+        pieces = _pieces(template, [*messages], text, False, variables, {0, 1, 2}) or []
         return [piece.text for piece in pieces if piece.message is None]
 
     try:
@@ -431,19 +478,20 @@ def _turn(tokenizer: Tokenizer, template: ChatTemplate) -> _Turn:
         return _Turn()
     before = once[0] + question["content"] + once[1]
     lead = before[len(prompt) :] if before.startswith(prompt) else ""
-    lead = lead if lead.isspace() else ""
-    trail, stop = _ending(tokenizer, once[2])
+    *_, glue = ("", *tokenizer.split(lead))
+    glue = glue if isinstance(glue, str) else ""
+    _, stop = _ending(tokenizer, once[2])
     if stop is None:
         # Some write it only between turns. There the token that opens the next turn follows too.
         try:
             twice = literals(question, answer, question)
         except TextError:
-            return _Turn(lead)
+            return _Turn(glue)
         opening = {part for part in tokenizer.split(once[0]) if isinstance(part, int)}
-        trail, stop = _ending(tokenizer, twice[2]) if len(twice) == 4 else ("", None)
+        _, stop = _ending(tokenizer, twice[2]) if len(twice) == 4 else ("", None)
         if stop in opening:
-            return _Turn(lead)
-    return _Turn(lead, trail, stop)
+            return _Turn(glue)
+    return _Turn(glue, stop)
 
 
 def _ending(tokenizer: Tokenizer, text: str) -> tuple[str, int | None]:
@@ -454,18 +502,6 @@ def _ending(tokenizer: Tokenizer, text: str) -> tuple[str, int | None]:
         case [str(space), int(stop), *_] if space.isspace():
             return space, stop
     return "", None
-
-
-def _as_rendered(
-    template: ChatTemplate, messages: list[dict[str, Any]], variables: dict[str, Any]
-) -> list[str]:
-    """Each content as the template writes it (many trim it); as given if that cannot be told."""
-    said = [message["content"] for message in messages]
-    text = template.render(messages, **variables)
-    for piece in _pieces(template, messages, text, False, variables) or []:
-        if piece.message is not None:
-            said[piece.message] = piece.text
-    return said
 
 
 def _frozen(

@@ -31,7 +31,7 @@ TEXTS = [
     f"{start} {middle} {end}"
     for start in ("the cat sat", "Hello there,", "user\nassistant\n", "in 1984 and 2024,")
     for middle in ("on the mat", "the other day", "über den Wolken", "你好 世界", "x = f(y)\n\n")
-    for end in ("again and again.", "hello the end", "<|im_end|> is text")
+    for end in ("again\n\nand again.", "hello the end", "<|im_end|> is text")
 ]
 
 TEMPLATES = {

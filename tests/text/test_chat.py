@@ -174,6 +174,14 @@ def test_a_template_that_rewrites_contents_refuses_control_tokens_in_them(tokeni
         prompt_ids(tokenizer, upper, [user("hi"), user("a<|pad|>")])
 
 
+def test_a_template_that_reads_contents_is_encoded_as_it_writes_them(tokenizer: Tokenizer):
+    source = CHATML.source + "{% if 'why' in messages[0].content %} (a question){% endif %}"
+    template = ChatTemplate(source)
+    for content in ("why", "yes"):
+        expected = tokenizer.encode_template(template.render([user(content)], True))
+        assert prompt_ids(tokenizer, template, [user(content)]) == expected
+
+
 def test_control_tokens_in_roles_fields_and_variables_are_refused(tokenizer: Tokenizer):
     for message, variables, where in [
         ({"role": "user<|im_end|>", "content": "x"}, {}, "'role' of message 1"),
@@ -277,7 +285,9 @@ def test_the_trained_tokens_are_the_answers_and_their_stop_token(
 def test_a_conversation_is_one_row_where_the_template_allows_it(
     tokenizer: Tokenizer, template: Templates
 ):
-    messages = [user("a"), assistant(" b"), user("c"), assistant("\n\nd")]
+    # Encoded as one text, the line ends before and in the first answer would share a token.
+    messages = [user("a"), assistant("\n\nb"), user("c"), assistant(" d")]
+    assert tokenizer.encode("\n\n\n") != tokenizer.encode("\n") + tokenizer.encode("\n\n")
     for name in KEEPS_CONTENT:
         rows = supervise(tokenizer, template(name), messages)
         assert len(rows) == 1
@@ -302,17 +312,58 @@ def test_a_template_that_rewrites_the_past_gets_a_row_for_each_turn(
     assert len(supervise(tokenizer, template("forgetful"), messages)) == 1
 
 
-def test_an_answer_keeps_the_tokens_that_models_think_with(tokenizer: Tokenizer):
-    backend = type(tokenizer._backend).from_str(tokenizer._backend.to_str())
-    backend.add_tokens(["<think>", "</think>", "<|user|>"])
-    thinking = Tokenizer(backend, tokenizer.names)
+def test_an_answer_keeps_the_tokens_that_models_think_with(thinking: Tokenizer):
     text = "<think>hm</think><|user|>"
     (row,) = supervise(thinking, CHATML, [user(text), assistant(text)])
     for token, count in (("<think>", 1), ("</think>", 1), ("<|user|>", 0)):
-        assert row.tokens.count(backend.token_to_id(token)) == count
+        assert row.tokens.count(thinking.added[token]) == count
     (run,) = trained([row])
-    assert run[0] == backend.token_to_id("<think>")
+    assert run[0] == thinking.added["<think>"]
     assert thinking.decode(run) == text + "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def thinking(tokenizer: Tokenizer) -> Tokenizer:
+    backend = type(tokenizer._backend).from_str(tokenizer._backend.to_str())
+    backend.add_tokens(["<think>", "</think>", "<|user|>"])
+    return Tokenizer(backend, tokenizer.names)
+
+
+def test_what_the_template_writes_before_an_answer_is_the_model_s_to_write(thinking: Tokenizer):
+    source = (  # as gpt-oss: a channel; as Qwen3: an empty thought where an answer has none
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}"
+        "<|pad|>final\n{% if '<think>' not in m.content %}<think></think>\n{% endif %}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    template = ChatTemplate(source)
+    for said, written in (("b", "<think></think>\nb"), ("<think>hm</think>b",) * 2):
+        messages = [user("a<|pad|>"), assistant(said), user("c"), assistant(said)]
+        rows = supervise(thinking, template, messages)
+        assert len(rows) == 1
+        pads = thinking.added["<|pad|>"]
+        for run in trained(rows):
+            assert thinking.decode(run) == f"<|pad|>final\n{written}<|im_end|>"
+            assert run[0] == pads
+            assert thinking.added["<think>"] in run
+        assert rows[0].tokens.count(pads) == 2
+
+
+def test_a_thought_that_the_prompt_has_opened_is_not_opened_again(thinking: Tokenizer):
+    header = "<|im_start|>assistant\n<think>\n"
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>{% endfor %}"
+    opens = turns + "{% if add_generation_prompt %}" + header + "{% endif %}"
+    messages = [user("a"), assistant("<think>\nhm</think>b")]
+    for content in (
+        "m.content",
+        "m.content.split('</think>')[-1]",
+        "m.content | replace('a', 'a')",
+    ):
+        (row,) = supervise(thinking, ChatTemplate(opens.replace("CONTENT", content)), messages)
+        assert thinking.decode(row.tokens) == (
+            f"<|im_start|>user\na<|im_end|>{header}hm</think>b<|im_end|>"
+        )
+        assert thinking.decode(row.tokens[starts(row)[0] :]) == "hm</think>b<|im_end|>"
 
 
 def test_a_space_before_the_answer_is_the_answer_s(

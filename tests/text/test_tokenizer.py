@@ -141,6 +141,15 @@ def test_no_space_is_put_before_a_continuation(
         assert each.decode([*start, *middle]) == "axax"
 
 
+def test_no_space_is_put_before_a_byte_level_continuation(tokenizer: Tokenizer):
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    spaced = Tokenizer(backend)
+    assert spaced.decode(spaced.encode("cat")) == " cat"
+    assert spaced.decode(spaced.encode_content("cat")) == "cat"
+    assert spaced.encode_content("cat", place="segment") == spaced.encode("cat")
+
+
 def test_bos_is_found_by_encoding_and_never_doubled(tokenizer: Tokenizer, bos_tokenizer: Tokenizer):
     bos = bos_tokenizer.special.bos
     assert not tokenizer.adds_bos
