@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, settings
 from tokenizers import (
     AddedToken,
     decoders,
@@ -18,14 +17,6 @@ from tokenizers import (
 
 from ardor.text.chat import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
-
-settings.register_profile(
-    "text",
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("text")
 
 TEXTS = [
     f"{start} {middle} {end}"

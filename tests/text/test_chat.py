@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ardor.errors import TextError
@@ -139,6 +139,7 @@ def test_the_jinja_file_wins_over_the_config_and_a_named_template_can_be_chosen(
 # Prompts
 
 
+@settings(max_examples=60, deadline=None)
 @given(messages=conversations())
 def test_no_control_token_comes_from_a_content(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
@@ -151,6 +152,7 @@ def test_no_control_token_comes_from_a_content(
         assert [id for id in ids if id in tokenizer.control] == of_template
 
 
+@settings(max_examples=60, deadline=None)
 @given(messages=conversations())
 def test_a_prompt_reads_back_as_the_rendering(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
@@ -250,6 +252,7 @@ def test_the_opening_of_the_next_turn_is_no_terminator(tokenizer: Tokenizer, tem
 # Training rows
 
 
+@settings(max_examples=60, deadline=None)
 @given(messages=conversations())
 def test_training_sees_exactly_what_inference_is_given(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
@@ -264,6 +267,7 @@ def test_training_sees_exactly_what_inference_is_given(
         assert begins == [tuple(prompt) for prompt in prompts]
 
 
+@settings(max_examples=60, deadline=None)
 @given(messages=conversations())
 def test_the_trained_tokens_are_the_answers_and_their_stop_token(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
@@ -403,6 +407,19 @@ def test_an_answer_needs_a_stop_token(tokenizer: Tokenizer, template: Templates)
     assert trained(supervise(tokenizer, template("plain"), messages, 5))[0][-1] == 5
     with pytest.raises(TextError, match="could not learn where to stop; give stop_id"):
         supervise(Tokenizer(tokenizer._backend), template("plain"), messages)
+
+
+def test_another_stop_token_takes_the_place_of_the_terminator_and_its_space(
+    tokenizer: Tokenizer, template: Templates
+):
+    rows = supervise(tokenizer, template("spaced"), [user("a"), assistant("b")], 5)
+    assert trained(rows) == [[*tokenizer.encode_content(" b"), 5]]
+
+
+def test_an_answer_that_holds_its_stop_token_is_refused(thinking: Tokenizer):
+    messages = [user("a"), assistant("<think>hm</think>b")]
+    with pytest.raises(TextError, match="message 2 of 2 holds the stop token '</think>'"):
+        supervise(thinking, CHATML, messages, thinking.added["</think>"])
 
 
 def test_template_variables_reach_every_rendering(tokenizer: Tokenizer):

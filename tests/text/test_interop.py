@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,6 +64,7 @@ PLAIN = st.one_of(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(contents=st.lists(PLAIN, min_size=1, max_size=3), name=st.sampled_from(["chatml", "trims"]))
 def test_prompts_are_those_of_apply_chat_template(
     pair: tuple[Tokenizer, Path],

@@ -1,6 +1,6 @@
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ardor.text.stream import StreamDecoder
@@ -15,6 +15,7 @@ def odd_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer(backend)
 
 
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_is_given_joins_to_what_decoding_all_gives(
     tokenizer: Tokenizer,
@@ -31,6 +32,7 @@ def test_what_is_given_joins_to_what_decoding_all_gives(
             assert "".join(parts) == each.decode(ids, skip_special)
 
 
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=20))
 def test_half_a_character_is_never_given(
     tokenizer: Tokenizer, spaced_tokenizer: Tokenizer, text: str

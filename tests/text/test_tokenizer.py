@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
@@ -13,6 +13,7 @@ from ardor.text.tokenizer import CHAT_SPECIAL, Tokenizer
 UNICODE = st.text(max_size=40)
 
 
+@settings(max_examples=60, deadline=None)
 @given(text=UNICODE)
 def test_a_trained_tokenizer_gives_any_text_back(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode_content(text)) == text
@@ -69,6 +70,7 @@ def test_training_refuses_a_vocabulary_without_room():
         Tokenizer.train(["a"], 300, special_tokens=("<a>", "<a>"))
 
 
+@settings(max_examples=60, deadline=None)
 @given(before=UNICODE, after=UNICODE, data=st.data())
 def test_no_text_spells_a_control_token(
     tokenizer: Tokenizer,
