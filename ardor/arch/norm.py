@@ -1,5 +1,7 @@
 """Axes: D model width."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,11 +10,20 @@ from torch import Tensor, nn
 from ardor.arch.spec import Norm as NormSpec
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x), computed in float32 and cast to the dtype of x, then times the weight.
+def rms_norm(
+    x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float
+) -> Float[Tensor, "*rows D"]:
+    """x / rms(x) in float32, cast to the dtype of x, then times the weight. The reference.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467; the order of the casts is Llama's.
     """
+    work = torch.promote_types(x.dtype, torch.float32)
+    unit = F.rms_norm(x.to(work), x.shape[-1:], eps=eps).to(x.dtype)
+    return unit * weight.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm`, with half the passes over memory and nothing kept but its input."""
 
     def __init__(self, width: int, spec: NormSpec):
         super().__init__()
@@ -20,8 +31,36 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        unit = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        return unit * self.weight.to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        work = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return _times(x, inverse).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        # With u = x / rms and g = upstream * weight:  dx = (g - u * mean(g * u)) / rms
+        (dy,) = upstream
+        x, weight, inverse = ctx.saved_tensors
+        unit, local = _times(x, inverse), weight.to(x.dtype)
+        product = dy * unit
+        along = (product @ local[:, None]).to(inverse.dtype).div_(x.shape[-1])  # (*rows, 1)
+        dx = torch.addcmul((dy * local).to(inverse.dtype), unit, along, value=-1)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = product.flatten(0, -2).sum(0, dtype=inverse.dtype).to(weight.dtype)
+        return dx.mul_(inverse).to(x.dtype), d_weight, None
+
+
+def _times(x: Tensor, inverse: Tensor) -> Tensor:
+    """x * inverse in the dtype of `inverse`, rounded once to that of x, in one pass."""
+    return torch.mul(x, inverse, out=torch.empty_like(x))
 
 
 class LayerNorm(nn.Module):

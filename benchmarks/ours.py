@@ -1,0 +1,82 @@
+"""Ardor's side of a duel: `python -m benchmarks.ours TASK OPTIONS` (options as JSON)."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from ardor.arch.decoder import Decoder
+from ardor.arch.init import initialise
+from ardor.data.batches import Batch
+from ardor.families import FAMILIES
+from ardor.families.hf_config import HFConfig
+from ardor.generate.decode import Request, decode
+from ardor.loss import IGNORE
+from ardor.precision import dtype_of
+from ardor.train.optim import adamw, trainable
+from ardor.train.trainer import document_loss
+from benchmarks import shapes
+from benchmarks.worker import serve
+
+
+def _decoder(shape: dict[str, object], compute: torch.dtype) -> Decoder:
+    raw = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, **shape}
+    spec = FAMILIES["llama"].spec(HFConfig(raw, path="benchmarks/shapes.py"))
+    decoder = Decoder(spec, compute=compute)
+    initialise(decoder, torch.Generator().manual_seed(0))
+    return decoder
+
+
+def train(dtype: str, compiled: bool) -> Callable[[], int]:
+    """One optimizer step over a batch of whole rows."""
+    decoder = _decoder(shapes.TRAIN, dtype_of(dtype))
+    if compiled:
+        decoder.layers = torch.nn.ModuleList(torch.compile(layer) for layer in decoder.layers)
+    parameters = trainable(decoder)
+    optimizer = adamw(
+        parameters,
+        learning_rate=shapes.LEARNING_RATE,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.01,
+    )
+    rows = torch.randint(0, shapes.TRAIN["vocab_size"], (shapes.BATCH, shapes.LENGTH))
+    targets = torch.cat([rows[:, 1:], torch.full((shapes.BATCH, 1), IGNORE)], 1)
+    batch = Batch(
+        rows.reshape(1, -1),
+        targets.reshape(1, -1),
+        (shapes.LENGTH,) * shapes.BATCH,
+        tuple(range(shapes.BATCH)),
+    )
+
+    def step() -> int:
+        loss = document_loss(decoder, batch)
+        (loss.nats / int(loss.targets)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), shapes.MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return rows.numel()
+
+    return step
+
+
+def generate(dtype: str, new_tokens: int) -> Callable[[], int]:
+    """Greedy decoding of one prompt; the first token comes from reading the prompt."""
+    decoder = _decoder(shapes.DECODE, dtype_of(dtype)).to(dtype_of(dtype)).requires_grad_(False)
+    prompt = list(range(1, shapes.PROMPT + 1))
+
+    def run() -> int:
+        return sum(1 for _ in decode(decoder, [prompt], Request(max_new_tokens=new_tokens)))
+
+    return run
+
+
+def main(task: str, options: dict[str, object]) -> None:
+    torch.set_num_threads(int(options.pop("threads")))  # type: ignore[call-overload]
+    rounds = {"train": train, "decode": generate}[task](**options)  # type: ignore[operator]
+    serve(rounds, about=f"ardor, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
