@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
 from ardor.files.hub import resolve
-from ardor.files.json import read_json
+from ardor.files.json import read_json, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import WeightFiles, open_weights
 from ardor.precision import Precision
@@ -25,6 +25,8 @@ from ardor.quant.linear import quantize_decoder
 from ardor.text.chat import ChatTemplate
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
+    texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Origin:
     base: str
     adapter: Path | None
     quantization: str | None  # of the base while the adapter was trained
+    revision: str | None = None  # of a base on the hub, that the adapter was trained on
 
 
 def load_model(
@@ -75,7 +79,7 @@ def load_model(
     """
     origin = _origin(Path(name), str(name), adapter)
     quantization = quantization or origin.quantization
-    found = resolve(origin.base, revision)
+    found = resolve(origin.base, revision or origin.revision)
     files = open_weights(found.path)
     raw, family, rules, decoder = _on_meta(found.path, files, attn_implementation or "sdpa")
     _fill(decoder, files, rules)
@@ -91,7 +95,7 @@ def load_model(
         decoder.requires_grad_(False).to(device)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text)
-    generation = _optional_json(text / "generation_config.json")
+    generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
         family=family,
@@ -106,12 +110,17 @@ def load_model(
         revision=found.revision,
         quantization=None if quantization == "none" else quantization,
         adapter=lora,
+        texts={
+            file.name: read_text(file)
+            for file in (found.path / CONFIG, text / GENERATION)
+            if file.exists()
+        },
     )
 
 
 def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     """Follow a run folder to its newest checkpoint, and an adapter to its base."""
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / CONFIG).exists():
         path = newest_checkpoint(path) or path
     if adapter is None and not (path / ADAPTER_CONFIG).exists():
         return Origin(str(path) if path.is_dir() else name, None, None)
@@ -122,29 +131,35 @@ def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
         directory = newest_checkpoint(directory) or directory
     config = read_json(directory / ADAPTER_CONFIG)
     base = name or config.get("base_model_name_or_path")
+    revision = None if name else config.get("revision")
     if not base:
         raise CheckpointError(
             f"{directory / ADAPTER_CONFIG} does not name its base model; "
             "give the model, and this directory as adapter"
         )
     base_path = Path(base)
-    if base_path.is_dir() and not (base_path / "config.json").exists():
+    if base_path.is_dir() and not (base_path / CONFIG).exists():
         base = str(newest_checkpoint(base_path) or base)
     elif base_path.is_absolute() and not base_path.exists():
         raise CheckpointError(
             f"the base model of {directory} was at {base}, which does not exist; "
             "give its new place as the model, and this directory as adapter"
         )
-    return Origin(base, directory, _optional_json(directory / ORIGIN).get("quantization"))
+    if base_path.is_dir():
+        revision = None
+    quantization = _optional_json(directory / ORIGIN).get("quantization")
+    return Origin(base, directory, quantization, revision)
 
 
 def _on_meta(
     path: Path, files: WeightFiles, attn: str
 ) -> tuple[dict[str, Any], Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
-    raw = read_json(path / "config.json")
-    family = family_of(raw, path=str(path / "config.json"))
-    spec = family.spec(HFConfig(raw, path=str(path / "config.json")))
+    raw = read_json(path / CONFIG)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path / CONFIG} holds no object; download or write it again")
+    family = family_of(raw, path=str(path / CONFIG))
+    spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
     rules.check(files.names(), str(path))
     with torch.device("meta"):

@@ -1,15 +1,17 @@
 """A model back into the files it came from, whole or not at all."""
 
 from pathlib import Path
+from typing import Any
 
 from ardor.adapters.lora import lora_modules
 from ardor.adapters.peft_files import save_adapter
 from ardor.errors import ConfigError
-from ardor.files.atomic import atomic_directory
-from ardor.files.json import write_json
+from ardor.families.hf_config import HFConfig
+from ardor.files.atomic import atomic_directory, write_atomic
+from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import write_weights
-from ardor.load import Model
+from ardor.load import CONFIG, GENERATION, Model
 
 
 def save_model(model: Model, directory: str | Path) -> None:
@@ -38,7 +40,7 @@ def write_files(model: Model, directory: Path) -> None:
     else:
         _write_weights(model, directory)
     if model.generation_config:
-        write_json(directory / "generation_config.json", model.generation_config)
+        _write_json(model, directory / GENERATION, model.generation_config)
     if model.tokenizer is not None:
         template = None if model.template is None else model.template.source
         model.tokenizer.save(directory, template)
@@ -57,4 +59,12 @@ def _write_weights(model: Model, directory: Path) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype
-    write_json(directory / "config.json", config)
+    _write_json(model, directory / CONFIG, config)
+
+
+def _write_json(model: Model, path: Path, value: dict[str, Any]) -> None:
+    """Write `value`; byte for byte the file of that name that was read, if it says the same."""
+    text = model.texts.get(path.name)
+    was = HFConfig({} if text is None else parse_json(text, path), path=path.name, text=text)
+    changes = {key: held for key, held in value.items() if was.raw.get(key, ...) != held}
+    write_atomic(path, was.written(changes))

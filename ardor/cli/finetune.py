@@ -1,6 +1,7 @@
 """`ardor finetune MODEL DATA`."""
 
 from dataclasses import dataclass
+from shlex import quote
 
 from ardor.cli.console import remarks
 from ardor.train.config import Finetune
@@ -22,8 +23,8 @@ def run(config: Config) -> int:
     evaluations = watch(found, config.method, json=config.json, verb="finetune")
     if not config.json:
         console = remarks()
-        if len(evaluations) > 1:
+        if len(evaluations) > 1 and evaluations[0]["step"] == 0:
             console.print(f"before: {evaluation_line(evaluations[0])}")
             console.print(f"after:  {evaluation_line(evaluations[-1])}")
-        console.print(f"try it: ardor chat {found.folder}")
+        console.print(f"try it: ardor chat {quote(str(found.folder))}")
     return 0

@@ -1,6 +1,7 @@
 """`ardor train DATA`."""
 
 from dataclasses import dataclass
+from shlex import quote
 
 from ardor.cli.console import remarks
 from ardor.train.config import Train
@@ -21,5 +22,6 @@ def run(config: Config) -> int:
     found = prepare(config)
     watch(found, "training", json=config.json, verb="train")
     if not config.json:
-        remarks().print(f'try it: ardor generate {found.folder} "Once upon a time"')
+        folder = quote(str(found.folder))
+        remarks().print(f'try it: ardor generate {folder} "Once upon a time"')
     return 0

@@ -1,5 +1,6 @@
 """A run as people (or machines) see it: notes, a live bar, evaluations, and a clean Ctrl-C."""
 
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from types import FrameType
 from typing import Any
 
 from ardor.cli.console import Progress, print_json, remarks
-from ardor.train.run import Run
+from ardor.errors import CheckpointError
+from ardor.train.run import CONFIG, Run
 
 SHOWN = 100  # characters of a sample
 
@@ -15,7 +17,8 @@ SHOWN = 100  # characters of a sample
 def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mapping[str, Any]]:
     """Run to the end, or to a clean stop on Ctrl-C; the evaluations, in order.
 
-    Raises: KeyboardInterrupt with the command to go on with, after the checkpoint is written.
+    Raises: KeyboardInterrupt with the command to go on with, after the checkpoint is written;
+    CheckpointError with the same, if the disk is full.
     """
     console, trainer = remarks(), run.trainer
     for note in run.notes:
@@ -26,8 +29,13 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if trainer.progress.step >= trainer.steps:
         console.print(f"nothing left to do: the run is at {where}")
         return evaluations
+    again = f"  ardor {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
     loss = None
-    with _stop_on_interrupt(run), Progress(label, trainer.steps, console=console) as progress:
+    with (
+        _told(again),
+        _stop_on_interrupt(run),
+        Progress(label, trainer.steps, console=console) as progress,
+    ):
         for event in run.events():
             if json:
                 print_json(event)
@@ -45,8 +53,8 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                     progress.note(f"step {event['step']}: sample: {text[:SHOWN]}")
     if trainer.progress.step < trainer.steps:
         raise KeyboardInterrupt(
-            f"step {trainer.progress.step} of {trainer.steps} is saved; go on with",
-            f"  ardor {verb} --config {run.folder}/config.yaml --resume",
+            f"stopped at step {trainer.progress.step} of {trainer.steps}; go on from there with",
+            again,
         )
     if not json:
         console.print(f"report: {run.folder / 'report.html'}")
@@ -59,6 +67,16 @@ def evaluation_line(event: Mapping[str, Any]) -> str:
     if "stop_rate" in event:
         line += f", stop rate {event['stop_rate']:.0%}"
     return line
+
+
+@contextmanager
+def _told(again: str) -> Iterator[None]:
+    """Say how to go on after what stops a run from outside, such as a full disk."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.add_note(f"then go on from the newest checkpoint with\n{again}")
+        raise
 
 
 @contextmanager

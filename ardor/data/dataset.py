@@ -226,14 +226,18 @@ class Dataset:
     def split(self, fraction: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """(training, held-out) datasets; about `fraction` of the rows are held out.
 
-        All examples of a row go to the same side: pieces of one document overlap, and the turns
-        of one conversation repeat each other.
+        All examples of a row go to the same side: pieces of one document are alike, and the turns
+        of one conversation repeat each other. Of a lone document that was cut its end is held out.
 
         Raises: DataError if the fraction is not between 0 and 1 or there are fewer than two rows.
         """
         rows = np.unique(self.rows)
         if not 0 < fraction < 1:
             raise DataError(f"the held-out fraction is {fraction}; it must lie between 0 and 1")
+        if len(rows) < 2 and self.census.cut:
+            held = min(max(1, round(fraction * len(self))), len(self) - 1)
+            heldout = np.arange(len(self)) >= len(self) - held
+            return self._select(~heldout), self._select(heldout)
         if len(rows) < 2:
             raise DataError("a dataset with one row cannot be split; give a held-out file instead")
         held = min(max(1, round(fraction * len(rows))), len(rows) - 1)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardor.errors import CheckpointError
@@ -156,6 +156,24 @@ def write_weights(
     return tuple(files)
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, in place: it is whole only once this returns.
+
+    Raises: CheckpointError if the disk is full or the place cannot be written.
+    """
+    _save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, Path(path))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file.
+
+    Raises: CheckpointError if it is missing or damaged.
+    """
+    path = Path(path)
+    with _explained_read(path):
+        return load_file(path)
+
+
 def _shards(pairs: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
@@ -200,8 +218,14 @@ def _explained_save(path: Path) -> Generator[None, None, None]:
 
 
 def _open(path: Path) -> Any:
-    try:
+    with _explained_read(path):
         return safe_open(path, framework="pt")
+
+
+@contextmanager
+def _explained_read(path: Path) -> Generator[None, None, None]:
+    try:
+        yield
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is damaged or was cut short ({path.stat().st_size} bytes): {error}; "

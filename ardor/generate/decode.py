@@ -52,24 +52,23 @@ class _Row:
     room: int = field(default=0)  # positions left in the model's context
 
 
-@torch.inference_mode()
 def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[Token]:
     """Continue every prompt until a stop token, `max_new_tokens`, or the end of the context.
 
     Prompts may differ in length: each is read into its own row of the cache, so no padding exists.
     Rows that finish are dropped from the batch.
 
-    Raises: ShapeError for an empty prompt, or one that leaves no room in the model's context.
+    Raises: ShapeError for an empty prompt, or one that leaves no room in the model's context;
+    ConfigError for a limit or penalty outside its range.
     """
-    device = decoder.device
     rows = [_row(decoder, i, prompt) for i, prompt in enumerate(prompts)]
     if request.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={request.max_new_tokens} must be at least 1")
-    capacity = max(len(r.tokens) + min(request.max_new_tokens, r.room) for r in rows)
-    cache = KVCache(
-        decoder.spec, rows=len(rows), capacity=capacity, dtype=decoder.compute, device=device
-    )
-    logits = torch.cat([_prefill(decoder, cache, i, r.tokens) for i, r in enumerate(rows)])
+    if not 0 < request.repetition_penalty < float("inf"):
+        raise ConfigError(f"repetition_penalty={request.repetition_penalty} must be above 0")
+    if not rows:
+        return
+    cache, logits = _prefill(decoder, rows, request.max_new_tokens)
     while True:
         ids, logprobs = _choose(logits, rows, request)
         alive = []
@@ -85,11 +84,7 @@ def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request)
         if len(alive) < len(rows):
             rows = [rows[place] for place in alive]
             cache.keep(alive)
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-        with few_rows(len(rows), decoder.compute, device):
-            hidden = decoder.hidden(last, cache=cache)
-            cache.advance(1)
-            logits = decoder.logits(hidden[:, -1])
+        logits = _step(decoder, cache, rows)
 
 
 def _row(decoder: Decoder, index: int, prompt: Sequence[int]) -> _Row:
@@ -107,21 +102,49 @@ def _row(decoder: Decoder, index: int, prompt: Sequence[int]) -> _Row:
     return _Row(index, list(prompt), room=room)
 
 
+# These are in inference mode, and not `decode`: between its tokens a generator would leave the mode
+# on for whoever draws them.
+
+
+@torch.inference_mode()
 def _prefill(
-    decoder: Decoder, cache: KVCache, index: int, tokens: list[int]
-) -> Float[Tensor, "1 V"]:
-    row = cache.row(index)
-    read = torch.tensor([tokens], device=decoder.device)
-    with few_rows(len(tokens), decoder.compute, read.device):
-        hidden = decoder.hidden(read, cache=row)
-        cache.past[index] = len(tokens)
+    decoder: Decoder, rows: list[_Row], max_new_tokens: int
+) -> tuple[KVCache, Float[Tensor, "B V"]]:
+    """A cache that has read every prompt, and what comes next in each."""
+    capacity = max(len(row.tokens) + min(max_new_tokens, row.room) for row in rows)
+    cache = KVCache(
+        decoder.spec,
+        rows=len(rows),
+        capacity=capacity,
+        dtype=decoder.compute,
+        device=decoder.device,
+    )
+    logits = []
+    for index, row in enumerate(rows):
+        read = torch.tensor([row.tokens], device=decoder.device)
+        with few_rows(len(row.tokens), decoder.compute, read.device):
+            hidden = decoder.hidden(read, cache=cache.row(index))
+            cache.past[index] = len(row.tokens)
+            logits.append(decoder.logits(hidden[:, -1]))
+    return cache, torch.cat(logits)
+
+
+@torch.inference_mode()
+def _step(decoder: Decoder, cache: KVCache, rows: list[_Row]) -> Float[Tensor, "B V"]:
+    """Read the last token of every row; what comes next in each."""
+    last = torch.tensor([[row.tokens[-1]] for row in rows], device=decoder.device)
+    with few_rows(len(rows), decoder.compute, last.device):
+        hidden = decoder.hidden(last, cache=cache)
+        cache.advance(1)
         return decoder.logits(hidden[:, -1])
 
 
+@torch.inference_mode()
 def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
 ) -> tuple[list[int], list[float]]:
     """The next id of every row, and its log-probability under the model."""
+    whole = logits.logsumexp(-1)  # over the ids that are never chosen, too: as `score` counts
     if request.tokens_known is not None and request.tokens_known < logits.shape[-1]:
         logits[:, request.tokens_known :] = -torch.inf
     adjusted = logits
@@ -137,7 +160,7 @@ def _choose(
             ]
         )
     ids = request.choose(adjusted)
-    logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - whole
     return ids.tolist(), logprobs.tolist()
 
 

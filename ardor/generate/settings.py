@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to continue a prompt. None: as the model's generation_config.json says, else greedy."""
+    """How to continue a prompt. None: as the model's generation_config.json says, else greedy;
+    with top_k, top_p or min_p, sampled."""
 
     max_new_tokens: int = 256
     """Tokens to write at most."""

@@ -15,6 +15,8 @@ from ardor.text.chat import prompt_ids
 from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 
+FILTERS = ("top_k", "top_p", "min_p")
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -40,28 +42,39 @@ class Piece(NamedTuple):
 
 
 def resolve_settings(settings: Settings, generation_config: dict[str, Any]) -> Settings:
-    """Fill what was left open from generation_config.json; without do_sample that is greedy."""
+    """Fill what was left open from generation_config.json; without do_sample that is greedy.
+
+    A filter asks for samples: it is never given and then passed over because 0 is the default.
+
+    Raises: ConfigError for a stop string that is empty, and so stands in every text.
+    """
     filled: dict[str, Any] = {}
+    sampled = bool(generation_config.get("do_sample", False))
+    filtered = any(getattr(settings, key) is not None for key in FILTERS)
     if settings.temperature is None:
-        sampled = bool(generation_config.get("do_sample", False))
-        filled["temperature"] = generation_config.get("temperature") or 1.0 if sampled else 0.0
-        if sampled:
-            for key in ("top_k", "top_p", "min_p"):
-                if getattr(settings, key) is None:
-                    # 0 is how files say "off"
-                    filled[key] = generation_config.get(key) or None
+        stated = generation_config.get("temperature")
+        known = 1.0 if stated is None or not sampled else stated
+        filled["temperature"] = known if sampled or filtered else 0.0
+    if sampled:
+        for key in FILTERS:
+            if getattr(settings, key) is None:
+                # 0 is how files say "off"
+                filled[key] = generation_config.get(key) or None
     if settings.repetition_penalty is None:
         filled["repetition_penalty"] = generation_config.get("repetition_penalty") or 1.0
-    if settings.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={settings.max_new_tokens} must be at least 1")
-    return replace(settings, **filled)
+    # A lone string is a sequence too: of its letters.
+    stop = (settings.stop,) if isinstance(settings.stop, str) else tuple(settings.stop)
+    if "" in stop:
+        raise ConfigError("a stop string is empty; give at least one character, or leave it out")
+    return replace(settings, stop=stop, **filled)
 
 
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], settings: Settings
 ) -> list[Generation]:
-    """Continue every prompt of ids; the answers do not depend on what else is in the batch."""
-    writers = [_Writer(tokenizer_of(model), len(p), settings.stop) for p in prompts]
+    """Continue every prompt of ids. Samples of one batch share a stream of random numbers; a greedy
+    answer does not depend on what else is in the batch."""
+    writers = [_Writer(tokenizer_of(model), len(p)) for p in prompts]
     for token in decode(model.decoder, prompts, _request(model, settings, writers)):
         writers[token.row].take(token)
     return [writer.finish() for writer in writers]
@@ -69,7 +82,7 @@ def generate(
 
 def stream(model: Model, prompt: Sequence[int], settings: Settings) -> Iterator[Piece]:
     """Continue one prompt; text comes as soon as no later token can change it."""
-    writer = _Writer(tokenizer_of(model), len(prompt), settings.stop)
+    writer = _Writer(tokenizer_of(model), len(prompt))
     for token in decode(model.decoder, [prompt], _request(model, settings, [writer])):
         text = writer.take(token)
         if token.finished is None:
@@ -118,8 +131,8 @@ def _request(model: Model, settings: Settings, writers: "list[_Writer]") -> Requ
 class _Writer:
     """The text of one row: decoded as it comes, held back while a stop string could begin in it."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, strings: tuple[str, ...]):
-        self.strings = strings
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int):
+        self.strings: tuple[str, ...] = ()
         self.emitted = 0
         self._decoder = StreamDecoder(tokenizer)
         self._prompt_tokens = prompt_tokens

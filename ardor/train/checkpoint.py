@@ -1,17 +1,19 @@
 """checkpoint-N/: the weights in the form other tools read, and the trainer's state beside them."""
 
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardor.errors import CheckpointError
 from ardor.files.atomic import atomic_directory
 from ardor.files.json import read_json, write_json
 from ardor.files.runs import checkpoints
+from ardor.files.weights import read_tensors, write_tensors
 
 TENSORS, STATE = "trainer.safetensors", "trainer.json"
 
@@ -41,11 +43,13 @@ def write_checkpoint(
     """Write run/checkpoint-<step> whole or not at all, then drop all but the newest `keep`.
 
     An older checkpoint is dropped only once the new one is in place.
+
+    Raises: CheckpointError if the disk is full or the place cannot be written.
     """
     target = run / f"checkpoint-{progress.step}"
     with atomic_directory(target) as partial:
         save_weights(partial)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / TENSORS)
+        write_tensors(partial / TENSORS, tensors)
         write_json(partial / STATE, asdict(progress))
     for old in checkpoints(run)[: -max(1, keep)]:
         _remove(old)
@@ -63,9 +67,8 @@ def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
             "fine-tune it as a model instead"
         )
     try:
-        progress = Progress(**read_json(directory / STATE))
-        return progress, load_file(directory / TENSORS)
-    except (TypeError, OSError, ValueError, RuntimeError) as error:
+        return Progress(**read_json(directory / STATE)), read_tensors(directory / TENSORS)
+    except (TypeError, CheckpointError) as error:  # TypeError: not the fields of a Progress
         raise CheckpointError(
             f"{directory} is damaged: {error}; delete it to resume from the checkpoint before it"
         ) from error
@@ -73,12 +76,7 @@ def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
 
 def _remove(directory: Path) -> None:
     """Rename first: a kill in the middle of deleting must not leave half a checkpoint."""
-    doomed = directory.with_name(f".{directory.name}.partial-0")
+    doomed = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
-    for path in _deepest_first(doomed):
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _deepest_first(directory: Path) -> Iterator[Path]:
-    yield from sorted(directory.rglob("*"), reverse=True)
-    yield directory
+    shutil.rmtree(doomed, ignore_errors=True)  # `clean_partials` has another try at the rest

@@ -1,15 +1,59 @@
 """The settings of `ardor train` and `ardor finetune`: defaults, flags, help and run file in one."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from ardor.errors import ConfigError
 from ardor.train.schedule import Schedule
+
+_Range = tuple[Callable[[Any], bool], str]  # what a number must be, also in words
+_COUNT: _Range = (lambda n: n >= 1, "at least 1")
+_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "above 0")
+_NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
+_SHARE: _Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
+_BELOW_1: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+# By field; None is always allowed, as it means a default.
+_RANGES: dict[str, _Range] = {
+    "max_steps": _COUNT,
+    "tokens_per_batch": _COUNT,
+    "per_device_train_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "eval_steps": _COUNT,
+    "save_steps": _COUNT,
+    "save_total_limit": _COUNT,
+    "logging_steps": _COUNT,
+    "hidden_size": _COUNT,
+    "intermediate_size": _COUNT,
+    "num_hidden_layers": _COUNT,
+    "num_attention_heads": _COUNT,
+    "num_key_value_heads": _COUNT,
+    "lora_r": _COUNT,
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "adam_epsilon": _POSITIVE,
+    "lora_alpha": _POSITIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "stop_rate_samples": _NOT_NEGATIVE,
+    "warmup_ratio": _SHARE,
+    "min_lr_ratio": _SHARE,
+    "adam_beta1": _BELOW_1,
+    "adam_beta2": _BELOW_1,
+    "eval_fraction": _BELOW_1,
+    "lora_dropout": _BELOW_1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """How a run walks: shared by every kind of training."""
+    """How a run walks: shared by every kind of training.
+
+    Raises: ConfigError for a number outside its range.
+    """
 
     output: Path | None = None
     """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html."""
@@ -69,6 +113,12 @@ class Optimisation:
     """A line in metrics.jsonl every so many steps."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
+
+    def __post_init__(self) -> None:
+        for name, (fits, words) in _RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{name}={value} must be {words}")
 
 
 @dataclass(frozen=True, kw_only=True)

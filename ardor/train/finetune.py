@@ -18,7 +18,7 @@ from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
-from ardor.train.run import Run, begin, output_folder, resumed_from, split
+from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -28,8 +28,8 @@ def prepare(config: Finetune) -> Run:
 
     Raises: an ArdorError before anything is written.
     """
-    rate = config.learning_rate or LEARNING_RATES[config.method]
-    config = replace(config, learning_rate=rate)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")
     rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
     rows = [*islice(rows, 1), *rows]
@@ -52,7 +52,7 @@ def prepare(config: Finetune) -> Run:
             [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
         ),
         notes=(
-            f"data: {data.census.summary()}, each at most {limit:,} tokens",
+            data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
         ),

@@ -71,6 +71,6 @@ def restore_optimizer(
         )
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {
-            quantity: value.to(parameter.device) if value.ndim else value.clone()
+            quantity: value.to(parameter.device)  # the step count too, as fused AdamW wants it
             for quantity, value in state[name].items()
         }

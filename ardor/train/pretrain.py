@@ -14,13 +14,14 @@ from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError, DataError
 from ardor.families import FAMILIES
 from ardor.files.hub import resolve
+from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
 from ardor.load import Model, load_model, stops_of
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate
-from ardor.train.run import Run, begin, output_folder, resumed_from, split
+from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
 
 LEARNING_RATE = 2e-3
 ROW_MULTIPLE = 64  # embedding rows are a multiple of this: matrix units like it
@@ -32,7 +33,8 @@ def prepare(config: Train, rows: list[Row] | None = None, heldout: list[Row] | N
 
     Raises: DataError, ConfigError or TextError before anything is written.
     """
-    config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
+    if config.learning_rate is None:
+        config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
     rows = list(read_rows(config.data)) if rows is None else rows
     if heldout is None and config.eval_data is not None:
@@ -51,7 +53,7 @@ def prepare(config: Train, rows: list[Row] | None = None, heldout: list[Row] | N
     train, held = split(config, data, held)
     model = new_model(config, tokenizer, folder)
     if checkpoint is not None:
-        model = replace(load_model(checkpoint), source=model.source, precision=model.precision)
+        model = _resumed(model, checkpoint)
     _make_trainable(model)
     count = sum(p.numel() for p in model.decoder.parameters())
     return begin(
@@ -61,7 +63,7 @@ def prepare(config: Train, rows: list[Row] | None = None, heldout: list[Row] | N
         (train, held),
         evaluate=lambda: _evaluate(model, held, config),
         notes=(
-            f"data: {train.census.summary()}",
+            data_note(data, train, held, config.max_length),
             f"model: {config.family}, {count / 1e6:.1f} M parameters, "
             f"{model.decoder.spec.vocab:,} embedding rows",
             f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
@@ -73,7 +75,8 @@ def _tokenizer(config: Train, rows: list[Row], checkpoint: Path | None) -> Token
     if checkpoint is not None:
         return Tokenizer.from_directory(checkpoint)
     if config.tokenizer is not None:
-        return Tokenizer.from_directory(resolve(config.tokenizer).path)
+        found = resolve(config.tokenizer).path
+        return Tokenizer.from_directory(newest_checkpoint(found) or found)
     return Tokenizer.train((_text(row) for row in rows), vocab_size=config.vocab_size)
 
 
@@ -121,6 +124,17 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
         source=str(folder.resolve()),
         revision=None,
     )
+
+
+def _resumed(fresh: Model, checkpoint: Path) -> Model:
+    """The model of a checkpoint, held as `fresh` is."""
+    model = load_model(
+        checkpoint,
+        dtype=fresh.precision.weights,
+        device=fresh.decoder.device,
+        attn_implementation=fresh.decoder.attn,
+    )
+    return replace(model, source=fresh.source, precision=fresh.precision)
 
 
 def _make_trainable(model: Model) -> None:

@@ -19,6 +19,7 @@ from ardor.train.report import write_report
 from ardor.train.trainer import Event, Hooks, Trainer
 
 CONFIG = "config.yaml"
+SPLIT_FROM = 10  # examples
 
 
 @dataclass
@@ -78,10 +79,23 @@ def resumed_from(config: Optimisation) -> Path | None:
 def split(
     config: Optimisation, data: Dataset, heldout: Dataset | None
 ) -> tuple[Dataset, Dataset | None]:
-    """(training, held-out or None) data, holding out a part if none was given."""
-    if heldout is not None or config.eval_fraction <= 0 or len(data) < 10:
+    """(training, held-out or None) data, holding out a part if none was given.
+
+    Of fewer than SPLIT_FROM examples, or one row that was not cut, nothing is held out.
+    """
+    alone = data.census.rows < 2 and not data.census.cut
+    if heldout is not None or config.eval_fraction <= 0 or len(data) < SPLIT_FROM or alone:
         return data, heldout
     return data.split(config.eval_fraction, config.seed)
+
+
+def data_note(data: Dataset, train: Dataset, heldout: Dataset | None, limit: int) -> str:
+    """Where every row went, for people."""
+    held = "nothing" if heldout is None else f"{len(heldout):,} examples"
+    return (
+        f"data: {data.census.summary()}, each at most {limit:,} tokens; "
+        f"trained on {len(train):,}, held out {held}"
+    )
 
 
 def begin(

@@ -4,6 +4,7 @@ A step: micro-batches of whole documents -> summed nats -> one division by all t
 clipped AdamW. The loop is a generator of events; who draws them is not its concern.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,29 +22,19 @@ from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.runs import newest_checkpoint
 from ardor.loss import IGNORE, LossSum, chunked_next_token_loss
-from ardor.train.checkpoint import (
-    Progress,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
 from ardor.train.metrics import Metrics
 from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
 from ardor.train.schedule import rate_share
 
-RNG = "rng"
+RNG = "rng"  # the first part of the names of the generators' states
 
-# What may change between a run and its resumption without changing a single number of it.
+# What may change between a run and its resumption without changing a single number of it. The
+# content of the training data is compared, so its place may change.
 _FREE = frozenset(
-    (
-        "output",
-        "resume",
-        "eval_on_start",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "logging_steps",
-    )
+    {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
+    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples"}
 )
 
 Event = Mapping[str, Any]
@@ -98,7 +89,9 @@ class Trainer:
         self.stop_requested = False  # set from a signal handler: stop after the current step
 
     def _settings(self) -> dict[str, Any]:
-        return {k: str(v) for k, v in asdict(self.config).items() if k not in _FREE}
+        """As JSON gives them back, so that what a checkpoint holds can be compared."""
+        kept = {k: v for k, v in asdict(self.config).items() if k not in _FREE}
+        return json.loads(json.dumps(kept, default=str))
 
     def _count_steps(self) -> int:
         if self.config.max_steps is not None:
@@ -106,7 +99,7 @@ class Trainer:
         steps, left, epoch = 0, self.config.num_train_epochs, 0
         while left > 0:
             whole = math.ceil(len(self.plan.epoch(epoch)) / self.config.gradient_accumulation_steps)
-            steps += math.ceil(whole * min(1.0, left))
+            steps += math.ceil(whole * min(1.0, left) - 1e-9)  # 1.1 - 1 is above 0.1
             left, epoch = left - 1, epoch + 1
         return steps
 
@@ -122,28 +115,34 @@ class Trainer:
             return False
         progress, tensors = read_checkpoint(directory)
         mine = self.progress
-        if progress.dataset != mine.dataset:
-            raise CheckpointError(
-                f"{directory} was trained on other data; resume with the data the run began with, "
-                "or choose another output folder"
-            )
         if changed := _differences(progress.settings, mine.settings):
             raise CheckpointError(
                 f"{directory} was written with other settings ({changed}); resume with those, "
                 "or choose another output folder"
             )
-        torch.set_rng_state(tensors.pop(RNG))
+        if progress.dataset != mine.dataset:
+            raise CheckpointError(
+                f"{directory} was trained on other data; resume with the data the run began with, "
+                "or choose another output folder"
+            )
+        _restore_rng(tensors, self.decoder.device)
         restore_optimizer(self.optimizer, self.parameters, tensors.items())
         self.progress = progress
         return True
 
     def events(self) -> Iterator[Event]:
-        """Train to the end, or to the step after `stop_requested`; yields as things happen."""
-        config, every = self.config, max(1, self.steps // 10)
+        """Train to the end, or to the step after `stop_requested`; yields as things happen.
+
+        The last step that was done is always in a checkpoint.
+
+        Raises: Diverged; CheckpointError if the disk is full. Earlier checkpoints stay.
+        """
+        config, every = self.config, math.ceil(self.steps / 10)
         evaluate_every = config.eval_steps or every
         save_every = config.save_steps or evaluate_every
         metrics = Metrics(self.run / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
         windows = self._windows()
+        saved = self.progress.step
         if config.eval_on_start and self.progress.step == 0:
             yield from self._evaluate(metrics)
         while self.progress.step < self.steps and not self.stop_requested:
@@ -152,12 +151,14 @@ class Trainer:
             if step % config.logging_steps == 0 or step == self.steps:
                 metrics.append(dict(event))
             yield event
-            last = step == self.steps or self.stop_requested
             if step % evaluate_every == 0 or step == self.steps:
                 yield from self._evaluate(metrics)
-            if last or step % save_every == 0:
-                path = self._save(metrics.bytes)
-                yield {"step": step, "kind": "checkpoint", "path": str(path)}
+            if step % save_every == 0 or step == self.steps:
+                yield self._save(metrics.bytes)
+                saved = step
+        # The request may come at any moment, so only here it is known what is not saved yet.
+        if self.progress.step > saved:
+            yield self._save(metrics.bytes)
 
     def _evaluate(self, metrics: Metrics) -> Iterator[Event]:
         for found in self.hooks.evaluate() if self.hooks.evaluate else ():
@@ -165,14 +166,20 @@ class Trainer:
             metrics.append(row)
             yield row
 
-    def _save(self, metrics_bytes: int) -> Path:
+    def _save(self, metrics_bytes: int) -> Event:
+        broken = [name for name, p in self.parameters.items() if not p.isfinite().all()]
+        if broken:
+            raise self._diverged(f"{broken[0]} is not finite after step {self.progress.step}")
         self.progress = replace(self.progress, metrics_bytes=metrics_bytes)
         tensors = optimizer_state(self.optimizer, self.parameters)
-        tensors[RNG] = torch.get_rng_state()
-        keep = self.config.save_total_limit
-        return write_checkpoint(
-            self.run, self.progress, tensors, self.hooks.save_weights, keep=keep
+        path = write_checkpoint(
+            self.run,
+            self.progress,
+            tensors | _rng(self.decoder.device),
+            self.hooks.save_weights,
+            keep=self.config.save_total_limit,
         )
+        return {"step": self.progress.step, "kind": "checkpoint", "path": str(path)}
 
     def _windows(self) -> Iterator[tuple[list[Batch], int, int]]:
         """The micro-batches of each step, and where the next one starts. The last of an epoch may
@@ -197,10 +204,9 @@ class Trainer:
             nats += float(loss.nats.detach())
         norm = self._clip()
         if not math.isfinite(nats) or not math.isfinite(norm):
-            raise Diverged(
+            raise self._diverged(
                 f"the loss ({nats / targets:.4g}) or its gradient (norm {norm:.4g}) is not finite "
-                f"at step {self.progress.step + 1}; the newest checkpoint in {self.run} is sound: "
-                "lower learning_rate, or compute in float32 (dtype)"
+                f"at step {self.progress.step + 1}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -226,6 +232,13 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
+
+    def _diverged(self, what: str) -> Diverged:
+        newest = newest_checkpoint(self.run)
+        kept = "no checkpoint was written yet" if newest is None else f"{newest} is whole"
+        return Diverged(
+            f"{what}; {kept}; begin a new run with a lower learning_rate, or with dtype float32"
+        )
 
     def _set_rate(self) -> float:
         config = self.config
@@ -253,6 +266,30 @@ class Trainer:
                 self.parameters.values(), self.config.max_grad_norm, norm
             )
         return float(norm)
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that dropout draws from."""
+    states = {f"{RNG}|cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"{RNG}|cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `_rng`; takes the states out of `tensors`.
+
+    Raises: CheckpointError if they are those of another kind of device.
+    """
+    states = {name: tensors.pop(name) for name in [*tensors] if name.startswith(f"{RNG}|")}
+    if states.keys() != _rng(device).keys():
+        raise CheckpointError(
+            f"the checkpoint has random states {sorted(states)}, not those of a run on "
+            f"{device.type}; resume on the kind of device it was begun on"
+        )
+    torch.set_rng_state(states[f"{RNG}|cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"{RNG}|cuda"], device)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -313,6 +313,15 @@ def test_a_split_that_leaves_a_side_empty_is_refused(tokenizer):
         two.split(1.0)
 
 
+def test_of_a_lone_document_the_end_is_held_out(tokenizer):
+    whole = Dataset.from_documents(["the cat sat on the mat; " * 30], tokenizer, max_length=9)
+    train, heldout = whole.split(0.2)
+    count = len(whole)
+    assert len(heldout) == round(0.2 * count) > 1
+    assert [*train, *heldout] == [whole[i] for i in range(count)]
+    assert train.census.targets + heldout.census.targets == whole.census.targets
+
+
 def test_the_shuffle_is_pinned():
     # Resuming an old run needs this very order; a change here breaks every saved run.
     assert permutation(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]

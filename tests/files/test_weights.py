@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ardor.errors import CheckpointError
 from ardor.files import weights
-from ardor.files.weights import open_weights, write_weights
+from ardor.files.weights import open_weights, read_tensors, write_tensors, write_weights
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -166,3 +166,30 @@ def test_an_unknown_name_is_refused(tmp_path):
     write_weights(tmp_path, tensors())
     with pytest.raises(CheckpointError, match="holds no tensor 'ghost'"):
         open_weights(tmp_path).read("ghost")
+
+
+def test_one_file_is_written_and_read_bit_for_bit(tmp_path):
+    path = tmp_path / "state.safetensors"
+    whole = torch.arange(12.0).view(3, 4)
+    written = {"step": torch.tensor(7.0), "turned": whole.T, "shared": whole[:2]}
+    write_tensors(path, written)
+    found = read_tensors(path)
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+
+
+def test_a_single_file_that_is_missing_cut_or_not_writable_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(CheckpointError, match=r"cannot read .*state\.safetensors"):
+        read_tensors(path)
+    write_tensors(path, {"x": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged or was cut short"):
+        read_tensors(path)
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        write_tensors(path, {"x": torch.zeros(100)})
