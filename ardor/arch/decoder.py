@@ -17,6 +17,7 @@ from ardor.arch.linear import Linear
 from ardor.arch.norm import norm
 from ardor.arch.positions import Rotation, rotate, rotation
 from ardor.errors import ConfigError, ShapeError
+from ardor.kernels.linear import linear
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
         """Logits in the dtype of `hidden`."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return F.linear(hidden, self.embed_tokens.weight.to(hidden.dtype))
+        return linear(hidden, self.embed_tokens.weight.to(hidden.dtype), None)
 
     def head_parameters(self) -> tuple[Tensor, ...]:
         """What `head` is made of, for the chunked loss."""

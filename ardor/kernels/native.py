@@ -1,0 +1,74 @@
+"""C functions beside this file, compiled for this very machine on first use, if it can compile.
+
+Nothing depends on them: without a compiler every caller takes its other path. The library has no
+OpenMP of its own: it uses the threads that PyTorch has loaded, as two pools would fight for cores.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = ("matvec.c",)
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
+OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be had. Built once per machine and cached.
+
+    About a second the first time, then a file in the user's cache directory.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get(OFF) or sys.platform != "linux" or compiler is None:
+        return None
+    here = Path(__file__).parent
+    texts = [(here / name).read_text(encoding="utf-8") for name in SOURCES]
+    # -march=native makes the file this processor's own, and a home may be shared by several.
+    identity = "\0".join([*texts, *FLAGS, compiler, platform.machine(), _processor()])
+    name = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    path = _cache() / name
+    try:
+        if not path.exists():
+            _build(compiler, [here / source for source in SOURCES], path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _build(compiler: str, sources: list[Path], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        objects = [str(Path(place, f"{source.stem}.o")) for source in sources]
+        for source, target in zip(sources, objects, strict=True):
+            _run([compiler, *FLAGS, "-c", str(source), "-o", target])
+        built = Path(place, path.name)
+        # Linked without -fopenmp: its symbols are found in the runtime that PyTorch has loaded.
+        _run([compiler, "-shared", *objects, "-o", str(built)])
+        os.replace(built, path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ardor" / "kernels"
+
+
+def _processor() -> str:
+    """What tells processors apart: the model's name and its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
