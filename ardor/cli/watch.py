@@ -9,6 +9,7 @@ from typing import Any
 
 from ardor.cli.console import Progress, print_json, remarks
 from ardor.errors import CheckpointError
+from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
 
 SHOWN = 100  # characters of a sample
@@ -28,7 +29,6 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     evaluations: list[Mapping[str, Any]] = []
     if trainer.progress.step >= trainer.steps:
         console.print(f"nothing left to do: the run is at {where}")
-        return evaluations
     again = f"  ardor {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
     loss = None
     with (
@@ -57,7 +57,7 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
             again,
         )
     if not json:
-        console.print(f"report: {run.folder / 'report.html'}")
+        console.print(f"report: {run.folder / REPORT}")
     return evaluations
 
 

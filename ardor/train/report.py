@@ -17,6 +17,7 @@ from ardor.files.atomic import write_atomic
 from ardor.files.yaml import read_yaml
 
 Row = dict[str, Any]
+REPORT = "report.html"
 POINTS = 400  # drawn at most per curve: more cannot be told apart
 
 
@@ -36,7 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     rows = read_metrics(run / "metrics.jsonl")
     config = run / "config.yaml"
     settings = read_yaml(config).values if config.exists() else {}
-    target = run / "report.html"
+    target = run / REPORT
     write_atomic(target, render(run.resolve().name, rows, settings))
     return target
 

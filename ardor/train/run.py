@@ -15,7 +15,7 @@ from ardor.files.yaml import to_yaml
 from ardor.load import Model
 from ardor.save import write_files
 from ardor.train.config import Optimisation
-from ardor.train.report import write_report
+from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Trainer
 
 CONFIG = "config.yaml"
@@ -40,6 +40,8 @@ class Run:
             if event["kind"] == "checkpoint":
                 write_report(self.folder)
             yield event
+        if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
+            write_report(self.folder)
 
 
 def output_folder(config: Optimisation, verb: str) -> Path:
