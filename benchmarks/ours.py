@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,10 +17,10 @@ from ardor.precision import dtype_of
 from ardor.train.optim import adamw, trainable
 from ardor.train.trainer import document_loss
 from benchmarks import shapes
-from benchmarks.worker import serve
+from benchmarks.worker import after_the_first, serve, timed
 
 
-def _decoder(shape: dict[str, object], compute: torch.dtype) -> Decoder:
+def _decoder(shape: Mapping[str, object], compute: torch.dtype) -> Decoder:
     raw = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, **shape}
     spec = FAMILIES["llama"].spec(HFConfig(raw, path="benchmarks/shapes.py"))
     decoder = Decoder(spec, compute=compute)
@@ -28,11 +28,12 @@ def _decoder(shape: dict[str, object], compute: torch.dtype) -> Decoder:
     return decoder
 
 
-def train(dtype: str, compiled: bool) -> Callable[[], int]:
+def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
     """One optimizer step over a batch of whole rows."""
     decoder = _decoder(shapes.TRAIN, dtype_of(dtype))
     if compiled:
-        decoder.layers = torch.nn.ModuleList(torch.compile(layer) for layer in decoder.layers)
+        for layer in decoder.layers:
+            layer.compile()
     parameters = trainable(decoder)
     optimizer = adamw(
         parameters,
@@ -58,18 +59,18 @@ def train(dtype: str, compiled: bool) -> Callable[[], int]:
         optimizer.zero_grad()
         return rows.numel()
 
-    return step
+    return timed(step)
 
 
-def generate(dtype: str, new_tokens: int) -> Callable[[], int]:
-    """Greedy decoding of one prompt; the first token comes from reading the prompt."""
+def generate(dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
+    """Greedy decoding after one prompt."""
     decoder = _decoder(shapes.DECODE, dtype_of(dtype)).to(dtype_of(dtype)).requires_grad_(False)
     prompt = list(range(1, shapes.PROMPT + 1))
 
-    def run() -> int:
-        return sum(1 for _ in decode(decoder, [prompt], Request(max_new_tokens=new_tokens)))
+    def rounds() -> tuple[int, float]:
+        return after_the_first(decode(decoder, [prompt], Request(max_new_tokens=new_tokens)))
 
-    return run
+    return rounds
 
 
 def main(task: str, options: dict[str, object]) -> None:

@@ -5,17 +5,19 @@ Runs in the peers' own environment (make bench-peers); it imports nothing of our
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks import shapes
-from benchmarks.worker import serve
+from benchmarks.worker import serve, timed
 
 
-def train(dtype: str, compiled: bool) -> Callable[[], int]:
+def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
     model = LlamaForCausalLM(LlamaConfig(**shapes.TRAIN))
     model.train()
     forward = torch.compile(model) if compiled else model
@@ -33,27 +35,40 @@ def train(dtype: str, compiled: bool) -> Callable[[], int]:
         optimizer.zero_grad()
         return rows.numel()
 
-    return step
+    return timed(step)
 
 
-def generate(dtype: str, new_tokens: int) -> Callable[[], int]:
-    model = LlamaForCausalLM(LlamaConfig(**shapes.DECODE)).to(getattr(torch, dtype)).eval()
+class Clock(StoppingCriteria):
+    """Stops nothing; remembers when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def generate(dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
+    model: Any = LlamaForCausalLM(LlamaConfig(**shapes.DECODE)).to(getattr(torch, dtype)).eval()
     prompt = torch.arange(1, shapes.PROMPT + 1)[None]
     mask = torch.ones_like(prompt)
 
     @torch.inference_mode()
-    def run() -> int:
-        out = model.generate(
+    def rounds() -> tuple[int, float]:
+        clock = Clock()
+        model.generate(
             prompt,
             attention_mask=mask,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
         )
-        return out.shape[1] - prompt.shape[1]
+        return len(clock.times) - 1, clock.times[-1] - clock.times[0]
 
-    return run
+    return rounds
 
 
 def main(task: str, options: dict[str, object]) -> None:

@@ -3,15 +3,32 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
-def serve(rounds: Callable[[], int], *, about: str) -> None:
-    """`rounds` does one round of work and returns its tokens; two warm-up rounds come first."""
+def serve(rounds: Callable[[], tuple[int, float]], *, about: str) -> None:
+    """`rounds` works and returns (tokens, seconds); two warm-up rounds come first."""
     for _ in range(2):
         rounds()
     print(json.dumps({"about": about}), flush=True)
     for _ in sys.stdin:
+        tokens, seconds = rounds()
+        print(json.dumps({"tokens": tokens, "seconds": seconds}), flush=True)
+
+
+def timed(work: Callable[[], int]) -> Callable[[], tuple[int, float]]:
+    """Rounds of `work`, which returns its tokens, with the seconds of all of it."""
+
+    def rounds() -> tuple[int, float]:
         began = time.perf_counter()
-        tokens = rounds()
-        print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - began}), flush=True)
+        return work(), time.perf_counter() - began
+
+    return rounds
+
+
+def after_the_first(tokens: Iterable[object]) -> tuple[int, float]:
+    """Decoding alone: tokens after the first, and the seconds since it came."""
+    stream = iter(tokens)
+    next(stream)
+    began = time.perf_counter()
+    return sum(1 for _ in stream), time.perf_counter() - began

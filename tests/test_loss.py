@@ -65,6 +65,15 @@ def test_chunked_trains_the_states_under_a_frozen_head():
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_chunked_measures_where_no_gradient_is_wanted():
+    hidden, weight, targets = case(torch.float32)
+    with torch.inference_mode():
+        whole = next_token_loss(hidden @ weight.T, targets)
+        mine = chunked_next_token_loss(hidden, targets, lambda h: h @ weight.T, (weight,), chunk=4)
+    torch.testing.assert_close(mine.nats, whole.nats)
+    assert not mine.nats.requires_grad
+
+
 def test_nothing_to_learn_is_zero_with_zero_gradient():
     hidden, weight, targets = case(torch.float32)
     loss = chunked_next_token_loss(

@@ -35,6 +35,8 @@ __all__ = ["parse", "to_yaml"]
 
 C = TypeVar("C")
 
+STDIN = "(standard input)"  # stands for a lone "-", which cyclopts takes for a flag
+
 SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t"}
 ARGUMENTS = Group("Arguments", sort_key=0)
 OPTIONS = Group("Options", sort_key=1)
@@ -67,13 +69,15 @@ def parse(config_class: type[C], args: Sequence[str], verb: str) -> C:
     app["--help"].help = "Show this page and exit."
     app.default(build)
     try:
-        command, bound, _ = app.parse_args(args, exit_on_error=False, print_error=False)
+        tokens = [STDIN if arg == "-" else arg for arg in args]
+        command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise ConfigError(f"{_explain(error, signature)}; see `ardor {verb} --help`") from error
     if command is not build:
         command(*bound.args, **bound.kwargs)
         raise SystemExit(0)
-    return config_class(**{k: v for k, v in bound.arguments.items() if k != "config"})
+    values = {k: "-" if v == STDIN else v for k, v in bound.arguments.items() if k != "config"}
+    return config_class(**values)
 
 
 def _signature(config_class: type) -> inspect.Signature:

@@ -13,7 +13,7 @@ class Config:
 
     output: Path = Path("runs/quickstart")
     """Folder that everything goes to; the other verbs can use it."""
-    steps: int = 240
+    steps: int = 800
     """Optimizer steps of the base model."""
     epochs: float = 3.0
     """Passes over the question-answer pairs."""

@@ -15,7 +15,6 @@ from ardor.arch.cache import KVCache
 from ardor.arch.decoder import Decoder
 from ardor.errors import ConfigError, ShapeError
 from ardor.generate.sample import Choose, greedy, penalise_repetition
-from ardor.kernels.few_rows import few_rows
 
 StopReason = Literal["stop_token", "stop_string", "length", "context"]
 
@@ -122,10 +121,9 @@ def _prefill(
     logits = []
     for index, row in enumerate(rows):
         read = torch.tensor([row.tokens], device=decoder.device)
-        with few_rows(len(row.tokens), decoder.compute, read.device):
-            hidden = decoder.hidden(read, cache=cache.row(index))
-            cache.past[index] = len(row.tokens)
-            logits.append(decoder.logits(hidden[:, -1]))
+        hidden = decoder.hidden(read, cache=cache.row(index))
+        cache.past[index] = len(row.tokens)
+        logits.append(decoder.logits(hidden[:, -1]))
     return cache, torch.cat(logits)
 
 
@@ -133,10 +131,9 @@ def _prefill(
 def _step(decoder: Decoder, cache: KVCache, rows: list[_Row]) -> Float[Tensor, "B V"]:
     """Read the last token of every row; what comes next in each."""
     last = torch.tensor([[row.tokens[-1]] for row in rows], device=decoder.device)
-    with few_rows(len(rows), decoder.compute, last.device):
-        hidden = decoder.hidden(last, cache=cache)
-        cache.advance(1)
-        return decoder.logits(hidden[:, -1])
+    hidden = decoder.hidden(last, cache=cache)
+    cache.advance(1)
+    return decoder.logits(hidden[:, -1])
 
 
 @torch.inference_mode()
