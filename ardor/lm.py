@@ -44,22 +44,22 @@ class LM:
         Settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        found = generate(
-            self.model, [self.tokenizer.encode(p) for p in prompts], Settings(**settings)
-        )
+        ids = [self.tokenizer.encode(p) for p in prompts]
+        found = generate(self.model, ids, _settings(settings), continues=True)
         return found[0] if isinstance(prompt, str) else found
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[Piece]:
         """Continue a prompt piece by piece; the last piece has the Generation in `.done`."""
-        return stream(self.model, self.tokenizer.encode(prompt), Settings(**settings))
+        ids = self.tokenizer.encode(prompt)
+        return stream(self.model, ids, _settings(settings), continues=True)
 
     def chat(self, messages: list[dict[str, str]], **settings: Any) -> Generation:
         """Answer a conversation of {"role": ..., "content": ...} messages."""
-        return generate(self.model, [chat_prompt(self.model, messages)], Settings(**settings))[0]
+        return generate(self.model, [chat_prompt(self.model, messages)], _settings(settings))[0]
 
     def stream_chat(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[Piece]:
         """`chat`, piece by piece."""
-        return stream(self.model, chat_prompt(self.model, messages), Settings(**settings))
+        return stream(self.model, chat_prompt(self.model, messages), _settings(settings))
 
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""
@@ -105,6 +105,12 @@ def load(
             revision=revision,
         )
     )
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    stop = given.get("stop", ())
+    # A lone string is a sequence too: of its letters.
+    return Settings(**given | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
 def _device(device_map: str | None) -> torch.device:

@@ -15,6 +15,7 @@ from ardor.text.chat import prompt_ids
 from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 
+CONTINUED = 8  # tokens of a prompt that are decoded together with what continues it
 FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -62,27 +63,35 @@ def resolve_settings(settings: Settings, generation_config: dict[str, Any]) -> S
                 filled[key] = generation_config.get(key) or None
     if settings.repetition_penalty is None:
         filled["repetition_penalty"] = generation_config.get("repetition_penalty") or 1.0
-    # A lone string is a sequence too: of its letters.
-    stop = (settings.stop,) if isinstance(settings.stop, str) else tuple(settings.stop)
-    if "" in stop:
+    if "" in settings.stop:
         raise ConfigError("a stop string is empty; give at least one character, or leave it out")
-    return replace(settings, stop=stop, **filled)
+    return replace(settings, **filled)
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], settings: Settings
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    continues: bool = False,
 ) -> list[Generation]:
-    """Continue every prompt of ids. Samples of one batch share a stream of random numbers; a greedy
-    answer does not depend on what else is in the batch."""
-    writers = [_Writer(tokenizer_of(model), len(p)) for p in prompts]
+    """Continue every prompt of ids.
+
+    Samples of one batch share a stream of random numbers; a greedy answer does not depend on what
+    else is in the batch. If the text `continues` that of the prompt, the two joined are the text of
+    all the ids: some tokenizers write a space at the start of a word, but not of a text.
+    """
+    writers = [_Writer(tokenizer_of(model), p, continues) for p in prompts]
     for token in decode(model.decoder, prompts, _request(model, settings, writers)):
         writers[token.row].take(token)
     return [writer.finish() for writer in writers]
 
 
-def stream(model: Model, prompt: Sequence[int], settings: Settings) -> Iterator[Piece]:
-    """Continue one prompt; text comes as soon as no later token can change it."""
-    writer = _Writer(tokenizer_of(model), len(prompt))
+def stream(
+    model: Model, prompt: Sequence[int], settings: Settings, *, continues: bool = False
+) -> Iterator[Piece]:
+    """`generate` for one prompt; text comes as soon as no later token can change it."""
+    writer = _Writer(tokenizer_of(model), prompt, continues)
     for token in decode(model.decoder, [prompt], _request(model, settings, [writer])):
         text = writer.take(token)
         if token.finished is None:
@@ -90,7 +99,7 @@ def stream(model: Model, prompt: Sequence[int], settings: Settings) -> Iterator[
                 yield Piece(text, None)
             continue
         done = writer.finish()
-        yield Piece(done.text[writer.emitted - len(text) :], done)
+        yield Piece(done.text[writer.shown - len(text) :], done)
 
 
 def chat_prompt(model: Model, messages: list[dict[str, str]]) -> list[int]:
@@ -131,21 +140,27 @@ def _request(model: Model, settings: Settings, writers: "list[_Writer]") -> Requ
 class _Writer:
     """The text of one row: decoded as it comes, held back while a stop string could begin in it."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], continues: bool):
+        before = prompt[-CONTINUED:] if continues else ()
         self.strings: tuple[str, ...] = ()
-        self.emitted = 0
         self._decoder = StreamDecoder(tokenizer)
-        self._prompt_tokens = prompt_tokens
-        self._text = ""
+        self._prompt_tokens = len(prompt)
+        self._text = "".join(map(self._decoder.push, before))
+        self._start = self._emitted = len(tokenizer.decode(before))
         self._end: int | None = None  # where a stop string begins
         self._read: list[int] = []
         self._tokens: list[Token] = []
+
+    @property
+    def shown(self) -> int:
+        """Characters that `take` has given."""
+        return self._emitted - self._start
 
     def read(self, id_: int) -> bool:
         """Add a token's text; whether a stop string has now appeared."""
         self._read.append(id_)
         self._text += self._decoder.push(id_)
-        found = [at for s in self.strings if (at := self._text.find(s)) >= 0]
+        found = [at for s in self.strings if (at := self._text.find(s, self._start)) >= 0]
         self._end = min(found, default=None)
         return self._end is not None
 
@@ -155,8 +170,8 @@ class _Writer:
         if len(self._read) < len(self._tokens) and token.finished != "stop_token":
             self.read(token.id)
         certain = self._end if self._end is not None else self._certain()
-        text = self._text[self.emitted : certain]
-        self.emitted += len(text)
+        text = self._text[self._emitted : certain]
+        self._emitted += len(text)
         return text
 
     def finish(self) -> Generation:
@@ -165,7 +180,7 @@ class _Writer:
         if self._end is None:
             self._text += self._decoder.flush()
         return Generation(
-            text=self._text[: self._end],
+            text=self._text[self._start : self._end],
             tokens=tuple(token.id for token in self._tokens),
             logprobs=tuple(token.logprob for token in self._tokens),
             stop_reason=last,
@@ -175,7 +190,7 @@ class _Writer:
     def _certain(self) -> int:
         """How much of the text no stop string that is still to come can reach into."""
         longest = max(map(len, self.strings), default=1) - 1
-        for size in range(min(longest, len(self._text)), 0, -1):
+        for size in range(min(longest, len(self._text) - self._start), 0, -1):
             if any(s.startswith(self._text[-size:]) for s in self.strings):
                 return len(self._text) - size
         return len(self._text)

@@ -197,7 +197,7 @@ def _evaluate(model: Model, heldout: Dataset | None, config: Train) -> list[dict
     assert model.tokenizer is not None
     prompts = [model.tokenizer.encode(prompt) for prompt in config.sample_prompts]
     model.decoder.eval()
-    found = generate(model, prompts, settings) if prompts else []
+    found = generate(model, prompts, settings, continues=True) if prompts else []
     return rows + [
         {"kind": "sample", "prompt": prompt, "text": answer.text}
         for prompt, answer in zip(config.sample_prompts, found, strict=True)
