@@ -1,9 +1,12 @@
 """What people see: results on stdout, progress and remarks on stderr, plain when piped."""
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +39,14 @@ def _console(*, stderr: bool) -> Console:
         emoji=False,
         highlight=False,
     )
+
+
+def program() -> str:
+    """What to type to run this program again: its name where that is on the path, else the file."""
+    started, found = Path(sys.argv[0]), shutil.which("ardor")
+    if started.name != "ardor" or (found and Path(found).resolve() == started.resolve()):
+        return "ardor"
+    return os.path.relpath(started)
 
 
 def print_json(value: Any) -> None:

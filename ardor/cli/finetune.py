@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from shlex import quote
 
-from ardor.cli.console import remarks
+from ardor.cli.console import program, remarks
 from ardor.train.config import Finetune
 
 
@@ -26,5 +26,5 @@ def run(config: Config) -> int:
         if len(evaluations) > 1 and evaluations[0]["step"] == 0:
             console.print(f"before: {evaluation_line(evaluations[0])}")
             console.print(f"after:  {evaluation_line(evaluations[-1])}")
-        console.print(f"try it: ardor chat {quote(str(found.folder))}")
+        console.print(f"try it: {program()} chat {quote(str(found.folder))}")
     return 0

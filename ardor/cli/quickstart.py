@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ardor.cli.console import duration, results
+from ardor.cli.console import duration, program, results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def run(config: Config) -> int:
     data = stages.make_data(folder / "data", config.seed)
     out.print(
         f"     {data.documents:,} documents, {data.characters / 1e6:.1f} MB of text; "
-        f"{data.pairs:,} question-answer pairs, {len(data.held_out):,} more held out with their modules"
+        f"{data.pairs:,} question-answer pairs, {len(data.held_out):,} more held out by module"
     )
     out.print("2/4  a tokenizer and a small Llama from scratch")
     base = stages.prepare_base(folder, data, steps=config.steps, seed=config.seed)
@@ -48,12 +48,13 @@ def run(config: Config) -> int:
         f"\nAll of it took {duration(time.monotonic() - began)}. Look at {folder}/report.html,"
     )
     out.print("and do the same with your own model and data:\n")
-    out.print(f"  ardor chat {folder}")
-    out.print(f"  ardor score {folder} {data.heldout}")
-    out.print(f'  ardor generate {folder / "base"} "Return the"')
-    out.print("  ardor train my_texts/ -o runs/my-base")
-    out.print("  ardor finetune MODEL my_pairs.jsonl -o runs/mine --method qlora")
-    out.print("  ardor chat runs/mine\n")
+    ardor = program()
+    out.print(f"  {ardor} chat {folder}")
+    out.print(f"  {ardor} score {folder} {data.heldout}")
+    out.print(f'  {ardor} generate {folder / "base"} "Return the"')
+    out.print(f"  {ardor} train my_texts/ -o runs/my-base")
+    out.print(f"  {ardor} finetune MODEL my_pairs.jsonl -o runs/mine --method qlora")
+    out.print(f"  {ardor} chat runs/mine\n")
     out.print("MODEL is a folder or a hub id; my_pairs.jsonl looks like")
     out.print(f"{data.train}.")
     return 0

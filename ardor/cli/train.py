@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from shlex import quote
 
-from ardor.cli.console import remarks
+from ardor.cli.console import program, remarks
 from ardor.train.config import Train
 
 
@@ -23,5 +23,5 @@ def run(config: Config) -> int:
     watch(found, "training", json=config.json, verb="train")
     if not config.json:
         folder = quote(str(found.folder))
-        remarks().print(f'try it: ardor generate {folder} "Once upon a time"')
+        remarks().print(f'try it: {program()} generate {folder} "Once upon a time"')
     return 0

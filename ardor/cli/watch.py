@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ardor.cli.console import Progress, print_json, remarks
+from ardor.cli.console import Progress, print_json, program, remarks
 from ardor.errors import CheckpointError
 from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
@@ -29,7 +29,7 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     evaluations: list[Mapping[str, Any]] = []
     if trainer.progress.step >= trainer.steps:
         console.print(f"nothing left to do: the run is at {where}")
-    again = f"  ardor {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
+    again = f"  {program()} {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
     loss = None
     with (
         _told(again),
