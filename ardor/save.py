@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ardor.adapters.lora import lora_modules
+from ardor.adapters.lora import lora_parameters
 from ardor.adapters.peft_files import save_adapter
 from ardor.errors import ConfigError
 from ardor.families.hf_config import HFConfig
@@ -12,6 +12,7 @@ from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import write_weights
 from ardor.load import CONFIG, GENERATION, Model
+from ardor.quant.linear import QuantizedLinear
 
 
 def save_model(model: Model, directory: str | Path) -> None:
@@ -27,7 +28,7 @@ def save_model(model: Model, directory: str | Path) -> None:
 
 def write_files(model: Model, directory: Path) -> None:
     """The files of `save_model` into an existing directory, for whoever makes it atomic."""
-    if model.adapter is not None and any(True for _ in lora_modules(model.decoder)):
+    if model.adapter is not None and lora_parameters(model.decoder):  # none once it is merged
         save_adapter(
             directory,
             model.decoder,
@@ -47,7 +48,7 @@ def write_files(model: Model, directory: Path) -> None:
 
 
 def _write_weights(model: Model, directory: Path) -> None:
-    if model.quantization is not None:
+    if any(isinstance(module, QuantizedLinear) for module in model.decoder.modules()):
         raise ConfigError(
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"

@@ -1,7 +1,5 @@
 """Runs small enough to take a fraction of a second, made from text that is made here."""
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,24 +10,7 @@ from ardor.train import pretrain
 from ardor.train.config import Train
 from ardor.train.run import Run
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "saw", "one", "dog", "who"]
-WORDS += ["ran", "far", "away", "over", "that", "hill"]
-
-SIZES = {
-    "vocab_size": 280,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_length": 48,
-    "dtype": "float32",
-}
-
-
-def sentences(count: int, seed: int = 0) -> list[str]:
-    """Of unequal lengths, so that batches and windows are unequal too."""
-    chosen = random.Random(seed)
-    return [" ".join(chosen.choices(WORDS, k=chosen.randint(2, 12))) for _ in range(count)]
+from ..tiny import SIZES, sentences, write_rows
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -45,8 +26,7 @@ def _one_thread():
 def texts(tmp_path_factory) -> Path:
     """25 documents in a jsonl file."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(25)))
-    return path
+    return write_rows(path, [{"text": text} for text in sentences(25)])
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +34,7 @@ def pairs(tmp_path_factory) -> Path:
     """22 questions with answers in a jsonl file."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = zip(sentences(22, 1), sentences(22, 2), strict=True)
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
-    return path
+    return write_rows(path, [{"prompt": p, "completion": c} for p, c in rows])
 
 
 @pytest.fixture(scope="session")

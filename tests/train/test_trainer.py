@@ -28,7 +28,8 @@ from ardor.train.run import Run
 from ardor.train.schedule import rate_share
 from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document_loss
 
-from .conftest import SIZES, finish, sentences
+from ..tiny import SIZES, sentences
+from .conftest import finish
 
 # --- one step ---
 
