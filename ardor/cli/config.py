@@ -80,6 +80,11 @@ def parse(config_class: type[C], args: Sequence[str], verb: str) -> C:
     return config_class(**values)
 
 
+def narrowed(config: Any, kind: type[C]) -> C:
+    """The fields of `config` that `kind` has: without what only the command line knows."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
+
+
 def _signature(config_class: type) -> inspect.Signature:
     hints = get_type_hints(config_class, include_extras=True)
     help_of = field_help(config_class)

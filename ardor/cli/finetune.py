@@ -16,15 +16,18 @@ class Config(Finetune):
 
 
 def run(config: Config) -> int:
-    from ardor.cli.watch import evaluation_line, watch  # later: help needs no torch
+    from ardor.cli.config import narrowed  # later: help needs no torch
+    from ardor.cli.watch import evaluation_line, watch
     from ardor.train.finetune import prepare
 
-    found = prepare(config)
+    found = prepare(narrowed(config, Finetune))
     evaluations = watch(found, config.method, json=config.json, verb="finetune")
     if not config.json:
         console = remarks()
         if len(evaluations) > 1 and evaluations[0]["step"] == 0:
             console.print(f"before: {evaluation_line(evaluations[0])}")
             console.print(f"after:  {evaluation_line(evaluations[-1])}")
-        console.print(f"try it: {program()} chat {quote(str(found.folder))}")
+        folder = quote(str(found.folder))
+        chat, go_on = f"chat {folder}", f"generate {folder} {quote(found.opening or '')}"
+        console.print(f"try it: {program()} {chat if found.opening is None else go_on}")
     return 0

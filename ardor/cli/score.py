@@ -8,7 +8,7 @@ from typing import Any
 
 from ardor.cli.console import print_json, results
 from ardor.cli.model import ModelFlags
-from ardor.errors import ConfigError
+from ardor.errors import ConfigError, DataError
 
 FIGURES = (
     ("loss", "nats per token", "{:.4f}"),
@@ -69,7 +69,12 @@ def _score_dataset(config: Config) -> int:
     from ardor.data.sources import read_rows
     from ardor.train.evaluate import evaluate
 
-    rows = list(read_rows(Path(config.data) if Path(config.data).exists() else config.data))
+    try:
+        rows = list(read_rows(Path(config.data) if Path(config.data).exists() else config.data))
+    except DataError as error:
+        if not Path(config.data).exists():
+            error.add_note("if that is the text to score, and no name, add --text")
+        raise
     lm = config.load(config.model)
     context = lm.spec.max_positions
     dataset = Dataset.build(

@@ -16,10 +16,11 @@ class Config(Train):
 
 
 def run(config: Config) -> int:
-    from ardor.cli.watch import watch  # later: help needs no torch
+    from ardor.cli.config import narrowed  # later: help needs no torch
+    from ardor.cli.watch import watch
     from ardor.train.pretrain import prepare
 
-    found = prepare(config)
+    found = prepare(narrowed(config, Train))
     watch(found, "training", json=config.json, verb="train")
     if not config.json:
         folder = quote(str(found.folder))

@@ -8,6 +8,7 @@ import torch
 
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
 from ardor.data.dataset import Dataset
+from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError
 from ardor.files.json import read_text
@@ -43,7 +44,7 @@ def prepare(config: Finetune) -> Run:
     if checkpoint is None:
         _make_trainable(config, model, added)
     train, heldout = split(config, data, held)
-    return begin(
+    run = begin(
         config,
         folder,
         model,
@@ -57,6 +58,17 @@ def prepare(config: Finetune) -> Run:
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
         ),
     )
+    run.opening = _opening(rows[0])
+    return run
+
+
+def _opening(row: Row) -> str | None:
+    """The first words of a text that the model learns to continue; None if it learns to chat."""
+    content = recognise(row.values, row.where).read(row.values)
+    if isinstance(content, Conversation):
+        return None
+    text = content.prompt if isinstance(content, Completion) else content.text
+    return " ".join(text.split()[:8]) or "The"
 
 
 def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dataset:

@@ -33,6 +33,7 @@ class Run:
     heldout: Dataset | None
     resumed: bool
     notes: tuple[str, ...]  # for people: what was found and chosen
+    opening: str | None = None  # of a text to continue; None where the data are conversations
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint."""

@@ -1,0 +1,485 @@
+"""Each verb from its command line: what it leaves, what it says, and how it ends."""
+
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ardor
+from ardor.cli.console import program
+from ardor.cli.main import main
+from ardor.files.runs import newest_checkpoint
+
+from ..tiny import World, make_world, sentences, write_rows
+
+SIZES = "--vocab-size 280 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 1"
+TRAIN = f"{SIZES} --num-attention-heads 2 --max-length 48 --tokens-per-batch 96 --dtype float32"
+TRAIN = TRAIN.split()
+TUNE = ["--max-steps", "3", "--lora-r", "2", "--dtype", "float32", "--learning-rate", "0.01"]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def say(capsys, monkeypatch) -> Callable[..., Said]:
+    """Runs `ardor ARGS`, with lines for its standard input."""
+
+    def run(*args: Any, stdin: str = "") -> Said:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(say) -> Callable[..., str]:
+    """The one message of a command that the user has to correct."""
+
+    def run(*args: Any, stdin: str = "") -> str:
+        said = say(*args, stdin=stdin)
+        assert said.code == 2, said
+        assert said.out == "" and "Traceback" not in said.err
+        assert said.err.count("error: ") == 1
+        return said.err[said.err.index("error: ") + 7 :].strip()
+
+    return run
+
+
+def newest(run: Path) -> Path:
+    found = newest_checkpoint(run)
+    assert found is not None
+    return found
+
+
+def hints(said: Said) -> list[list[str]]:
+    """The commands that the output proposes, without `ardor`."""
+    lines = said.err.splitlines() + said.out.splitlines()
+    shown = rf"(?:^|: |  ){re.escape(program())} (\w+ .*)$"
+    found = [re.search(shown, line) for line in lines]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+# --- train ---
+
+
+def test_train_leaves_a_run_that_its_hint_generates_from(world, say, tmp_path):
+    run = tmp_path / "a run"
+    said = say("train", world.texts, "-o", run, *TRAIN, "--max-steps", 4, "--eval-fraction", 0.1)
+    assert (said.code, said.out) == (0, "")
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "report.html", "checkpoint-4"} <= names
+    assert "25 rows (text): 25 examples" in said.err and "held out 2 examples" in said.err
+    assert re.search(r"training  4/4  loss \d\.\d+  [\d,]+ tokens/s", said.err)
+    assert re.search(r"step 4: held-out loss \d\.\d+ nats, perplexity [\d.]+", said.err)
+    (hint,) = hints(said)
+    assert hint[:2] == ["generate", str(run)]
+    done = say(*hint, "-n", 5)
+    assert done.code == 0 and done.out.endswith("\n")
+    assert "float32, computing in float32 on cpu" in done.err
+
+
+def test_train_in_json_prints_the_lines_of_metrics(world, say, tmp_path):
+    said = say("train", world.texts, "-o", tmp_path / "r", *TRAIN, "--max-steps", 2, "--json")
+    assert said.code == 0
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row for row in rows if row["kind"] != "checkpoint"] == kept
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+
+
+def test_train_takes_plain_text_a_folder_and_another_tokenizer(world, say, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(" ".join(sentences(5, seed=number)))
+    said = say("train", folder, "-o", tmp_path / "a", *TRAIN, "--max-steps", 1)
+    assert said.code == 0 and "12 rows (text)" in said.err and " cut" in said.err
+    one = folder / "0.txt"
+    args = ["--tokenizer", world.base, "--sample-prompts", "the cat", "--family", "gpt2"]
+    said = say("train", one, "-o", tmp_path / "b", *TRAIN, "--max-steps", 2, *args)
+    assert said.code == 0, said
+    assert "step 2: sample: the cat" in said.err
+    assert (newest(tmp_path / "b") / "tokenizer.json").read_bytes() == (
+        newest(world.base) / "tokenizer.json"
+    ).read_bytes()
+    assert json.loads((newest(tmp_path / "b") / "config.json").read_text())["model_type"] == "gpt2"
+
+
+def test_without_a_folder_the_next_free_one_is_taken(world, say, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        said = say("train", world.texts, *TRAIN, "--max-steps", 1)
+        assert said.code == 0 and f"run: runs/train-{number}" in said.err
+
+
+# --- finetune ---
+
+
+FORMATS = {
+    "messages": lambda q, a: {
+        "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    },
+    "prompt and completion": lambda q, a: {"prompt": q, "completion": a},
+    "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "text": lambda q, a: {"text": f"{q} {a}"},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "format"),
+    [
+        ("lora", "messages"),
+        ("lora", "prompt and completion"),
+        ("lora", "alpaca"),
+        ("lora", "text"),
+        ("full", "messages"),
+        ("full", "text"),
+        ("qlora", "messages"),
+        ("qlora", "alpaca"),
+    ],
+)
+def test_finetune_learns_each_format_with_each_method(world, say, tmp_path, method, format):
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    pairs = zip(sentences(22, 1), sentences(22, 2), strict=True)
+    write_rows(data, [FORMATS[format](q, a) for q, a in pairs])
+    args = ["--method", method, "--stop-rate-samples", 1, "--eval-fraction", 0.1]
+    said = say("finetune", world.base, data, "-o", run, *TUNE, *args)
+    assert (said.code, said.out) == (0, ""), said
+    assert "22 rows" in said.err and f"model: {method}, " in said.err
+    assert ("base in nf4" in said.err) == (method == "qlora")
+    before, after = (
+        float(re.search(rf"{when}: +held-out loss (\d+\.\d+) nats", said.err)[1])  # type: ignore[index]
+        for when in ("before", "after")
+    )
+    assert after < before
+    assert re.search(r"stop rate \d+%", said.err)
+    (hint,) = hints(said)
+    chats = format in ("messages", "alpaca")
+    assert hint[:2] == ["chat" if chats else "generate", str(run)]
+    done = say(*hint, "-n", 4, stdin="the cat\n")
+    assert done.code == 0 and done.out.endswith("\n")
+    held = {"full": "", "lora": "adapter on", "qlora": "nf4"}[method]
+    assert held in done.err
+
+
+def test_finetune_says_what_it_did_with_rows_that_are_too_long(world, say, refused, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": q, "completion": " a cat"} for q in sentences(12, 1)]
+    rows[4]["prompt"] = " ".join(sentences(8))
+    rows[7]["completion"] = " ".join(sentences(8))
+    write_rows(data, rows)
+    start = ["finetune", world.base, data, *TUNE]
+    said = say(*start, "-o", tmp_path / "a")
+    assert "12 rows" in said.err and "11 examples" in said.err
+    assert "1 dropped, 1 truncated, each at most 48 tokens" in said.err
+    said = say(*start, "-o", tmp_path / "b", "--over-length", "drop")
+    assert "10 examples" in said.err and "2 dropped" in said.err
+    message = refused(*start, "-o", tmp_path / "c", "--over-length", "error")
+    assert (
+        message.startswith(f"{data}:5 makes an example of ")
+        and "longer than max_length=48" in message
+    )
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_adapter_is_not_fine_tuned_again(world, refused, tmp_path):
+    message = refused("finetune", world.lora, world.pairs, "-o", tmp_path / "x", *TUNE)
+    assert "is an adapter on" in message and "--resume" in message
+    assert not (tmp_path / "x").exists()
+
+
+# --- generate, chat, score ---
+
+
+def test_generate_prints_the_text_or_all_of_it_as_json(world, say, refused):
+    said = say("generate", world.base, "the cat", "-n", 6, "-t", 0)
+    assert said.code == 0
+    whole = json.loads(say("generate", world.base, "the cat", "-n", 6, "-t", 0, "--json").out)
+    assert said.out == whole["text"] + "\n"
+    assert len(whole["tokens"]) == len(whole["logprobs"]) <= 6
+    assert whole["stop_reason"] in ("length", "stop_token")
+    assert say("generate", world.base, "-", "-n", 6, "-t", 0, stdin="the cat").out == said.out
+    assert refused("generate", world.base, "").startswith("the prompt is empty")
+    assert "context holds 48" in refused("generate", world.base, "the cat " * 99)
+    assert refused("generate", world.base, "x", "--top-p", 2).startswith("top_p=2.0 must be")
+
+
+def test_generate_takes_a_config_file(world, say, refused, tmp_path):
+    settings = tmp_path / "g.yaml"
+    settings.write_text(
+        f"model: {world.base}\nprompt: the cat\nmax_new_tokens: 6\ntemperature: 0\n"
+    )
+    wanted = say("generate", world.base, "the cat", "-n", 6, "-t", 0).out
+    assert say("generate", "--config", settings).out == wanted
+    settings.write_text("max_new_token: 6\n")
+    message = refused("generate", world.base, "x", "--config", settings)
+    assert message.startswith(
+        f"{settings}, line 1: unknown key 'max_new_token'; did you mean 'max_new_tokens'?"
+    )
+
+
+def test_chat_answers_line_by_line_from_a_pipe(world, say, refused):
+    lines = "the cat\n\n/new\nthe dog\n/exit\nnot read\n"
+    said = say("chat", world.lora, "-n", 4, stdin=lines)
+    assert said.code == 0
+    answers = say("chat", world.lora, "-n", 4, "--json", stdin=lines)
+    rows = [json.loads(line) for line in answers.out.splitlines()]
+    assert len(rows) == 2
+    assert said.out == "".join(f"{row['text']}\n" for row in rows)
+    # A conversation: the second message is read after the first and its answer.
+    both = say("chat", world.lora, "-n", 4, "--json", stdin="the cat\nthe dog\n").out.splitlines()
+    assert json.loads(both[0]) == rows[0]
+    assert json.loads(both[1])["prompt_tokens"] > rows[1]["prompt_tokens"]
+    message = refused("chat", world.base, stdin="hi\n")
+    assert "has no chat template" in message and "`generate`" in message
+
+
+def test_score_of_a_text_and_of_a_file_are_those_of_the_library(world, say):
+    text = "the cat sat on that hill"
+    score = ardor.load(world.base).score(text)
+    found = json.loads(say("score", world.base, text, "--text", "--json").out)
+    assert found["perplexity"] == pytest.approx(score.perplexity)
+    assert found["bits_per_byte"] == pytest.approx(score.bits_per_byte)
+    assert found["logprobs"] == pytest.approx(list(score.logprobs))
+    assert json.loads(say("score", world.base, "-", "--json", stdin=text).out) == found
+    shown = say("score", world.base, text, "--text", "--tokens")
+    assert f"{score.perplexity:,.3f}" in shown.out and "'the'" not in shown.out.splitlines()[-1]
+    assert len(shown.out.splitlines()) == score.targets + 4
+
+    whole = json.loads(say("score", world.base, world.texts, "--json").out)
+    assert whole["perplexity"] == pytest.approx(math.exp(whole["loss"]))
+    table = say("score", world.base, world.texts)
+    assert table.code == 0 and f"loss           {whole['loss']:.4f} nats per token" in table.out
+    tuned = say("score", world.lora, world.pairs)
+    assert tuned.code == 0 and "22 rows" in tuned.out
+
+
+def test_score_points_to_its_flag_for_texts(world, refused):
+    assert "add --text" in refused("score", world.base, "no such file of words")
+    assert "give --text" in refused("score", world.base, world.texts, "--tokens")
+
+
+# --- going on ---
+
+
+def test_the_saved_settings_of_a_run_take_it_up_again(world, say, refused, tmp_path):
+    run = tmp_path / "run"
+    say("train", world.texts, "-o", run, *TRAIN, "--max-steps", 4, "--save-steps", 2, "--json")
+    shutil.rmtree(run / "checkpoint-4")
+    settings = run / "config.yaml"
+    before = settings.read_text()
+    said = say("train", "--config", settings, "--resume")  # without --json: that changes nothing
+    assert said.code == 0 and "resumed at step 2 of 4" in said.err and "training  4/4" in said.err
+    assert settings.read_text() == before and "\njson:" not in before
+    said = say("train", "--config", settings, "--resume")
+    assert said.code == 0 and "nothing left to do: the run is at step 4 of 4" in said.err
+    for hint in hints(said):
+        assert say(*hint, "-n", 3).code == 0
+    message = refused("train", "--config", settings, "--resume", "--learning-rate", 0.5)
+    assert "learning_rate: 0.002, now 0.5" in message
+    message = refused("train", "--config", settings)
+    assert message == (
+        f"{run} already holds a run; add --resume to go on with it, "
+        "or choose another folder with -o"
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_tuning_is_taken_up_again_from_its_saved_settings(world, say, tmp_path, method):
+    args = ["finetune", world.base, world.pairs, *TUNE, "--method", method]
+    args += ["--save-steps", 2, "--lora-dropout", 0.2]
+    say(*args, "-o", tmp_path / "whole")
+    run = tmp_path / "run"
+    say(*args, "-o", run)
+    shutil.rmtree(run / "checkpoint-3")
+    said = say("finetune", "--config", run / "config.yaml", "--resume")
+    assert said.code == 0 and "resumed at step 2 of 3" in said.err
+    assert "before:" not in said.err  # the model as it was before was not seen this time
+    for file in newest(run).glob("*.safetensors"):
+        assert file.read_bytes() == (newest(tmp_path / "whole") / file.name).read_bytes()
+
+
+def test_a_run_of_the_library_is_taken_up_by_the_command(world, say, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world.base, run)
+    said = say("train", "--config", run / "config.yaml", "-o", run, "--resume")
+    assert said.code == 0 and "nothing left to do" in said.err
+
+
+def test_there_must_be_a_run_to_resume(world, refused, tmp_path):
+    args = ["train", world.texts, *TRAIN, "--resume"]
+    assert refused(*args).startswith("resume needs the folder of the run to go on with: -o RUN")
+    message = refused(*args, "-o", tmp_path / "none")
+    assert message.startswith(f"{tmp_path / 'none'} holds no run to resume")
+    (tmp_path / "file").write_text("")
+    message = refused("train", world.texts, *TRAIN, "-o", tmp_path / "file")
+    assert message == f"{tmp_path / 'file'} is a file; give a folder with -o"
+
+
+def test_an_interrupted_run_names_the_command_that_takes_it_up(world, say, tmp_path, monkeypatch):
+    import signal
+
+    from ardor.train.trainer import Trainer
+
+    step = Trainer._step
+
+    def interrupted(self, *args):
+        if self.progress.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    run = tmp_path / "a run"
+    said = say("train", world.texts, "-o", run, *TRAIN, "--max-steps", 5)
+    monkeypatch.undo()
+    assert said.code == 130 and "stopping after this step" in said.err
+    assert "interrupted\nstopped at step 2 of 5; go on from there with" in said.err
+    (hint,) = hints(said)
+    done = say(*hint)
+    assert done.code == 0 and "resumed at step 2 of 5" in done.err
+
+
+# --- bad input ---
+
+
+def test_missing_files_are_named(world, refused, tmp_path):
+    near = tmp_path / "pairs.jsonl"
+    near.write_text("{}\n")
+    message = refused("finetune", world.base, tmp_path / "pair.jsonl", *TUNE)
+    assert (
+        message == f"{tmp_path / 'pair.jsonl'} does not exist; nearest in {tmp_path}: pairs.jsonl"
+    )
+    assert "is not a directory" in refused("generate", tmp_path / "none", "x")
+    assert "no such file" in refused("train", world.texts, "--config", tmp_path / "none.yaml")
+    message = refused("finetune", world.base, world.pairs, *TUNE, "--chat-template", "none.jinja")
+    assert "neither chatml nor a file that exists" in message
+    assert "does not exist" in refused("train", world.texts, *TRAIN, "--eval-data", "./none.txt")
+
+
+def test_an_unknown_flag_and_an_unknown_key_name_the_nearest(world, refused, tmp_path):
+    message = refused("finetune", world.base, world.pairs, "--learning-rat", 1)
+    assert message.startswith("unknown flag --learning-rat; did you mean --learning-rate?")
+    settings = tmp_path / "run.yaml"
+    settings.write_text("learning_rate: 0.1\nlora_alfa: 3\n")
+    message = refused("finetune", world.base, world.pairs, "--config", settings)
+    assert message.startswith(
+        f"{settings}, line 2: unknown key 'lora_alfa'; did you mean 'lora_alpha'?"
+    )
+    assert "missing DATA" in refused("finetune", world.base)
+    assert "logging_steps=0" in refused("train", world.texts, "--logging-steps", 0)
+    message = refused("train", world.texts, "--max-steps", "1.5")
+    assert "found '1.5', expected a whole number" in message
+    message = refused("train", world.texts, "--hidden-size", 15, "--num-attention-heads", 4)
+    assert "must be a multiple of the next" in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("", "data.jsonl holds no rows; give a dataset with at least one"),
+        (
+            '{"prompt": "a", "completion": "b"}\n\n{"quest": "a", "reply": "b"}\n',
+            "data.jsonl:3 is in no known format: found the columns quest, reply",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "hi"}]}\n',
+            "nothing is trained on: none of the 1 rows holds an answer",
+        ),
+        ('{"prompt": "a", "completion": " "}\n', "nothing is trained on"),
+        ('{"prompt": "a", "completion"\n', "data.jsonl:1: not valid JSON at column"),
+        ('["a"]\n', "data.jsonl:1: found list, expected an object with named columns"),
+        (
+            '{"messages": [{"role": "user", "content": "hi"}, {"rol": "assistant"}]}\n',
+            "data.jsonl:1 (messages): ",
+        ),
+    ],
+)
+def test_data_that_cannot_be_learnt_is_named_with_its_line(world, refused, tmp_path, rows, says):
+    data = tmp_path / "data.jsonl"
+    data.write_text(rows)
+    message = refused("finetune", world.base, data, "-o", tmp_path / "run", *TUNE)
+    assert says in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_from_scratch_needs_text(world, refused, tmp_path):
+    message = refused("train", world.pairs, "-o", tmp_path / "run", *TRAIN)
+    assert f"{world.pairs}:1 has no text (found prompt, completion)" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def broken(world, tmp_path) -> Path:
+    """A copy of the base model to damage."""
+    shutil.copytree(newest(world.base), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_missing_and_an_extra_tensor_are_named(broken, refused):
+    file = broken / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    assert f"missing {name}; the weights do not belong" in refused("generate", broken, "x")
+    save_file(tensors | {"model.layers.0.extra": torch.zeros(1)}, file)
+    assert "unexpected model.layers.0.extra" in refused("generate", broken, "x")
+    save_file(tensors | {name: torch.zeros(3, 3)}, file)
+    assert f"{name} gives layers.0.ffn.up_proj.weight the shape [3, 3]" in refused(
+        "score", broken, "x y", "--text"
+    )
+
+
+def test_damaged_files_are_named(broken, world, refused, tmp_path):
+    file = broken / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200])
+    assert f"{file} is damaged or was cut short (200 bytes)" in refused("generate", broken, "x")
+    message = refused("finetune", broken, world.pairs, "-o", tmp_path / "run", *TUNE)
+    assert "damaged" in message and not (tmp_path / "run").exists()
+    file.write_bytes(whole)
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 24'))
+    assert "config.json" in refused("generate", broken, "x")
+    (broken / "config.json").write_text(config[:50])
+    assert "is not valid JSON" in refused("generate", broken, "x")
+    (broken / "config.json").write_text(config.replace("{", '{"sliding_window_x": 4,', 1))
+    assert "nothing reads sliding_window_x=4" in refused("generate", broken, "x")
+    (broken / "config.json").write_text(config)
+    (broken / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused("generate", broken, "x")
+
+
+def test_a_user_s_mistake_in_json_is_an_object(world, say, tmp_path):
+    said = say("finetune", world.base, tmp_path / "none.jsonl", "--json")
+    assert said.code == 2 and said.out == ""
+    assert json.loads(said.err)["error"] == "DataError"
