@@ -13,6 +13,9 @@ from torch import Tensor
 
 IGNORE = -100  # a target that teaches nothing: prompt, or the last position of a document
 
+Head = Callable[..., Tensor]
+"""(states [n, D], *parameters) -> logits [n, V]"""
+
 CHUNK_BYTES = 8 << 20  # of float32 logits alive at a time; about what a core's caches hold
 
 
@@ -35,17 +38,18 @@ def next_token_loss(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"])
 def chunked_next_token_loss(
     hidden: Float[Tensor, "B T D"],
     targets: Int[Tensor, "B T"],
-    head: Callable[[Tensor], Tensor],
-    head_parameters: tuple[Tensor, ...],
+    head: Head,
+    parameters: tuple[Tensor, ...],
     *,
     chunk: int | None = None,
 ) -> LossSum:
-    """`next_token_loss(head(hidden), targets)` that never holds [tokens, vocab].
+    """`next_token_loss(head(hidden, *parameters), targets)` that never holds [tokens, vocab].
 
     Positions whose target is IGNORE are not multiplied with the head at all. The rest go through
-    `head` ([n, D] -> [n, V]) `chunk` rows at a time; where a gradient is wanted it is taken in the
-    same pass, for `hidden` and for `head_parameters` (those `head` trains), so that no logits
-    outlive their chunk in either direction. Double backward is not supported.
+    `head` ([n, D] -> [n, V]) `chunk` rows at a time, with `parameters` cast once to their dtype;
+    where a gradient is wanted, of `hidden` or of a parameter, it is taken in the same pass and
+    summed in the parameter's own dtype, so that no logits outlive their chunk in either direction.
+    Double backward is not supported.
 
     Source: the idea of gradients in the forward pass is Hsu et al. 2024, arXiv:2410.10989, 3.2.
     """
@@ -53,9 +57,9 @@ def chunked_next_token_loss(
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if len(kept) < len(rows):
         rows, wanted = rows.index_select(0, kept), wanted.index_select(0, kept)
-    wants = torch.is_grad_enabled()
-    trained = tuple(p for p in head_parameters if wants and p.requires_grad)
-    nats = _ChunkedLoss.apply(head, chunk, rows, wanted, *trained)
+    if not torch.is_grad_enabled():
+        rows, parameters = rows.detach(), tuple(p.detach() for p in parameters)
+    nats = _ChunkedLoss.apply(head, chunk, rows, wanted, *parameters)
     return LossSum(nats, torch.tensor(len(kept), device=targets.device))
 
 
@@ -63,39 +67,50 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        head: Callable[[Tensor], Tensor],
+        head: Head,
         chunk: int | None,
         rows: Float[Tensor, "N D"],
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, ""]:
+        wants_rows, *wants = ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]
+        leaves = [
+            p.detach().to(rows.dtype).requires_grad_(wanted)
+            for p, wanted in zip(parameters, wants, strict=True)
+        ]
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
         total = torch.zeros((), device=rows.device, dtype=torch.float32)
-        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[2] else None
-        d_parameters = [torch.zeros_like(p) for p in parameters]
+        d_rows = torch.empty_like(rows) if wants_rows else None
+        sums = [
+            torch.zeros_like(p) if wanted else None
+            for p, wanted in zip(parameters, wants, strict=True)
+        ]
         start = 0
         while start < len(rows):
             # The first chunk is one row only when nobody said otherwise: it tells V.
             stop = min(len(rows), start + (chunk or 1))
-            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-                piece = rows[start:stop].detach().requires_grad_(d_rows is not None)
-                logits = head(piece)
+            with torch.set_grad_enabled(bool(wants_rows or trained)):
+                piece = rows[start:stop].detach().requires_grad_(wants_rows)
+                logits = head(piece, *leaves)
                 loss = F.cross_entropy(logits.float(), targets[start:stop], reduction="sum")
-            if d_rows is not None or parameters:
-                inputs = ([piece] if d_rows is not None else []) + list(parameters)
-                gradients = list(torch.autograd.grad(loss, inputs))
+            if loss.requires_grad:
+                gradients = list(
+                    torch.autograd.grad(loss, [piece, *trained] if wants_rows else trained)
+                )
                 if d_rows is not None:
                     d_rows[start:stop] = gradients.pop(0)
-                for sum_, part in zip(d_parameters, gradients, strict=True):
+                for sum_, part in zip((s for s in sums if s is not None), gradients, strict=True):
                     sum_ += part
             total += loss.detach()
             chunk = chunk or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
             start = stop
-        ctx.save_for_backward(d_rows, *d_parameters)
+        ctx.save_for_backward(d_rows, *sums)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows, *d_parameters = ctx.saved_tensors
         (factor,) = upstream
-        scaled = None if d_rows is None else d_rows * factor.to(d_rows.dtype)
-        return (None, None, scaled, None, *(d * factor for d in d_parameters))
+        d_rows, *sums = (
+            None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors
+        )
+        return (None, None, d_rows, None, *sums)

@@ -71,6 +71,13 @@ def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
     return torch.cat(found).tolist()
 
 
+def document_loss(decoder: Decoder, batch: Batch) -> LossSum:
+    """Summed nats of a ragged row of documents; no position reads another document."""
+    device = decoder.device
+    hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
+    return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.head_parts())
+
+
 @torch.inference_mode()
 def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
     """Summed nats and counted targets of a dataset, whatever its division into batches."""
@@ -79,10 +86,7 @@ def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
     targets = torch.zeros((), dtype=torch.int64, device=device)
     decoder.eval()
     for batch in batches:
-        hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
-        found = chunked_next_token_loss(
-            hidden, batch.targets.to(device), decoder.head, decoder.head_parameters()
-        )
+        found = document_loss(decoder, batch)
         nats, targets = nats + found.nats, targets + found.targets
     return LossSum(nats, targets)
 

@@ -14,8 +14,8 @@ from ardor.families.hf_config import HFConfig
 from ardor.generate.decode import Request, decode
 from ardor.loss import IGNORE
 from ardor.precision import dtype_of
+from ardor.score import document_loss
 from ardor.train.optim import adamw, trainable
-from ardor.train.trainer import document_loss
 from benchmarks import shapes
 from benchmarks.worker import after_the_first, serve, timed
 

@@ -49,7 +49,7 @@ def test_chunked_equals_whole_in_value_and_gradient(chunk):
     hidden, weight, targets = case(torch.float32)
     whole = next_token_loss(hidden @ weight.T, targets)
     wanted = torch.autograd.grad(whole.nats / 3, [hidden, weight])
-    mine = chunked_next_token_loss(hidden, targets, lambda h: h @ weight.T, (weight,), chunk=chunk)
+    mine = chunked_next_token_loss(hidden, targets, lambda h, w: h @ w.T, (weight,), chunk=chunk)
     assert int(mine.targets) == int(whole.targets)
     torch.testing.assert_close(mine.nats, whole.nats)
     for a, b in zip(torch.autograd.grad(mine.nats / 3, [hidden, weight]), wanted, strict=True):
@@ -60,7 +60,7 @@ def test_chunked_trains_the_states_under_a_frozen_head():
     hidden, weight, targets = case(torch.float32)
     frozen = weight.detach()
     whole = next_token_loss(hidden @ frozen.T, targets)
-    mine = chunked_next_token_loss(hidden, targets, lambda h: h @ frozen.T, (frozen,), chunk=4)
+    mine = chunked_next_token_loss(hidden, targets, lambda h, w: h @ w.T, (frozen,), chunk=4)
     (a,), (b,) = (torch.autograd.grad(loss.nats, [hidden]) for loss in (mine, whole))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -69,7 +69,7 @@ def test_chunked_measures_where_no_gradient_is_wanted():
     hidden, weight, targets = case(torch.float32)
     with torch.inference_mode():
         whole = next_token_loss(hidden @ weight.T, targets)
-        mine = chunked_next_token_loss(hidden, targets, lambda h: h @ weight.T, (weight,), chunk=4)
+        mine = chunked_next_token_loss(hidden, targets, lambda h, w: h @ w.T, (weight,), chunk=4)
     torch.testing.assert_close(mine.nats, whole.nats)
     assert not mine.nats.requires_grad
 
@@ -77,7 +77,7 @@ def test_chunked_measures_where_no_gradient_is_wanted():
 def test_nothing_to_learn_is_zero_with_zero_gradient():
     hidden, weight, targets = case(torch.float32)
     loss = chunked_next_token_loss(
-        hidden, torch.full_like(targets, IGNORE), lambda h: h @ weight.T, (weight,)
+        hidden, torch.full_like(targets, IGNORE), lambda h, w: h @ w.T, (weight,)
     )
     loss.nats.backward()
     assert float(loss.nats.detach()) == 0 and int(loss.targets) == 0
@@ -104,9 +104,7 @@ def test_tokens_by_vocabulary_are_never_held_in_either_direction():
     weight = torch.randn(vocab, D, generator=g).requires_grad_()
     targets = torch.randint(0, vocab, (1, tokens), generator=g)
     with Largest() as chunked:
-        chunked_next_token_loss(
-            hidden, targets, lambda h: F.linear(h, weight), (weight,), chunk=32
-        ).nats.backward()
+        chunked_next_token_loss(hidden, targets, F.linear, (weight,), chunk=32).nats.backward()
     with Largest() as whole:
         next_token_loss(F.linear(hidden, weight), targets).nats.backward()
     assert chunked.elements <= max(32 * vocab, tokens * D)

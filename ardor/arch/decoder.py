@@ -4,10 +4,14 @@ Axes: B batch rows, T new positions, D model width, H query heads, K kv heads, d
 F ffn width, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
@@ -183,9 +187,20 @@ class Decoder(nn.Module):
             return self.lm_head(hidden)
         return linear(hidden, self.embed_tokens.weight.to(hidden.dtype), None)
 
-    def head_parameters(self) -> tuple[Tensor, ...]:
-        """What `head` is made of, for the chunked loss."""
-        return tuple((self.embed_tokens if self.lm_head is None else self.lm_head).parameters())
+    def head_parts(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """(function, parameters): `head(x)` is function(x, *parameters), for the chunked loss.
+
+        Whatever module stands in for the head, its trained parameters are among them.
+        """
+        head = self.lm_head
+        if head is None:
+            return partial(linear, bias=None), (self.embed_tokens.weight,)
+        named = dict(head.named_parameters())
+
+        def with_parameters(x: Tensor, *values: Tensor) -> Tensor:
+            return functional_call(head, dict(zip(named, values, strict=True)), (x,))
+
+        return with_parameters, tuple(named.values())
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Unnormalised log-probabilities of the next token, float32."""

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ardor.arch.spec import Norm as NormSpec
+from ardor.kernels import norm as kernel
 
 
 def rms_norm(
@@ -37,25 +38,35 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        work = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
-        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
+        local = weight.to(x.dtype)
+        if kernel.available(x):
+            y, inverse = kernel.forward(x, local, eps)
+        else:
+            work = torch.promote_types(x.dtype, torch.float32)
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
+            inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
+            y = _times(x, inverse).mul_(local)
         ctx.save_for_backward(x, weight, inverse)
-        return _times(x, inverse).mul_(weight.to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # With u = x / rms and g = upstream * weight:  dx = (g - u * mean(g * u)) / rms
         (dy,) = upstream
         x, weight, inverse = ctx.saved_tensors
-        unit, local = _times(x, inverse), weight.to(x.dtype)
+        local, trained = weight.to(x.dtype), ctx.needs_input_grad[1]
+        if kernel.available(x):
+            dx, d_weight = kernel.backward(dy, x, local, inverse)
+            return dx, d_weight.to(weight.dtype) if trained else None, None
+        unit = _times(x, inverse)
         product = dy * unit
         along = (product @ local[:, None]).to(inverse.dtype).div_(x.shape[-1])  # (*rows, 1)
         dx = torch.addcmul((dy * local).to(inverse.dtype), unit, along, value=-1)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = product.flatten(0, -2).sum(0, dtype=inverse.dtype).to(weight.dtype)
-        return dx.mul_(inverse).to(x.dtype), d_weight, None
+        dx = dx.mul_(inverse).to(x.dtype)
+        if not trained:
+            return dx, None, None
+        d_weight = product.flatten(0, -2).sum(0, dtype=inverse.dtype)
+        return dx, d_weight.to(weight.dtype), None
 
 
 def _times(x: Tensor, inverse: Tensor) -> Tensor:

@@ -3,29 +3,12 @@
  * Four rows at a time keep four streams of memory in flight. Sums are float32. The portable loops
  * are for the compiler to vectorize: the simd pragma lets it reassociate the sums.
  */
-#include <stdint.h>
-#include <string.h>
+#include "scalar.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #define ROWS 4
-
-static inline float widened(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint16_t rounded(float value) { /* to nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline float same(float value) { return value; }
 
 /* sums[r] = the product of x with row r of the `count` rows at w, four of them at most */
 

@@ -15,7 +15,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = ("matvec.c",)
+HEADERS = ("scalar.h",)
+SOURCES = ("matvec.c", "norm.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 
@@ -30,7 +31,7 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(OFF) or sys.platform != "linux" or compiler is None:
         return None
     here = Path(__file__).parent
-    texts = [(here / name).read_text(encoding="utf-8") for name in SOURCES]
+    texts = [(here / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
     # -march=native makes the file this processor's own, and a home may be shared by several.
     identity = "\0".join([*texts, *FLAGS, compiler, platform.machine(), _processor()])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"

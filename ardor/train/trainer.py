@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ardor.arch.decoder import Decoder
-from ardor.arch.layout import Packed
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.runs import newest_checkpoint
-from ardor.loss import IGNORE, LossSum, chunked_next_token_loss
+from ardor.loss import IGNORE
+from ardor.score import document_loss
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
 from ardor.train.metrics import Metrics
@@ -51,14 +51,6 @@ class Hooks:
 
 class Diverged(ArdorError):
     """The loss or its gradient is not a finite number."""
-
-
-def document_loss(decoder: Decoder, batch: Batch) -> LossSum:
-    """Summed nats of a ragged row of documents; no position reads another document."""
-    device = decoder.device
-    hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
-    targets = batch.targets.to(device)
-    return chunked_next_token_loss(hidden, targets, decoder.head, decoder.head_parameters())
 
 
 class Trainer:

@@ -213,9 +213,7 @@ def test_the_chunked_loss_reaches_the_rows_of_a_tied_head(gpt2):
     rows = decoder.embed_tokens.get_parameter("trainable_tokens_delta")
     hidden, targets = torch.randn(1, 9, 24), torch.randint(0, 61, (1, 9))
     whole = next_token_loss(decoder.head(hidden), targets).nats
-    chunked = chunked_next_token_loss(
-        hidden, targets, decoder.head, decoder.head_parameters(), chunk=2
-    ).nats
+    chunked = chunked_next_token_loss(hidden, targets, *decoder.head_parts(), chunk=2).nats
     torch.testing.assert_close(chunked, whole)
     expected = torch.autograd.grad(whole, rows)
     torch.testing.assert_close(torch.autograd.grad(chunked, rows), expected)
