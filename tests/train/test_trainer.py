@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
+from ardor.data.sources import Row
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.runs import checkpoints, newest_checkpoint
+from ardor.generate.settings import Settings
 from ardor.load import load_model, tokenizer_of
 from ardor.loss import IGNORE, next_token_loss
+from ardor.train import evaluate as evaluate_module
 from ardor.train import finetune, pretrain
 from ardor.train import trainer as trainer_module
 from ardor.train.config import Finetune, Optimisation, Train
@@ -651,3 +654,34 @@ def test_of_one_long_document_the_end_is_held_out_and_of_few_examples_nothing(tm
     )
     path.write_text("the cat sat on the mat.")
     assert prepare(train_config(path, tmp_path / "b", max_steps=1)).heldout is None
+
+
+def test_the_stop_rate_counts_answers_to_held_out_prompts_that_end(base, monkeypatch):
+    model = load_model(base("llama"), dtype="float32")
+    rows = [
+        Row({"prompt": p, "completion": f" {c}"}, f"row {i}")
+        for i, (p, c) in enumerate(zip(sentences(9, 1), sentences(9, 2), strict=True))
+    ]
+    heldout = Dataset.build(rows, tokenizer_of(model))
+    asked = []
+    real = evaluate_module.generate
+
+    def generate(model, prompts, settings):
+        asked.extend(prompts)
+        return real(model, prompts, settings)
+
+    monkeypatch.setattr(evaluate_module, "generate", generate)
+    monkeypatch.setattr(evaluate_module, "ANSWERS", 4)  # several batches
+    monkeypatch.setattr(evaluate_module, "ANSWER_TOKENS", 3)
+    free = evaluate(model, heldout, answers=7)
+    assert [tokenizer_of(model).decode(ids) for ids in asked] == sentences(9, 1)[:7]
+    answers = real(model, asked, Settings(max_new_tokens=3, temperature=0.0))
+    assert free["stop_rate"] == sum(a.stop_reason == "stop_token" for a in answers) / 7
+    firsts = [answer.tokens[0] for answer in answers]
+    model.stops = replace(model.stops, ids=frozenset(firsts[:1]))
+    assert evaluate(model, heldout, answers=7)["stop_rate"] >= firsts.count(firsts[0]) / 7 > 0
+    model.stops = replace(model.stops, ids=frozenset(range(model.decoder.spec.vocab)))
+    assert evaluate(model, heldout, answers=99)["stop_rate"] == 1.0
+    model.stops = replace(model.stops, ids=frozenset())
+    assert evaluate(model, heldout, answers=2)["stop_rate"] == 0.0
+    assert "stop_rate" not in evaluate(model, heldout)
