@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -150,12 +151,18 @@ class TrainableTokens(nn.Module):
     @property
     def rows(self) -> Float[Tensor, "n D"]:
         """The trained rows as the model uses them, in the dtype of the base."""
-        return self.trainable_tokens_delta.to(self.base.get_parameter("weight").dtype)
+        return self.trainable_tokens_delta.to(self.base_weight.dtype)
+
+    @property
+    def base_weight(self) -> Float[Tensor, "V D"]:
+        """The weight without its trained rows."""
+        # Not get_parameter: the chunked loss puts a plain tensor in its place.
+        return cast(Tensor, self.base.weight)
 
     @property
     def weight(self) -> Float[Tensor, "V D"]:
         """The weight with its trained rows: a copy, differentiable in those rows only."""
-        return self.base.get_parameter("weight").index_copy(0, self.token_ids, self.rows)
+        return self.base_weight.index_copy(0, self.token_ids, self.rows)
 
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         slot = self.slots[ids]
@@ -179,7 +186,7 @@ class TrainableHead(nn.Module):
         return self.tokens.weight
 
     def forward(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        frozen = self.tokens.base.get_parameter("weight").to(hidden.dtype)
+        frozen = self.tokens.base_weight.to(hidden.dtype)
         logits = F.linear(hidden, frozen)
         trained = F.linear(hidden, self.tokens.rows.to(hidden.dtype))
         return logits.index_copy_(-1, self.tokens.token_ids, trained)
@@ -313,6 +320,13 @@ def size_of(linear: nn.Module) -> tuple[int, int]:
     inputs, outputs = getattr(linear, "inputs", None), getattr(linear, "outputs", None)
     assert isinstance(inputs, int) and isinstance(outputs, int), f"{linear} is no linear of ours"
     return inputs, outputs
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight, which is a plain tensor while functional_call stands in for the parameter."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _device(module: nn.Module) -> torch.device:
