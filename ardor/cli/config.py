@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
@@ -82,7 +82,8 @@ def parse(config_class: type[C], args: Sequence[str], verb: str) -> C:
 
 def narrowed(config: Any, kind: type[C]) -> C:
     """The fields of `config` that `kind` has: without what only the command line knows."""
-    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
+    names = [field.name for field in fields(cast(type, kind))]
+    return kind(**{name: getattr(config, name) for name in names})
 
 
 def _signature(config_class: type) -> inspect.Signature:
