@@ -90,8 +90,9 @@ def test_the_copy_of_a_tied_head_is_saved_only_where_it_was():
     assert tuple(name for name, _ in RULES.to_disk(state.__getitem__)) == NAMES
 
 
-def test_linear_maps_know_their_place_on_disk():
+def test_linear_maps_and_the_embedding_know_their_place_on_disk():
     assert disk_linears(RULES) == {
+        "embed_tokens": ("body.embed", 0, 1, False),
         "a_proj": ("body.fused", 0, 3, True),
         "b_proj": ("body.fused", 1, 3, True),
         "c_proj": ("body.fused", 2, 3, True),
