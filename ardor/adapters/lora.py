@@ -322,13 +322,6 @@ def size_of(linear: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The weight, which is a plain tensor while functional_call stands in for the parameter."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _device(module: nn.Module) -> torch.device:
     return next(iter([*module.parameters(), *module.buffers()])).device
 
