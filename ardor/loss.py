@@ -85,6 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(p) if wanted else None
             for p, wanted in zip(parameters, wants, strict=True)
         ]
+        minus_one = torch.full((1, 1), -1.0, device=rows.device)
         start = 0
         while start < len(rows):
             # The first chunk is one row only when nobody said otherwise: it tells V.
@@ -92,16 +93,18 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(bool(wants_rows or trained)):
                 piece = rows[start:stop].detach().requires_grad_(wants_rows)
                 logits = head(piece, *leaves)
-                loss = F.cross_entropy(logits.float(), targets[start:stop], reduction="sum")
-            if loss.requires_grad:
-                gradients = list(
-                    torch.autograd.grad(loss, [piece, *trained] if wants_rows else trained)
-                )
+            index = targets[start:stop, None]
+            log_p = logits.detach().float().log_softmax(-1)
+            total -= log_p.gather(-1, index).sum()
+            if logits.requires_grad:
+                # d nats / d logits = softmax - onehot(target), in the memory of log_p
+                slope = log_p.exp_().scatter_add_(-1, index, minus_one.expand_as(index))
+                inputs = [piece, *trained] if wants_rows else trained
+                gradients = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
                 if d_rows is not None:
                     d_rows[start:stop] = gradients.pop(0)
                 for sum_, part in zip((s for s in sums if s is not None), gradients, strict=True):
                     sum_ += part
-            total += loss.detach()
             chunk = chunk or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
             start = stop
         ctx.save_for_backward(d_rows, *sums)

@@ -1,77 +1,59 @@
 /* y = W x + b for one row of x: bound by reading W, so that each core streams its share of rows.
  *
- * Four rows at a time keep four streams of memory in flight. Sums are float32. The portable loops
- * are for the compiler to vectorize: the simd pragma lets it reassociate the sums.
+ * Sums are float32. The portable loop is for the compiler to vectorize: the simd pragma lets it
+ * reassociate the sum.
  */
 #include "scalar.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
-#define ROWS 4
+#define ROWS 8    /* at a time: so many streams of memory in flight */
+#define AHEAD 512 /* elements: the hardware's own prefetcher stops at the end of a page */
 
-/* sums[r] = the product of x with row r of the `count` rows at w, four of them at most */
-
-#define DEFINE_DOTS(NAME, TYPE, LOAD)                                                           \
-    static inline void NAME(const TYPE *w, const TYPE *x, int64_t in, int64_t from,             \
-                            int64_t count, float *sums) {                                       \
-        for (int64_t r = 0; r < count; r++) {                                                   \
-            float sum = sums[r];                                                                \
-            _Pragma("omp simd reduction(+ : sum)")                                              \
-            for (int64_t i = from; i < in; i++) sum += LOAD(w[r * in + i]) * LOAD(x[i]);        \
-            sums[r] = sum;                                                                      \
-        }                                                                                       \
-    }                                                                                           \
-    static inline void NAME##_four(const TYPE *w, const TYPE *x, int64_t in, float *sums) {     \
-        const TYPE *a = w, *b = a + in, *c = b + in, *d = c + in;                               \
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                   \
-        _Pragma("omp simd reduction(+ : s0, s1, s2, s3)")                                       \
-        for (int64_t i = 0; i < in; i++) {                                                      \
-            float value = LOAD(x[i]);                                                           \
-            s0 += LOAD(a[i]) * value;                                                           \
-            s1 += LOAD(b[i]) * value;                                                           \
-            s2 += LOAD(c[i]) * value;                                                           \
-            s3 += LOAD(d[i]) * value;                                                           \
-        }                                                                                       \
-        sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;                                 \
+/* sums[r] += the product of x[from:in] with the same part of each of the `count` rows at w */
+static inline void dots(const uint16_t *w, const uint16_t *x, int64_t in, int64_t from,
+                        int64_t count, float *sums) {
+    for (int64_t r = 0; r < count; r++) {
+        float sum = sums[r];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = from; i < in; i++) sum += widened(w[r * in + i]) * widened(x[i]);
+        sums[r] = sum;
     }
+}
 
-DEFINE_DOTS(dots_bfloat16, uint16_t, widened)
-DEFINE_DOTS(dots_float32, float, same)
-
+/* the same for whole blocks of ROWS rows; returns how many columns it has done */
+static inline int64_t dots_native(const uint16_t *w, const uint16_t *x, int64_t in, float *sums) {
+    int64_t done = 0;
 #ifdef __AVX512BF16__
-static inline void dots_native(const uint16_t *w, const uint16_t *x, int64_t in, float *sums) {
-    __m512 s[ROWS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                      _mm512_setzero_ps()};
-    int64_t whole = in - in % 32;
-    for (int64_t i = 0; i < whole; i += 32) {
-        __m512bh value = (__m512bh)_mm512_loadu_si512(x + i);
-        for (int r = 0; r < ROWS; r++)
-            s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_loadu_si512(w + r * in + i), value);
+    __m512 s[ROWS];
+    for (int r = 0; r < ROWS; r++) s[r] = _mm512_setzero_ps();
+    for (; done + 32 <= in; done += 32) {
+        __m512bh value = (__m512bh)_mm512_loadu_si512(x + done);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const uint16_t *at = w + r * in + done;
+            _mm_prefetch((const char *)(at + AHEAD), _MM_HINT_T0);
+            s[r] = _mm512_dpbf16_ps(s[r], (__m512bh)_mm512_loadu_si512(at), value);
+        }
     }
     for (int r = 0; r < ROWS; r++) sums[r] = _mm512_reduce_add_ps(s[r]);
-    dots_bfloat16(w, x, in, whole, ROWS, sums);
-}
-#define FOUR_BFLOAT16 dots_native
 #else
-#define FOUR_BFLOAT16 dots_bfloat16_four
+    (void)w, (void)x, (void)in, (void)sums;
 #endif
+    return done;
+}
 
-#define DEFINE(NAME, TYPE, FOUR, DOTS, LOAD, STORE)                                             \
-    void NAME(const TYPE *w, const TYPE *x, const TYPE *bias, TYPE *y, int64_t out, int64_t in, \
-              int threads) {                                                                    \
-        _Pragma("omp parallel for num_threads(threads) schedule(static)")                       \
-        for (int64_t first = 0; first < out; first += ROWS) {                                   \
-            int64_t count = out - first < ROWS ? out - first : ROWS;                            \
-            float sums[ROWS] = {0};                                                             \
-            if (count == ROWS)                                                                  \
-                FOUR(w + first * in, x, in, sums);                                              \
-            else                                                                                \
-                DOTS(w + first * in, x, in, 0, count, sums);                                    \
-            for (int64_t r = 0; r < count; r++)                                                 \
-                y[first + r] = STORE(sums[r] + (bias ? LOAD(bias[first + r]) : 0.0f));          \
-        }                                                                                       \
+void matvec_bfloat16(const uint16_t *w, const uint16_t *x, const uint16_t *bias, uint16_t *y,
+                     int64_t out, int64_t in, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < out; first += ROWS) {
+        const uint16_t *rows = w + first * in;
+        int64_t count = out - first < ROWS ? out - first : ROWS;
+        float sums[ROWS] = {0};
+        int64_t done = count == ROWS ? dots_native(rows, x, in, sums) : 0;
+        dots(rows, x, in, done, count, sums);
+        for (int64_t r = 0; r < count; r++)
+            y[first + r] = rounded(sums[r] + (bias ? widened(bias[first + r]) : 0.0f));
     }
-
-DEFINE(matvec_bfloat16, uint16_t, FOUR_BFLOAT16, dots_bfloat16, widened, rounded)
-DEFINE(matvec_float32, float, dots_float32_four, dots_float32, same, same)
+}
