@@ -89,7 +89,16 @@ class _Rotate(torch.autograd.Function):
         return _turned(upstream[0], cos, -sin), None, None
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The reference, and what a compiler fuses by itself."""
+    half = cos.shape[-1]
+    first, second, rest = x.tensor_split((half, 2 * half), dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return turned(x, cos, sin)
     half = cos.shape[-1]
     out = torch.empty_like(x)
     first, second = x[..., :half], x[..., half : 2 * half]
