@@ -58,7 +58,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "attention bias": {"attention_bias": True},
     "mlp bias": {"mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
-    "large eps": {"rms_norm_eps": 0.3},
+    "large eps": {"rms_norm_eps": 0.2},
     "gelu": {"hidden_act": "gelu"},
     "gelu_new": {"hidden_act": "gelu_new"},
     "relu2": {"hidden_act": "relu2"},
@@ -111,7 +111,7 @@ def peer(family: str, case: str = "plain", seed: int = 0, **keys: Any) -> nn.Mod
                 parameter.copy_(0.3 * noise + ("bias" not in name))
             else:
                 # Loud enough to show a mistake, not so loud that layers amplify rounding to 1e-5.
-                parameter.copy_((0.3 if V in parameter.shape else 0.2) * noise)
+                parameter.copy_((0.3 if V in parameter.shape else 0.15) * noise)
     return model.eval()
 
 
