@@ -88,7 +88,9 @@ def load_model(
     if quantization is not None and quantization != "none":
         quantize_decoder(decoder, quantization)
     decoder.compute = precision.compute
-    decoder.to(device=device, dtype=precision.weights).requires_grad_(False).eval()
+    # "auto" leaves every tensor as it is stored, also where a file holds several dtypes.
+    decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
+    decoder.requires_grad_(False).eval()
     lora = None
     if origin.adapter is not None:
         lora = load_adapter(origin.adapter, decoder, disk_names=family.disk_linears(decoder.spec))
@@ -165,19 +167,20 @@ def _on_meta(
     with torch.device("meta"):
         decoder = Decoder(spec, attn=attn)
     wanted = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-    for rule in rules.rules:
-        for name, shape in rule.shapes(files.shape(rule.disk)).items():
+    for rule in rules.plain:
+        for name, shape in rule.shapes(files.shape).items():
             if wanted[name] != shape:
+                disk = rule.names[0]
                 raise CheckpointError(
-                    f"{files.file(rule.disk)}: {rule.disk} gives {name} the shape {list(shape)}, "
+                    f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, "
                     f"but config.json makes it {list(wanted[name])}"
                 )
     return raw, family, rules, decoder
 
 
 def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
-    for rule in rules.rules:
-        for name, tensor in rule.to_memory(files.read(rule.disk)).items():
+    for rule in rules.plain:
+        for name, tensor in rule.to_memory(files.read).items():
             _place(decoder, name, tensor)
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)

@@ -66,11 +66,13 @@ class DiskLinear(Protocol):
     @property
     def name(self) -> str: ...  # of the module, such as "transformer.h.0.attn.c_attn"
     @property
-    def part(self) -> int: ...  # which of its `parts` consecutive blocks of outputs
+    def part(self) -> int: ...  # which of its `parts` blocks of outputs
     @property
     def parts(self) -> int: ...
     @property
     def transposed(self) -> bool: ...  # Conv1D: PEFT calls it fan_in_fan_out
+    @property
+    def groups(self) -> int: ...  # the blocks follow each other so many times over: one per head
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,14 @@ class _Group:
     inputs: int
     sizes: tuple[int, ...]  # outputs of each part
     transposed: bool
+    groups: int
 
-    def rows(self) -> Iterator[tuple[str, slice]]:
-        start = 0
-        for name, size in zip(self.names, self.sizes, strict=True):
-            yield name, slice(start, start + size)
-            start += size
+    def rows(self) -> Iterator[tuple[str, Tensor]]:
+        """The indices of each part's outputs among those of the linear on disk."""
+        grouped = torch.arange(sum(self.sizes)).unflatten(0, (self.groups, -1))
+        parts = grouped.split([size // self.groups for size in self.sizes], 1)
+        for name, part in zip(self.names, parts, strict=True):
+            yield name, part.flatten()
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def _groups(decoder: nn.Module, disk_names: Mapping[str, DiskLinear]) -> list[_G
         assert len(names) == place.parts, f"{disk} is not whole in {names}"
         sizes = [size_of(decoder.get_submodule(name)) for name in names]
         outputs = tuple(size[1] for size in sizes)
-        found.append(_Group(disk, names, sizes[0][0], outputs, place.transposed))
+        found.append(_Group(disk, names, sizes[0][0], outputs, place.transposed, place.groups))
     return found
 
 
@@ -219,7 +223,9 @@ def _join(group: _Group, adapted: Mapping[str, LoraLinear], rslora: bool) -> _Ad
         for module, _ in members
     )
     if shared:
-        b = torch.cat([module.lora_B for module, _ in members])
+        b = first.lora_B.new_empty(sum(group.sizes), first.r)
+        for module, rows in members:
+            b[rows] = module.lora_B
         return _Adapter(first.lora_A, b, first.alpha)
     a = torch.cat([module.lora_A for module, _ in members])
     b = a.new_zeros(sum(group.sizes), len(a))

@@ -1,75 +1,133 @@
 """Grouped-query attention: one readable reference; every fast backend is tested against it.
 
-Axes: B batch, T new positions, S cached + new positions, H query heads, K kv heads, d head width.
+Axes: B batch, T new positions, S cached + new positions, H query heads, K kv heads, d head width,
+e width of a value.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ardor.arch.layout import Cached, Layout
+from ardor.arch.blocked import Scores, attend_blocked
+from ardor.arch.layout import Cached, Layout, Packed
 from ardor.errors import ShapeError
 
 
 def attend(
     q: Float[Tensor, "B H T d"],
     k: Float[Tensor, "B K S d"],
-    v: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S e"],
     allowed: Bool[Tensor, "#B #H T S"],
     *,
     scale: float,
-) -> Float[Tensor, "B H T d"]:
+    softcap: float | None = None,
+    bias: Float[Tensor, "#B #H T S"] | None = None,
+    sinks: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B H T e"]:
     """Mix `v` by how well each query matches each key.
 
     Position t reads position s only where `allowed`; a row with nothing allowed gives zeros.
-    Scores are at least float32 whatever comes in.
+    Scores are at least float32 whatever comes in: softcap * tanh(score / softcap) where it is
+    given, plus `bias`. A head's sink is the score of one more key, whose value is zero.
 
     Raises: ShapeError if H is not a multiple of K.
-    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.2.
+    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.2; softcap: arXiv:2408.00118; sinks:
+    Xiao et al. 2023, arXiv:2309.17453, as gpt-oss trains them.
     """
+    _check_heads(q, k)
     H, K = q.shape[1], k.shape[1]
-    if H % K:
-        raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
     work = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.repeat_interleave(H // K, dim=1).to(work) for x in (k, v))  # (B, H, S, d)
 
     scores = q.to(work) @ k.mT * scale  # (B, H, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     # Not -inf: a row with nothing allowed would become NaN, in its gradient too.
-    weights = scores.masked_fill(~allowed, torch.finfo(work).min).softmax(-1)
+    scores = scores.masked_fill(~allowed, torch.finfo(work).min)
+    if sinks is not None:
+        column = sinks.to(work)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
     return (weights.masked_fill(~allowed, 0.0) @ v).to(q.dtype)
 
 
 def eager(
     q: Float[Tensor, "B H T d"],
     k: Float[Tensor, "B K S d"],
-    v: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S e"],
     layout: Layout,
-    *,
-    scale: float,
-) -> Float[Tensor, "B H T d"]:
+    scores: Scores,
+    sinks: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B H T e"]:
     """The reference: the dense mask of `layout`, all scores computed."""
-    return attend(q, k, v, layout.allowed(q.device), scale=scale)
+    bias = None
+    if scores.alibi is not None:
+        slopes = torch.tensor(scores.alibi, device=q.device)[:, None, None]
+        bias = slopes * layout.distances(q.device)
+    return attend(
+        q,
+        k,
+        v,
+        layout.allowed(q.device, scores.reach),
+        scale=scores.scale,
+        softcap=scores.softcap,
+        bias=bias,
+        sinks=sinks,
+    )
 
 
 def sdpa(
     q: Float[Tensor, "B H T d"],
     k: Float[Tensor, "B K S d"],
-    v: Float[Tensor, "B K S d"],
+    v: Float[Tensor, "B K S e"],
     layout: Layout,
-    *,
-    scale: float,
-) -> Float[Tensor, "B H T d"]:
-    """`eager` on PyTorch's fused kernels; masked-out document blocks are never computed."""
-    H, K = q.shape[1], k.shape[1]
-    if H % K:
-        raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
+    scores: Scores,
+    sinks: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B H T e"]:
+    """`eager` on PyTorch's fused kernels; masked-out document blocks are never computed.
+
+    What those kernels lack (soft caps, sinks, ALiBi, windows) goes block by block.
+    """
+    _check_heads(q, k)
+    scale = scores.scale
+    if sinks is not None or not scores.plain(layout.longest):
+        return _blocked(q, k, v, layout, scores, sinks)
     if isinstance(layout, Cached):
         return _sdpa_cached(q, k, v, layout, scale)
     if len(layout.runs) == 1:
         return _causal(q, k, v, layout.runs[0], scale)
+    return _by_runs(q, k, v, layout, partial(_causal, scale=scale))
+
+
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    H, K = q.shape[1], k.shape[1]
+    if H % K:
+        raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores, sinks: Tensor | None
+) -> Tensor:
+    if isinstance(layout, Cached):
+        return attend_blocked(q, k, v, layout.past, scores, sinks)
+
+    def attend_run(q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int, int]) -> Tensor:
+        return attend_blocked(q, k, v, (0,) * run[1], scores, sinks)
+
+    return _by_runs(q, k, v, layout, attend_run)
+
+
+def _by_runs(
+    q: Tensor, k: Tensor, v: Tensor, layout: Packed, attend_run: Callable[..., Tensor]
+) -> Tensor:
+    """Each run of equally long documents apart, as a batch of its own."""
     rows = q.shape[0]
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, heads, d)
     outs = []
@@ -78,7 +136,7 @@ def sdpa(
             x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
             for x in flat
         )
-        out = _causal(q, k, v, (0, count, length), scale)  # (count, H, length, d)
+        out = attend_run(q, k, v, (0, count, length))  # (count, H, length, e)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs).unflatten(0, (rows, -1)).transpose(1, 2)
 
@@ -112,7 +170,7 @@ def _sdpa_cached(
         # The heads of a group read the same keys: as rows of one query block nothing is copied.
         q = q.view(B, k.shape[1], -1, d)
         mask = None if layout.even else layout.allowed(q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, 1, d)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, 1, -1)
     return F.scaled_dot_product_attention(
         q, *_shared(k, v, H), layout.allowed(q.device), scale=scale
     )

@@ -1,6 +1,7 @@
 """Keys and values of the positions already read. The caller advances; layers write their slice.
 
 Axes: B batch rows, K kv heads, C capacity, S read positions, T new positions, d head width.
+A layer's planes are its keys and its values, or the latents that both are made from.
 """
 
 import torch
@@ -8,14 +9,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ardor.arch.layout import Cached
-from ardor.arch.spec import Decoder
+from ardor.arch.spec import Attention, Decoder, LatentAttention
 from ardor.errors import ShapeError
+
+
+def planes_of(mixer: Attention | LatentAttention) -> tuple[int, int, int]:
+    """(planes, heads, width) of what a layer keeps of each position."""
+    if isinstance(mixer, LatentAttention):
+        return 1, 1, mixer.kv_rank + mixer.rope.rotated
+    return 2, mixer.kv_heads, mixer.head_width
 
 
 class KVCache:
     """Storage for `capacity` positions of `rows` sequences, each with a length of its own.
 
-    Size: 2 * layers * rows * kv_heads * capacity * head_width elements of `dtype`.
+    Size: 2 * rows * kv_heads * capacity * head_width elements of `dtype` per layer, or with
+    latents rows * capacity * (kv_rank + rope.rotated).
     """
 
     def __init__(
@@ -30,11 +39,9 @@ class KVCache:
         self.capacity = capacity
         self.past = [0] * rows  # positions held, per row; on the host, so that no step waits for it
         self._layers = [
-            torch.zeros(
-                2, rows, a.kv_heads, capacity, a.head_width, dtype=dtype, device=device
-            )
-            for a in (layer.mixer for layer in spec.layers)
-        ]  # fmt: skip
+            torch.zeros(planes, rows, heads, capacity, width, dtype=dtype, device=device)
+            for planes, heads, width in (planes_of(layer.mixer) for layer in spec.layers)
+        ]
 
     def layout(self, new: int) -> Cached:
         """The layout of `new` further positions in every row.
@@ -49,22 +56,17 @@ class KVCache:
         return Cached(tuple(self.past), new)
 
     def write(
-        self,
-        layer: int,
-        k: Float[Tensor, "B K T d"],
-        v: Float[Tensor, "B K T d"],
-        layout: Cached,
-    ) -> tuple[Float[Tensor, "B K S d"], Float[Tensor, "B K S d"]]:
+        self, layer: int, planes: tuple[Float[Tensor, "B K T d"], ...], layout: Cached
+    ) -> tuple[Float[Tensor, "B K S d"], ...]:
         """Store the new positions of one layer; return all that `layout` lets them read."""
-        keys, values = self._layers[layer]
-        if layout.even:
-            new = slice(layout.past[0], layout.past[0] + layout.new)
-            keys[:, :, new], values[:, :, new] = k, v
-        else:
+        held = self._layers[layer]
+        for store, plane in zip(held, planes, strict=True):
+            if layout.even:
+                store[:, :, layout.past[0] : layout.longest] = plane
+                continue
             for row, past in enumerate(layout.past):
-                new = slice(past, past + layout.new)
-                keys[row, :, new], values[row, :, new] = k[row], v[row]
-        return keys[:, :, : layout.longest], values[:, :, : layout.longest]
+                store[row, :, past : past + layout.new] = plane[row]
+        return held[:, :, :, : layout.longest].unbind()
 
     def advance(self, new: int) -> None:
         """Count `new` positions as read in every row, after all layers have written them."""

@@ -5,7 +5,6 @@ F ffn width, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +14,20 @@ from torch.func import functional_call
 
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
+from ardor.arch.blocked import Scores
 from ardor.arch.cache import KVCache
-from ardor.arch.layout import Cached, Layout, Packed
+from ardor.arch.experts import Experts, Routing
+from ardor.arch.latent import LatentAttention
+from ardor.arch.layout import Cached, Layout, Packed, Reach
 from ardor.arch.linear import Linear
-from ardor.arch.norm import norm
+from ardor.arch.mlp import Mlp
+from ardor.arch.norm import HeadNorm, norm
 from ardor.arch.positions import Rotation, rotate, rotation
 from ardor.errors import ConfigError, ShapeError
 from ardor.kernels.linear import linear
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
+Rotations = dict[specs.Rope, tuple[Rotation, Rotation]]
+"""Of the new positions' queries, and of the keys: the new ones, or all (see `Rope.by_length`)."""
 
 
 class Embedding(nn.Module):
@@ -49,70 +47,134 @@ class Attention(nn.Module):
     def __init__(self, width: int, spec: specs.Attention, backend: str):
         super().__init__()
         self.spec, self.backend = spec, backend
+        self.scores = Scores(spec.scale, Reach(spec.window, spec.chunk), spec.softcap, spec.alibi)
         inner, shared = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
         self.q_proj = Linear(width, inner, bias=spec.qkv_bias)
         self.k_proj = Linear(width, shared, bias=spec.qkv_bias)
         self.v_proj = Linear(width, shared, bias=spec.qkv_bias)
         self.o_proj = Linear(inner, width, bias=spec.out_bias)
+        self.q_norm, self.k_norm = (
+            _qk_norm(spec.qk_norm, heads, spec.head_width) for heads in (spec.heads, spec.kv_heads)
+        )
+        self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
         layout: Layout,
-        rotations: dict[specs.Rope, Rotation],
+        rotations: Rotations,
         cache: KVCache | None,
         index: int,
     ) -> Float[Tensor, "B T D"]:
-        heads = (-1, self.spec.head_width)
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, K, T, d)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
-        if self.spec.rope is not None:
-            by = rotations[self.spec.rope]
-            q, k = rotate(q, by), rotate(k, by)
+        rope = self.spec.rope
+        of_queries, of_keys = (None, None) if rope is None else rotations[rope]
+        whole = (
+            rope is not None and rope.by_length
+        )  # keys are kept as they are and turned when read
+        q = self._heads(self.q_proj(x), self.q_norm, of_queries)  # (B, H, T, d)
+        k = self._heads(self.k_proj(x), self.k_norm, None if whole else of_keys)  # (B, K, T, d)
+        v = self._heads(self.v_proj(x), None, None)
         if cache is not None:
             assert isinstance(layout, Cached)
-            k, v = cache.write(index, k, v, layout)
-        mixed = BACKENDS[self.backend](q, k, v, layout, scale=self.spec.scale)
+            k, v = cache.write(index, (k, v), layout)
+        if whole and of_keys is not None:
+            k = rotate(k, of_keys)
+        mixed = BACKENDS[self.backend](q, k, v, layout, self.scores, self.sinks)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
+    def _heads(
+        self, x: Float[Tensor, "B T inner"], normalise: nn.Module | None, turn: Rotation | None
+    ) -> Float[Tensor, "B H T d"]:
+        spec, qk = self.spec, self.spec.qk_norm
+        if spec.clip is not None:
+            x = x.clamp(-spec.clip, spec.clip)
+        if normalise is not None and qk is not None and qk.over == "width":
+            x, normalise = normalise(x), None
+        x = x.unflatten(-1, (-1, spec.head_width))
+        if normalise is not None and qk is not None and not qk.after_rope:
+            x, normalise = normalise(x), None
+        x = x.transpose(1, 2)
+        if turn is not None:
+            x = rotate(x, turn)
+        return x if normalise is None else normalise(x)
 
-class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) when gated, down(act(up(x))) when not."""
 
-    def __init__(self, width: int, spec: specs.Mlp):
-        super().__init__()
-        self.act = ACTIVATIONS[spec.act]
-        self.gate_proj = Linear(width, spec.width, bias=spec.bias) if spec.gated else None
-        self.up_proj = Linear(width, spec.width, bias=spec.bias)
-        self.down_proj = Linear(spec.width, width, bias=spec.bias)
+def _qk_norm(spec: specs.QKNorm | None, heads: int, width: int) -> nn.Module | None:
+    match spec:
+        case None:
+            return None
+        case specs.QKNorm(over="heads"):
+            return HeadNorm(heads, width, spec.norm)
+        case specs.QKNorm(over="width"):
+            return norm(heads * width, spec.norm)
+        case _:
+            return norm(width, spec.norm)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+def _mixer(
+    width: int, spec: specs.Attention | specs.LatentAttention, backend: str
+) -> Attention | LatentAttention:
+    if isinstance(spec, specs.LatentAttention):
+        return LatentAttention(width, spec, backend)
+    return Attention(width, spec, backend)
+
+
+def _ffn(width: int, spec: specs.Mlp | specs.Experts) -> Mlp | Experts:
+    return Experts(width, spec) if isinstance(spec, specs.Experts) else Mlp(width, spec)
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """Mixer and feed-forward on the residual stream, with norms where `placement` puts them."""
 
     def __init__(self, width: int, spec: specs.Layer, backend: str):
         super().__init__()
-        self.mixer_norm = norm(width, spec.norm)
-        self.mixer = Attention(width, spec.mixer, backend)
-        self.ffn_norm = norm(width, spec.norm)
-        self.ffn = Mlp(width, spec.ffn)
+        self.spec = spec
+        reads_normed = spec.placement not in ("post", "after")
+        writes_normed = spec.placement in ("post", "sandwich", "after")
+        own = spec.placement != "parallel"  # the feed-forward's norms are not the mixer's
+
+        def norm_if(wanted: bool) -> nn.Module | None:
+            return norm(width, spec.norm) if wanted else None
+
+        self.mixer_norm = norm_if(reads_normed)
+        self.mixer = _mixer(width, spec.mixer, backend)
+        self.mixer_out_norm = norm_if(writes_normed)
+        self.ffn_norm = norm_if(reads_normed and own)
+        self.ffn = _ffn(width, spec.ffn)
+        self.ffn_out_norm = norm_if(writes_normed)
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
         layout: Layout,
-        rotations: dict[specs.Rope, Rotation],
+        rotations: Rotations,
         cache: KVCache | None,
         index: int,
+        routings: list[Routing] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        x = x + self.mixer(self.mixer_norm(x), layout, rotations, cache, index)
-        return x + self.ffn(self.ffn_norm(x))
+        spec = self.spec
+        read = x if self.mixer_norm is None else self.mixer_norm(x)
+        mixed = self.mixer(read, layout, rotations, cache, index)
+        if spec.placement in ("parallel", "parallel_two"):
+            read = read if self.ffn_norm is None else self.ffn_norm(x)
+            return x + spec.residual_scale * (mixed + self._ffn(read, routings))
+        x = self._add(x, read, mixed, self.mixer_out_norm)
+        read = x if self.ffn_norm is None else self.ffn_norm(x)
+        return self._add(x, read, self._ffn(read, routings), self.ffn_out_norm)
+
+    def _ffn(self, x: Tensor, routings: list[Routing] | None) -> Tensor:
+        return self.ffn(x, routings) if isinstance(self.ffn, Experts) else self.ffn(x)
+
+    def _add(self, x: Tensor, read: Tensor, made: Tensor, out_norm: nn.Module | None) -> Tensor:
+        spec = self.spec
+        if spec.placement == "after":
+            assert out_norm is not None
+            return out_norm(x + made)
+        if out_norm is not None:
+            made = out_norm(made)
+        if spec.residual_scale != 1.0:
+            made = made * spec.residual_scale
+        return (read if spec.residual_normed else x) + made
 
 
 class Decoder(nn.Module):
@@ -131,13 +193,20 @@ class Decoder(nn.Module):
                 "leave it out to let Ardor choose"
             )
         self.spec, self.compute, self.attn = spec, compute, attn
-        self.embed_tokens = Embedding(spec.vocab, spec.width)
+        narrow = spec.embed_width or spec.width
+        projected = spec.embed_width is not None
+        self.embed_tokens = Embedding(spec.vocab, narrow)
         self.embed_positions = (
-            Embedding(spec.max_positions, spec.width) if spec.learned_positions else None
+            Embedding(spec.max_positions + spec.position_offset, spec.width)
+            if spec.learned_positions
+            else None
         )
+        self.embed_in_proj = Linear(narrow, spec.width) if projected else None
+        self.embed_norm = None if spec.embed_norm is None else norm(spec.width, spec.embed_norm)
         self.layers = nn.ModuleList(Layer(spec.width, layer, attn) for layer in spec.layers)
-        self.norm = norm(spec.width, spec.norm)
-        self.lm_head = None if spec.tied else Linear(spec.width, spec.vocab)
+        self.norm = None if spec.norm is None else norm(spec.width, spec.norm)
+        self.embed_out_proj = Linear(spec.width, narrow) if projected else None
+        self.lm_head = None if spec.tied else Linear(narrow, spec.vocab, bias=spec.head_bias)
 
     @property
     def device(self) -> torch.device:
@@ -148,11 +217,13 @@ class Decoder(nn.Module):
         tokens: Int[Tensor, "B T"],
         layout: Layout | None = None,
         cache: KVCache | None = None,
+        routings: list[Routing] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The state after the final norm at every position, from which `logits` predicts the next.
 
         Without a cache `layout` says where documents end (None: each row is one). With a cache the
-        tokens continue its rows; the caller advances it by T afterwards.
+        tokens continue its rows; the caller advances it by T afterwards. `routings` takes what
+        each layer's router decided.
 
         Raises: ShapeError if learned positions run out, or the layout does not fit the tokens.
         """
@@ -164,28 +235,54 @@ class Decoder(nn.Module):
             raise ShapeError(
                 f"layout of {tuple(positions.shape)} does not fit tokens {tuple(tokens.shape)}"
             )
-        x = self.embed_tokens(tokens).to(self.compute)
-        if self.embed_positions is not None:
-            if layout.longest > self.spec.max_positions:
-                raise ShapeError(
-                    f"{layout.longest} positions, but this model has learned only "
-                    f"{self.spec.max_positions}; shorten the text or set a smaller max_length"
-                )
-            x = x + self.embed_positions(positions).to(self.compute)
-        rotations = {
-            rope: rotation(rope, positions, self.compute)
-            for rope in {layer.mixer.rope for layer in self.spec.layers}
-            if rope is not None
-        }
+        x = self._embedded(tokens, positions, layout.longest)
+        rotations = self._rotations(layout, positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, layout, rotations, cache, index)
-        return self.norm(x)
+            x = layer(x, layout, rotations, cache, index, routings)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.embed_out_proj is None else self.embed_out_proj(x)
+
+    def _embedded(
+        self, tokens: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], longest: int
+    ) -> Float[Tensor, "B T D"]:
+        spec = self.spec
+        x = self.embed_tokens(tokens).to(self.compute)
+        if spec.embed_scale != 1.0:
+            # Rounded as the weights are: that is what such models were trained with.
+            stored = self.embed_tokens.weight.dtype
+            x = x * torch.tensor(spec.embed_scale, dtype=stored, device=x.device).to(x.dtype)
+        if self.embed_in_proj is not None:
+            x = self.embed_in_proj(x)
+        if self.embed_positions is not None:
+            if longest > spec.max_positions:
+                raise ShapeError(
+                    f"{longest} positions, but this model has learned only "
+                    f"{spec.max_positions}; shorten the text or set a smaller max_length"
+                )
+            x = x + self.embed_positions(positions + spec.position_offset).to(self.compute)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _rotations(self, layout: Layout, positions: Int[Tensor, "B T"]) -> Rotations:
+        lengths = layout.text_lengths(positions.device)
+        found: Rotations = {}
+        ropes = {layer.mixer.rope for layer in self.spec.layers}
+        for rope in (rope for rope in ropes if rope is not None):
+            of_new = rotation(rope, positions, self.compute, lengths)
+            of_keys = of_new
+            if rope.by_length and isinstance(layout, Cached):
+                slots = torch.arange(layout.longest, device=positions.device).expand(
+                    len(positions), -1
+                )
+                of_keys = rotation(rope, slots, self.compute, lengths[:, :1].expand_as(slots))
+            found[rope] = (of_new, of_keys)
+        return found
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits in the dtype of `hidden`."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return linear(hidden, self.embed_tokens.weight.to(hidden.dtype), None)
+        if self.lm_head is None:
+            return self._tied_logits(hidden, self.embed_tokens.weight)
+        return self._finished(self.lm_head(hidden))
 
     def head_parts(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """(function, parameters): `head(x)` is function(x, *parameters), for the chunked loss.
@@ -194,13 +291,25 @@ class Decoder(nn.Module):
         """
         head = self.lm_head
         if head is None:
-            return partial(linear, bias=None), (self.embed_tokens.weight,)
+            return self._tied_logits, (self.embed_tokens.weight,)
         named = dict(head.named_parameters())
 
         def with_parameters(x: Tensor, *values: Tensor) -> Tensor:
-            return functional_call(head, dict(zip(named, values, strict=True)), (x,))
+            made = functional_call(head, dict(zip(named, values, strict=True)), (x,))
+            return self._finished(made)
 
         return with_parameters, tuple(named.values())
+
+    def _tied_logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._finished(linear(x, weight.to(x.dtype), None))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap is not None:
+            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+        return logits
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Unnormalised log-probabilities of the next token, float32."""

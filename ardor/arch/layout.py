@@ -6,12 +6,45 @@ Axes: B batch rows, T new positions, S cached + new positions.
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ardor.errors import ShapeError
+
+
+class Reach(NamedTuple):
+    """How far back a position reads within its own text: everywhere, unless said otherwise."""
+
+    window: int | None = None  # so many positions, itself included
+    chunk: int | None = None  # only its own chunk of so many positions
+
+    def covers(self, longest: int) -> bool:
+        """Whether it cuts nothing off in a text of `longest` positions."""
+        return all(limit is None or limit >= longest for limit in self)
+
+    def first(self, position: int) -> int:
+        """The first position that `position` reads."""
+        starts = [0]
+        if self.window is not None:
+            starts.append(position - self.window + 1)
+        if self.chunk is not None:
+            starts.append(position - position % self.chunk)
+        return max(starts)
+
+    def mask(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether each query position may read each key position; the two broadcast."""
+        allowed = key <= query
+        if self.window is not None:
+            allowed &= query - key < self.window
+        if self.chunk is not None:
+            allowed &= query // self.chunk == key // self.chunk
+        return allowed
+
+
+ALL = Reach()
 
 
 @dataclass(frozen=True)
@@ -60,8 +93,13 @@ class Packed:
         rows = [torch.cat([torch.arange(n, device=device) for n in row]) for row in self.lengths]
         return torch.stack(rows)
 
-    def allowed(self, device: torch.device) -> Bool[Tensor, "B 1 T T"]:
-        """The dense mask of the reference: causal, and within one document."""
+    def text_lengths(self, device: torch.device) -> Int[Tensor, "B T"]:
+        """How long the document of each position is."""
+        rows = [torch.tensor(row, device=device) for row in self.lengths]
+        return torch.stack([row.repeat_interleave(row) for row in rows])
+
+    def allowed(self, device: torch.device, reach: Reach = ALL) -> Bool[Tensor, "B 1 T T"]:
+        """The dense mask of the reference: causal, within reach, and within one document."""
         document = torch.stack(
             [
                 torch.repeat_interleave(
@@ -71,7 +109,13 @@ class Packed:
             ]
         )
         same = document[:, :, None] == document[:, None, :]  # (B, T, T)
-        return (same & torch.ones_like(same).tril())[:, None]
+        positions = self.positions(device)
+        return (same & reach.mask(positions[:, :, None], positions[:, None, :]))[:, None]
+
+    def distances(self, device: torch.device) -> Int[Tensor, "B 1 T T"]:
+        """Key position minus query position, meaningful where `allowed`."""
+        positions = self.positions(device)
+        return (positions[:, None, :] - positions[:, :, None])[:, None]
 
 
 @dataclass(frozen=True)
@@ -94,9 +138,19 @@ class Cached:
         starts = torch.tensor(self.past, device=device)
         return starts[:, None] + torch.arange(self.new, device=device)
 
-    def allowed(self, device: torch.device) -> Bool[Tensor, "B 1 T S"]:
+    def text_lengths(self, device: torch.device) -> Int[Tensor, "B T"]:
+        """How long the row of each new position is by now."""
+        totals = torch.tensor(self.past, device=device) + self.new
+        return totals[:, None].expand(-1, self.new)
+
+    def allowed(self, device: torch.device, reach: Reach = ALL) -> Bool[Tensor, "B 1 T S"]:
         slots = torch.arange(self.longest, device=device)
-        return (slots <= self.positions(device)[..., None])[:, None]
+        return reach.mask(self.positions(device)[..., None], slots)[:, None]
+
+    def distances(self, device: torch.device) -> Int[Tensor, "B 1 T S"]:
+        """Key position minus query position, meaningful where `allowed`."""
+        slots = torch.arange(self.longest, device=device)
+        return (slots - self.positions(device)[..., None])[:, None]
 
 
 Layout = Packed | Cached

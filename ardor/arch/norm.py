@@ -1,5 +1,6 @@
 """Axes: D model width."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,20 @@ from ardor.kernels import norm as kernel
 
 
 def rms_norm(
-    x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float
+    x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float, late_cast: bool = False
 ) -> Float[Tensor, "*rows D"]:
     """x / rms(x) in float32, cast to the dtype of x, then times the weight. The reference.
 
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the order of the casts is Llama's.
+    With `late_cast` the product, too, is in float32, and cast last.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; the order of the casts is Llama's, and with
+    `late_cast` that of Gemma and OLMo 2.
     """
     work = torch.promote_types(x.dtype, torch.float32)
-    unit = F.rms_norm(x.to(work), x.shape[-1:], eps=eps).to(x.dtype)
-    return unit * weight.to(x.dtype)
+    unit = F.rms_norm(x.to(work), x.shape[-1:], eps=eps)
+    if late_cast:
+        return (unit * weight.to(work)).to(x.dtype)
+    return unit.to(x.dtype) * weight.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -28,11 +34,19 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, spec: NormSpec):
         super().__init__()
-        self.eps = spec.eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.spec = spec
+        has_weight = spec.weight != "none"
+        self.weight = nn.Parameter(torch.empty(width)) if has_weight else None
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        spec, weight = self.spec, self.weight
+        if weight is None:
+            weight = x.new_ones(x.shape[-1])
+        elif spec.weight == "one_plus":
+            weight = 1.0 + weight.float()
+        if spec.late_cast and x.dtype != torch.float32:
+            return rms_norm(x, weight, spec.eps, late_cast=True)
+        return _RMSNorm.apply(x, weight, spec.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -79,13 +93,32 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, spec: NormSpec):
         super().__init__()
-        self.eps = spec.eps
-        self.weight = nn.Parameter(torch.empty(width))
+        self.spec = spec
+        has_weight = spec.weight != "none"
+        self.weight = nn.Parameter(torch.empty(width)) if has_weight else None
         self.bias = nn.Parameter(torch.empty(width)) if spec.bias else None
 
     def forward(self, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), bias, self.eps)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        if weight is not None and self.spec.weight == "one_plus":
+            weight = 1.0 + weight
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.spec.eps)
+
+
+class HeadNorm(nn.Module):
+    """The norm of every head's channels, each head with weights of its own.
+
+    Axes: H heads, d head width.
+    """
+
+    def __init__(self, heads: int, width: int, spec: NormSpec):
+        super().__init__()
+        self.unit = norm(width, replace(spec, weight="none"))
+        self.weight = nn.Parameter(torch.empty(heads, width))
+
+    def forward(self, x: Float[Tensor, "*rows H d"]) -> Float[Tensor, "*rows H d"]:
+        work = torch.promote_types(x.dtype, torch.float32)
+        return (self.unit(x.to(work)) * self.weight.to(work)).to(x.dtype)
 
 
 def norm(width: int, spec: NormSpec) -> RMSNorm | LayerNorm:

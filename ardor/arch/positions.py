@@ -10,21 +10,34 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ardor.arch.spec import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from ardor.arch.spec import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Rope,
+    YarnScaling,
+)
 
 
 class Rotation(NamedTuple):
+    """What turns [B, H, T, d]: one angle for each pair of channels."""
+
     cos: Float[Tensor, "B 1 T half"]
     sin: Float[Tensor, "B 1 T half"]
+    neighbours: bool = False
 
 
-def frequencies(rope: Rope, device: torch.device | None = None) -> Float[Tensor, "half"]:
+def frequencies(rope: Rope, lengths: Int[Tensor, "B T"]) -> Float[Tensor, "#B #T half"]:
     """Radians per position of each channel pair, after the scaling.
+
+    `lengths` says of each position how long its text is by now, which some scalings depend on.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2.
     """
+    device = lengths.device
     pairs = torch.arange(0, rope.rotated, 2, dtype=torch.float32, device=device) / rope.rotated
-    plain = 1.0 / rope.theta**pairs
+    plain = (1.0 / rope.theta**pairs)[None, None]
     match rope.scaling:
         case None:
             return plain
@@ -34,6 +47,21 @@ def frequencies(rope: Rope, device: torch.device | None = None) -> Float[Tensor,
             return _llama3(plain, scaling)
         case YarnScaling() as scaling:
             return _yarn(plain, rope, scaling)
+        case DynamicScaling() as scaling:
+            return _dynamic(pairs, rope, scaling, lengths)
+        case LongScaling() as scaling:
+            divisors = (torch.tensor(t, device=device) for t in (scaling.short, scaling.long))
+            short, long = (plain / divisor for divisor in divisors)
+            return torch.where((lengths > scaling.original_positions)[..., None], long, short)
+
+
+def _dynamic(
+    pairs: Tensor, rope: Rope, scaling: DynamicScaling, lengths: Tensor
+) -> Float[Tensor, "B T half"]:
+    share = lengths[..., None].float() / scaling.original_positions
+    growth = scaling.factor * share.clamp(min=1.0) - (scaling.factor - 1)
+    theta = rope.theta * growth ** (rope.rotated / (rope.rotated - 2))
+    return 1.0 / theta**pairs
 
 
 def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -60,19 +88,44 @@ def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling) -> Tensor:
     return plain / scaling.factor * interpolated + plain * (1 - interpolated)
 
 
-def rotation(rope: Rope, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation:
-    """Cosines and sines of every position's angles, cast once to the dtype they will multiply."""
-    angles = positions[:, None, :, None].float() * frequencies(rope, positions.device)
-    amplitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-    return Rotation((angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype))
+def rotation(
+    rope: Rope,
+    positions: Int[Tensor, "B T"],
+    dtype: torch.dtype,
+    lengths: Int[Tensor, "B T"] | None = None,
+) -> Rotation:
+    """Cosines and sines of every position's angles, cast once to the dtype they will multiply.
+
+    `lengths` as in `frequencies`; None: every text ends at its position.
+    """
+    lengths = positions + 1 if lengths is None else lengths
+    angles = (positions[..., None].float() * frequencies(rope, lengths))[:, None]
+    amplitude: Tensor | float = 1.0
+    match rope.scaling:
+        case YarnScaling(attention_factor=factor):
+            amplitude = factor
+        case LongScaling(short_amplitude=short, long_amplitude=long) as scaling:
+            passed = (lengths > scaling.original_positions)[:, None, :, None]
+            amplitude = torch.where(passed, long, short)
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    return Rotation(cos.to(dtype), sin.to(dtype), rope.pairing == "neighbours")
 
 
 def rotate(x: Float[Tensor, "B H T d"], by: Rotation) -> Float[Tensor, "B H T d"]:
-    """Turn the pairs (i, i + r/2) of the first r channels; the rest pass through.
+    """Turn the channel pairs of the first r channels; the rest pass through.
 
-    Source: the half-split pairing of GPT-NeoX and Llama checkpoints.
+    Pairs are (i, i + r/2), as in GPT-NeoX and Llama, or neighbours (2i, 2i + 1), as in GPT-J.
     """
+    if by.neighbours:
+        return _turned_neighbours(x, by.cos, by.sin)
     return _Rotate.apply(x, by.cos, by.sin)
+
+
+def _turned_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turning, rest = x.tensor_split((2 * cos.shape[-1],), dim=-1)
+    first, second = turning[..., ::2], turning[..., 1::2]
+    pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
 class _Rotate(torch.autograd.Function):

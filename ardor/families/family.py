@@ -15,7 +15,8 @@ class Family:
     model_type: str
     read: Callable[[HFConfig], Decoder]
     name_tensors: Callable[[Decoder], Rules]
-    write: Callable[[Decoder], dict[str, Any]]
+    # None: its models are loaded and saved with the config that came with them, not made here
+    write: Callable[[Decoder], dict[str, Any]] | None = None
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
@@ -44,6 +45,8 @@ class Family:
 
         Raises: ConfigError if this family cannot express `spec`.
         """
+        if self.write is None:
+            raise ConfigError(f"the {self.model_type} family is not written from a spec yet")
         config = {
             "model_type": self.model_type,
             "dtype": dtype,

@@ -5,14 +5,15 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm
 from ardor.errors import ConfigError
+from ardor.families.blocks import uniform
 from ardor.families.family import ACT_NAMES, ACTS, Family
 from ardor.families.hf_config import HFConfig
-from ardor.families.rules import Ignorable, Rule, Rules, weight
+from ardor.families.names import Joined, Names
+from ardor.families.rules import Ignorable
 
 
 def _read(hf: HFConfig) -> Decoder:
@@ -54,55 +55,47 @@ def _read(hf: HFConfig) -> Decoder:
 
 
 def _write(spec: Decoder) -> dict[str, Any]:
-    first, last = spec.layers[0], spec.layers[-1]
-    act = ACT_NAMES[first.ffn.act]
+    mixer, ffn, norm = uniform(spec, "gpt2")
+    act = ACT_NAMES[ffn.act]
     return {
         "activation_function": "gelu_new" if act == "gelu_pytorch_tanh" else act,
         "architectures": ["GPT2LMHeadModel"],
-        "layer_norm_epsilon": spec.norm.eps,
+        "layer_norm_epsilon": norm.eps,
         "n_ctx": spec.max_positions,
         "n_embd": spec.width,
-        "n_head": first.mixer.heads,
-        "n_inner": first.ffn.width,
+        "n_head": mixer.heads,
+        "n_inner": ffn.width,
         "n_layer": len(spec.layers),
         "n_positions": spec.max_positions,
-        "scale_attn_by_inverse_layer_idx": last.mixer.scale != first.mixer.scale,
-        "scale_attn_weights": first.mixer.scale == first.mixer.head_width**-0.5,
+        "scale_attn_by_inverse_layer_idx": spec.layers[-1].mixer.scale != mixer.scale,
+        "scale_attn_weights": mixer.scale == mixer.head_width**-0.5,
     }
 
 
-def _layer(i: int) -> tuple[Rule, ...]:
-    disk, memory = f"transformer.h.{i}", f"layers.{i}"
-    qkv = [f"{memory}.mixer.{name}_proj" for name in "qkv"]
-    linear = {"bias": True, "transposed": True}  # Conv1D keeps its weight as [in, out]
-    return (
-        *weight(f"{disk}.ln_1", f"{memory}.mixer_norm", bias=True),
-        *weight(f"{disk}.attn.c_attn", *qkv, **linear),
-        *weight(f"{disk}.attn.c_proj", f"{memory}.mixer.o_proj", **linear),
-        *weight(f"{disk}.ln_2", f"{memory}.ffn_norm", bias=True),
-        *weight(f"{disk}.mlp.c_fc", f"{memory}.ffn.up_proj", **linear),
-        *weight(f"{disk}.mlp.c_proj", f"{memory}.ffn.down_proj", **linear),
-    )
-
-
-def _name_tensors(spec: Decoder) -> Rules:
-    return Rules(
-        prefix="transformer.",
-        rules=(
-            *weight("transformer.wte", "embed_tokens"),
-            *weight("transformer.wpe", "embed_positions"),
-            *chain.from_iterable(_layer(i) for i in range(len(spec.layers))),
-            *weight("transformer.ln_f", "norm", bias=True),
-            *(() if spec.tied else weight("lm_head", "lm_head")),
+NAMES = Names(
+    prefix="transformer.",
+    layer="transformer.h.{}.",
+    modules={
+        "mixer_norm": "ln_1",
+        ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"): Joined("attn.c_attn"),
+        "mixer.o_proj": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn.up_proj": "mlp.c_fc",
+        "ffn.down_proj": "mlp.c_proj",
+    },
+    outside={
+        "embed_tokens": "transformer.wte",
+        "embed_positions": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "lm_head": "lm_head",
+    },
+    transposed=True,  # Conv1D keeps its weight as [in, out]
+    ignorable=(
+        Ignorable(
+            pattern=r"h\.\d+\.attn\.(bias|masked_bias)",
+            reason="the causal mask as a buffer; files of the hub hold it",
         ),
-        tied_head=Rule("lm_head.weight", ("embed_tokens.weight",)) if spec.tied else None,
-        ignorable=(
-            Ignorable(
-                pattern=r"h\.\d+\.attn\.(bias|masked_bias)",
-                reason="the causal mask as a buffer; files of the hub hold it",
-            ),
-        ),
-    )
+    ),
+)
 
-
-GPT2 = Family(model_type="gpt2", read=_read, name_tensors=_name_tensors, write=_write)
+GPT2 = Family(model_type="gpt2", read=_read, name_tensors=NAMES.rules, write=_write)

@@ -4,9 +4,16 @@ Source: transformers 5.23, modeling_rope_utils.py; YaRN: arXiv:2309.00071, secti
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
-from ardor.arch.spec import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from ardor.arch.spec import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    Rope,
+    YarnScaling,
+)
 from ardor.errors import ConfigError
 from ardor.families.hf_config import HFConfig
 
@@ -14,56 +21,128 @@ _HARMLESS = {
     "finetuned": "says that the weights were trained with this scaling",
     "type": "an older name of rope_type, which wins where both are given",
 }
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ALIASES = {"su": "longrope"}  # as Phi-3 was first published
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def read_rope(hf: HFConfig, *, head_width: int, max_positions: int) -> Rope:
-    """The rotation of a model whose heads turn whole.
+def read_rope(
+    hf: HFConfig,
+    *,
+    head_width: int,
+    max_positions: int,
+    theta: float = 10_000.0,
+    pairing: Literal["halves", "neighbours"] = "halves",
+    partial: float | None = None,
+    theta_key: str = "rope_theta",
+    partial_key: str = "partial_rotary_factor",
+) -> Rope:
+    """The rotation of a model whose layers all turn alike.
 
-    Version 5 has everything in `rope_parameters`; version 4 has `rope_theta` and `rope_scaling`. A
-    file may hold both, if they say the same.
+    Version 5 has everything in `rope_parameters`; version 4 has `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`, whose names some families change. A file may hold both, if they say the
+    same. `theta` and `partial` are the family's defaults; partial None: its heads turn whole.
 
     Raises: ConfigError for a kind of scaling we do not have, or two forms that disagree.
     """
-    theta = hf.number("rope_theta", 10_000.0)
+    theta = hf.number(theta_key, theta)
+    partial = _partial(hf, partial_key, partial)
     original = hf.take("original_max_position_embeddings", None)
-    hf.require("partial_rotary_factor", 1.0, "the heads of this family turn whole")
+    plain = Rope(theta=theta, rotated=_rotated(hf, head_width, partial), pairing=pairing)
     ropes = []
     for key in ("rope_scaling", "rope_parameters"):
         if (section := hf.section(key)) is not None:
             if original is not None:
                 section.raw["original_max_position_embeddings"] = original
-            ropes.append(_read(section, theta, head_width, max_positions))
+            ropes.append(read_section(section, plain, head_width, max_positions, partial))
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise ConfigError(
             f"{hf.path}: rope_scaling gives {ropes[0]}, but rope_parameters gives {ropes[1]}; "
             "remove the one that is wrong"
         )
-    return ropes[0] if ropes else Rope(theta=theta, rotated=head_width)
+    return ropes[0] if ropes else plain
 
 
-def _read(hf: HFConfig, theta: float, head_width: int, max_positions: int) -> Rope:
-    kind = hf.take("rope_type", None) or hf.take("type", "default")
-    hf.require("partial_rotary_factor", 1.0, "the heads of this family turn whole")
-    theta = hf.number("rope_theta", theta)
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
-    if kind == "linear":
-        scaling = LinearScaling(factor=hf.number("factor"))
-    elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=hf.number("factor"),
-            low_freq_factor=hf.number("low_freq_factor"),
-            high_freq_factor=hf.number("high_freq_factor"),
-            original_positions=hf.count("original_max_position_embeddings", max_positions),
-        )
-    elif kind == "yarn":
-        scaling = _yarn(hf, max_positions)
-    elif kind != "default":
+def _partial(hf: HFConfig, key: str, default: float | None) -> float | None:
+    if default is None:
+        hf.require(key, 1.0, "the heads of this family turn whole")
+        return None
+    return hf.number(key, default)
+
+
+def _rotated(hf: HFConfig, head_width: int, partial: float | None) -> int:
+    if partial is None and head_width % 2:
+        raise ConfigError(f"{hf.path}: a head of odd width {head_width} cannot be rotated")
+    rotated = head_width if partial is None else int(head_width * partial)
+    if rotated % 2 or not 0 < rotated <= head_width:
         raise ConfigError(
-            f"{hf.path}: rope_type={kind!r} is not implemented; "
-            "expected default | linear | llama3 | yarn"
+            f"{hf.path}: {partial} of heads of width {head_width} are {rotated} channels, which "
+            "cannot be turned in pairs"
         )
+    return rotated
+
+
+def read_section(
+    hf: HFConfig, plain: Rope, head_width: int, max_positions: int, partial: float | None
+) -> Rope:
+    """The rotation that one object of a config describes; `plain` is what it says nothing about.
+
+    Raises: ConfigError for a kind of scaling we do not have, or a key that nothing reads.
+    """
+    kind = hf.take("rope_type", None) or hf.take("type", "default")
+    kind = _ALIASES.get(kind, kind)
+    partial = _partial(hf, "partial_rotary_factor", partial)
+    theta = hf.number("rope_theta", plain.theta)
+    rotated = _rotated(hf, head_width, partial)
+    scaling: LinearScaling | DynamicScaling | Llama3Scaling | LongScaling | YarnScaling | None
+    match kind:
+        case "default":
+            hf.take("original_max_position_embeddings", None)
+            scaling = None
+        case "linear":
+            scaling = LinearScaling(factor=hf.number("factor"))
+        case "dynamic":
+            hf.take("original_max_position_embeddings", None)
+            scaling = DynamicScaling(factor=hf.number("factor"), original_positions=max_positions)
+        case "llama3":
+            scaling = Llama3Scaling(
+                factor=hf.number("factor"),
+                low_freq_factor=hf.number("low_freq_factor"),
+                high_freq_factor=hf.number("high_freq_factor"),
+                original_positions=hf.count("original_max_position_embeddings", max_positions),
+            )
+        case "yarn":
+            scaling = _yarn(hf, max_positions)
+        case "longrope":
+            scaling = _long(hf, max_positions, rotated // 2)
+        case _:
+            raise ConfigError(
+                f"{hf.path}: rope_type={kind!r} is not implemented; expected {' | '.join(_KINDS)}"
+            )
     hf.finish(_HARMLESS)
-    return Rope(theta=theta, rotated=head_width, scaling=scaling)
+    return Rope(theta=theta, rotated=rotated, pairing=plain.pairing, scaling=scaling)
+
+
+def _long(hf: HFConfig, max_positions: int, pairs: int) -> LongScaling:
+    original = hf.count("original_max_position_embeddings", max_positions)
+    factor = hf.number("factor", max_positions / original)
+    growth = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    amplitude = hf.number("attention_factor", growth)
+    divisors = {}
+    for key in ("short_factor", "long_factor"):
+        values = hf.take(key)
+        if not isinstance(values, list) or len(values) != pairs:
+            found = len(values) if isinstance(values, list) else repr(values)
+            raise ConfigError(f"{hf.path}: {key} has {found} numbers, expected {pairs}")
+        divisors[key] = tuple(float(value) for value in values)
+    return LongScaling(
+        short=divisors["short_factor"],
+        long=divisors["long_factor"],
+        original_positions=original,
+        short_amplitude=hf.number("short_mscale", amplitude),
+        long_amplitude=hf.number("long_mscale", amplitude),
+    )
 
 
 def _yarn(hf: HFConfig, max_positions: int) -> YarnScaling:
@@ -92,6 +171,17 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     match rope.scaling:
         case LinearScaling(factor=factor):
             scaling = {"rope_type": "linear", "factor": factor}
+        case DynamicScaling(factor=factor):
+            scaling = {"rope_type": "dynamic", "factor": factor}
+        case LongScaling() as long:
+            scaling = {
+                "rope_type": "longrope",
+                "short_factor": list(long.short),
+                "long_factor": list(long.long),
+                "original_max_position_embeddings": long.original_positions,
+                "short_mscale": long.short_amplitude,
+                "long_mscale": long.long_amplitude,
+            }
         case Llama3Scaling() as llama3:
             scaling = {
                 "rope_type": "llama3",

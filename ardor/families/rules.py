@@ -1,57 +1,145 @@
 """Tensor names on disk <-> tensor names in memory, both ways and bit for bit.
 
-A rule takes one tensor on disk to one tensor in memory, or to several that are stacked in it.
-Nothing is computed: a rule transposes and cuts, and its inverse joins and transposes.
+A rule takes one tensor on disk to one tensor in memory, or to several that are joined in it; or
+several on disk to one in memory. Nothing is computed: a rule transposes, cuts and stacks.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, cast
 
 from ardor.errors import CheckpointError
 
 _value = dataclass(frozen=True, kw_only=True, slots=True)
 
 
+Read = Callable[[str], Any]
+"""A tensor by its name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One tensor on disk and what it is in memory: equal parts of its first axis, in order."""
+    """One tensor on disk and what it is in memory: parts of one axis, in order.
+
+    The axis holds the parts `groups` times over: in each group come first the rows of the first
+    part, then those of the second. `sizes` are all rows of each part (None: equal parts).
+    """
 
     disk: str
     memory: tuple[str, ...]
-    transposed: bool = False  # on disk as [in, out] (GPT-2's Conv1D); in memory as [out, in]
+    transposed: bool = (
+        False  # on disk as [.., in, out] (GPT-2's Conv1D); in memory as [.., out, in]
+    )
+    sizes: tuple[int, ...] | None = None
+    groups: int = 1
+    axis: int = 0  # 1 where all experts are stacked in one tensor
 
-    def shapes(self, on_disk: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The shape of each part of a tensor whose shape on disk is `on_disk`.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors on disk."""
+        return (self.disk,)
 
-        Raises: CheckpointError if it cannot be cut into equal parts.
+    def shapes(self, shape_on_disk: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """The shape of each part.
+
+        Raises: CheckpointError if the tensor on disk cannot be cut so.
         """
-        first, *rest = on_disk[::-1] if self.transposed else on_disk
-        if first % len(self.memory):
+        on_disk = tuple(shape_on_disk(self.disk))
+        shape = (*on_disk[:-2], *on_disk[-2:][::-1]) if self.transposed else on_disk
+        if len(shape) <= self.axis:
+            raise CheckpointError(f"{self.disk} has the shape {list(on_disk)}: too few axes")
+        length = shape[self.axis]
+        sizes = self.sizes or (length // len(self.memory),) * len(self.memory)
+        if sum(sizes) != length and len(self.memory) > 1:
             raise CheckpointError(
                 f"{self.disk} of shape {list(on_disk)} does not split into {len(self.memory)} parts"
+                + (f" of {list(self.sizes)}" if self.sizes else "")
             )
-        return dict.fromkeys(self.memory, (first // len(self.memory), *rest))
+        if len(self.memory) == 1:
+            sizes = (length,)
+        return {
+            name: (*shape[: self.axis], size, *shape[self.axis + 1 :])
+            for name, size in zip(self.memory, sizes, strict=True)
+        }
 
-    def to_memory(self, tensor: Any) -> dict[str, Any]:
-        """Views of `tensor`, by their names in memory."""
+    def to_memory(self, read: Read) -> dict[str, Any]:
+        """The parts by their names in memory; views where they can be."""
+        tensor = read(self.disk)
         whole = tensor.mT if self.transposed else tensor
         if len(self.memory) == 1:
             return {self.memory[0]: whole}
-        size = next(iter(self.shapes(tensor.shape).values()))[0]
-        return {name: whole.narrow(0, i * size, size) for i, name in enumerate(self.memory)}
+        cut = self._cut(whole)
+        return {
+            name: part.flatten(self.axis, self.axis + 1)
+            for name, part in zip(self.memory, cut, strict=True)
+        }
 
-    def to_disk(self, read: Callable[[str], Any]) -> Any:
-        """The tensor as it is on disk, from `read(name in memory)`; a view where it can be."""
+    def to_disk(self, read: Read) -> dict[str, Any]:
+        """The tensor as it is on disk, by its name; a view where it can be."""
         parts = [read(name) for name in self.memory]
         whole = parts[0]
         if len(parts) > 1:
-            size = whole.shape[0]
-            whole = whole.new_empty((size * len(parts), *whole.shape[1:]))
-            for i, part in enumerate(parts):
-                whole.narrow(0, i * size, size).copy_(part)
-        return whole.mT if self.transposed else whole
+            shape = list(whole.shape)
+            shape[self.axis] = sum(part.shape[self.axis] for part in parts)
+            whole = whole.new_empty(shape)
+            for place, part in zip(self._cut(whole), parts, strict=True):
+                place.copy_(part.unflatten(self.axis, (self.groups, -1)))
+        return {self.disk: whole.mT if self.transposed else whole}
+
+    def _cut(self, whole: Any) -> Iterator[Any]:
+        """Views [.., groups, rows of the part within a group, ..] of each part."""
+        grouped = whole.unflatten(self.axis, (self.groups, -1))
+        length, count = grouped.shape[self.axis + 1], len(self.memory)
+        sizes = [size // self.groups for size in self.sizes or ()] or [length // count] * count
+        starts = accumulate(sizes, initial=0)
+        for start, size in zip(starts, sizes, strict=False):
+            # Not `split`: what it gives must not be written to.
+            yield grouped.narrow(self.axis + 1, start, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Tensors on disk that are one in memory, on a new first axis: one per expert, or per head."""
+
+    disk: tuple[str, ...]
+    memory: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.disk
+
+    def shapes(self, shape_on_disk: Callable[[str], Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """The shape of the stack.
+
+        Raises: CheckpointError if the tensors differ in shape.
+        """
+        found = {name: tuple(shape_on_disk(name)) for name in self.disk}
+        first = found[self.disk[0]]
+        for name, shape in found.items():
+            if shape != first:
+                raise CheckpointError(
+                    f"{name} has the shape {list(shape)}, but {self.disk[0]} {list(first)}"
+                )
+        return {self.memory: (len(self.disk), *first)}
+
+    def to_memory(self, read: Read) -> dict[str, Any]:
+        first = read(self.disk[0])
+        whole = first.new_empty((len(self.disk), *first.shape))
+        for place, name in zip(whole, self.disk, strict=True):
+            place.copy_(read(name))
+        return {self.memory: whole}
+
+    def to_disk(self, read: Read) -> dict[str, Any]:
+        return dict(zip(self.disk, read(self.memory), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """Two ways in which checkpoints hold the same tensors; new ones are written the first way."""
+
+    ways: tuple[tuple["Rule | Stack", ...], ...]
 
 
 @_value
@@ -74,37 +162,43 @@ class Account(NamedTuple):
 class Rules:
     """Every tensor of one model. `bind` fits them to the naming that a checkpoint uses."""
 
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | Stack | Either, ...]
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
     tied_head: Rule | None = None  # a second copy of the embedding, which a checkpoint may hold
     head_copied: bool = False  # this checkpoint does: equal on loading, and saved again
     ignorable: tuple[Ignorable, ...] = ()
 
+    @property
+    def plain(self) -> tuple[Rule | Stack, ...]:
+        """The rules, with the first way of each choice that is still open."""
+        ways = (rule.ways[0] if isinstance(rule, Either) else (rule,) for rule in self.rules)
+        return tuple(chain.from_iterable(ways))
+
     def bind(self, disk_names: Iterable[str]) -> "Rules":
         """The same rules with the names of this checkpoint, so that saving gives them back.
 
-        The prefix goes if the checkpoint has none; the copy of a tied head stays if it has one.
+        The prefix goes if the checkpoint has none; the copy of a tied head stays if it has one; of
+        several ways to hold the same tensors the one that is there is kept.
         """
         names = frozenset(disk_names)
-        bare = tuple(replace(rule, disk=rule.disk.removeprefix(self.prefix)) for rule in self.rules)
-        with_prefix = sum(rule.disk in names for rule in self.rules)
-        rules = bare if sum(rule.disk in names for rule in bare) > with_prefix else self.rules
+        whole = tuple(_fitting(rule, names) for rule in self.rules)
+        bare = tuple(_fitting(_bare(rule, self.prefix), names) for rule in self.rules)
+        best = max(whole, bare, key=lambda ways: sum(_held(way, names) for way in ways))
         copied = self.tied_head is not None and self.tied_head.disk in names
-        return replace(self, rules=rules, head_copied=copied)
+        return replace(self, rules=tuple(chain.from_iterable(best)), head_copied=copied)
 
     def account(self, disk_names: Iterable[str]) -> Account:
         """What a checkpoint with these names lacks, and what it has that nothing reads."""
         names = frozenset(disk_names)
-        known = {rule.disk for rule in self.rules}
-        if self.tied_head is not None:
-            known.add(self.tied_head.disk)
+        wanted = tuple(name for rule in self.plain for name in rule.names)
+        known = {*wanted} | ({self.tied_head.disk} if self.tied_head is not None else set())
         ignored = {}
         for name in sorted(names - known):
             for entry in self.ignorable:
                 if re.fullmatch(entry.pattern, name.removeprefix(self.prefix)):
                     ignored[name] = entry.reason
         return Account(
-            missing=tuple(rule.disk for rule in self.rules if rule.disk not in names),
+            missing=tuple(name for name in wanted if name not in names),
             unexpected=tuple(sorted(names - known - ignored.keys())),
             ignored=ignored,
         )
@@ -125,30 +219,54 @@ class Rules:
                 f"{where}: {'; '.join(found)}; the weights do not belong to this config.json"
             )
 
-    def to_disk(self, read: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    def to_disk(self, read: Read) -> Iterator[tuple[str, Any]]:
         """Every tensor as it is on disk, one at a time, from `read(name in memory)`."""
-        for rule in self.rules:
-            yield rule.disk, rule.to_disk(read)
+        for rule in self.plain:
+            yield from rule.to_disk(read).items()
         if self.tied_head is not None and self.head_copied:
-            yield self.tied_head.disk, self.tied_head.to_disk(read)
+            yield from self.tied_head.to_disk(read).items()
+
+
+def _held(way: tuple[Rule | Stack, ...], names: frozenset[str]) -> int:
+    return sum(name in names for rule in way for name in rule.names)
+
+
+def _fitting(rule: Rule | Stack | Either, names: frozenset[str]) -> tuple[Rule | Stack, ...]:
+    """The first of the ways that this checkpoint holds most of."""
+    if isinstance(rule, Either):
+        return max(rule.ways, key=lambda way: _held(way, names))
+    return (rule,)
+
+
+def _bare(rule: Rule | Stack | Either, prefix: str) -> Rule | Stack | Either:
+    match rule:
+        case Rule(disk=disk):
+            return replace(rule, disk=disk.removeprefix(prefix))
+        case Stack(disk=disks):
+            return replace(rule, disk=tuple(disk.removeprefix(prefix) for disk in disks))
+        case Either(ways=ways):
+            bare = (tuple(cast("Any", _bare(r, prefix)) for r in way) for way in ways)
+            return Either(tuple(bare))
 
 
 class DiskPart(NamedTuple):
     """The place of a linear map of ours in the module tree that transformers builds."""
 
     name: str  # of the module, such as "transformer.h.0.attn.c_attn"
-    part: int  # which of its `parts` equal blocks of outputs
+    part: int  # which of its `parts` blocks of outputs
     parts: int
     transposed: bool
+    groups: int = 1  # the blocks follow each other so many times over
 
 
 def disk_linears(rules: Rules) -> dict[str, DiskPart]:
     """What an adapter can name, by names in memory: the linear maps and the embedding."""
     return {
         name.removesuffix(".weight"): DiskPart(
-            rule.disk.removesuffix(".weight"), part, len(rule.memory), rule.transposed
+            rule.disk.removesuffix(".weight"), part, len(rule.memory), rule.transposed, rule.groups
         )
-        for rule in rules.rules
+        for rule in rules.plain
+        if isinstance(rule, Rule) and rule.axis == 0
         for part, name in enumerate(rule.memory)
         if name.endswith("_proj.weight") or name in ("lm_head.weight", "embed_tokens.weight")
     }

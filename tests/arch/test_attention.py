@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ardor.arch.attention import attend, eager, sdpa
+from ardor.arch.blocked import Scores
 from ardor.arch.layout import Cached, Packed
 from ardor.errors import ShapeError
 
@@ -45,7 +46,10 @@ def test_row_with_nothing_allowed_is_zero_with_finite_gradient():
 def test_sdpa_equals_the_reference_on_documents(layout):
     q, k, v = qkv(2, 6, 6)
     torch.testing.assert_close(
-        sdpa(q, k, v, layout, scale=0.7), eager(q, k, v, layout, scale=0.7), rtol=1e-5, atol=1e-5
+        sdpa(q, k, v, layout, Scores(0.7)),
+        eager(q, k, v, layout, Scores(0.7)),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -54,7 +58,10 @@ def test_sdpa_equals_the_reference_on_a_cache(past, new):
     layout = Cached(past, new)
     q, k, v = qkv(2, new, layout.longest)
     torch.testing.assert_close(
-        sdpa(q, k, v, layout, scale=0.7), eager(q, k, v, layout, scale=0.7), rtol=1e-5, atol=1e-5
+        sdpa(q, k, v, layout, Scores(0.7)),
+        eager(q, k, v, layout, Scores(0.7)),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -68,7 +75,7 @@ def test_masked_out_document_blocks_are_never_computed(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     q, k, v = qkv(1, 12, 12)
-    sdpa(q, k, v, Packed(((2, 2, 8),)), scale=1.0)
+    sdpa(q, k, v, Packed(((2, 2, 8),)), Scores(1.0))
     assert sum(seen) == 2 * 2 + 2 * 2 + 8 * 8  # of 12 * 12 scores
 
 
@@ -76,4 +83,4 @@ def test_masked_out_document_blocks_are_never_computed(monkeypatch):
 def test_heads_that_do_not_divide_are_refused(backend):
     q, k, v = qkv()
     with pytest.raises(ShapeError, match="5 query heads cannot share 3 kv heads"):
-        backend(q[:, :5], k, v, Packed.whole(B, T), scale=1.0)
+        backend(q[:, :5], k, v, Packed.whole(B, T), Scores(1.0))

@@ -73,7 +73,7 @@ def test_gpt2_scales_its_scores_as_flagged():
 def test_an_activation_has_the_values_of_transformers(name):
     import torch
 
-    from ardor.arch.decoder import ACTIVATIONS
+    from ardor.arch.mlp import ACTIVATIONS
 
     x = torch.linspace(-6, 6, 301)
     torch.testing.assert_close(ACTIVATIONS[ACTS[name]](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
@@ -158,8 +158,12 @@ def test_an_unknown_key_is_refused_by_name(family):
         (LLAMA, {"sliding_window": 8}, "sliding_window=8 is not implemented, only None"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved=True"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not"),
-        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "default | linear | llama3 | yarn"),
+        (LLAMA, {"rope_scaling": {"type": "mrope"}}, "rope_type='mrope' is not"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "axial"}},
+            "default | linear | dynamic | llama3 | yarn",
+        ),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "config.json, rope_scaling: no 'factor'"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "b": 1}}, "nothing reads b=1"),
         (LLAMA, {"rope_parameters": {"full_attention": {}}}, "nothing reads full_attention={}"),
@@ -273,12 +277,12 @@ def test_an_unknown_family_is_refused_with_what_is_known():
 
 def test_linear_maps_have_the_names_that_adapters_use():
     llama = FAMILIES["llama"].disk_linears(read(LLAMA))
-    assert llama["layers.1.mixer.q_proj"] == ("model.layers.1.self_attn.q_proj", 0, 1, False)
-    assert llama["lm_head"] == ("lm_head", 0, 1, False)
-    assert llama["embed_tokens"] == ("model.embed_tokens", 0, 1, False)
+    assert llama["layers.1.mixer.q_proj"] == ("model.layers.1.self_attn.q_proj", 0, 1, False, 1)
+    assert llama["lm_head"] == ("lm_head", 0, 1, False, 1)
+    assert llama["embed_tokens"] == ("model.embed_tokens", 0, 1, False, 1)
     assert len(llama) == 7 * 2 + 2
     gpt2 = FAMILIES["gpt2"].disk_linears(read(GPT2))
-    assert gpt2["layers.0.mixer.v_proj"] == ("transformer.h.0.attn.c_attn", 2, 3, True)
-    assert gpt2["layers.2.ffn.down_proj"] == ("transformer.h.2.mlp.c_proj", 0, 1, True)
-    assert gpt2["embed_tokens"] == ("transformer.wte", 0, 1, False)
+    assert gpt2["layers.0.mixer.v_proj"] == ("transformer.h.0.attn.c_attn", 2, 3, True, 1)
+    assert gpt2["layers.2.ffn.down_proj"] == ("transformer.h.2.mlp.c_proj", 0, 1, True, 1)
+    assert gpt2["embed_tokens"] == ("transformer.wte", 0, 1, False, 1)
     assert len(gpt2) == 6 * 3 + 1  # its head is tied

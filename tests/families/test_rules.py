@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ardor.errors import CheckpointError
-from ardor.families.rules import Ignorable, Rule, Rules, disk_linears, weight
+from ardor.families.rules import Either, Ignorable, Rule, Rules, Stack, disk_linears, weight
 
 RULES = Rules(
     prefix="body.",
@@ -32,21 +32,61 @@ def test_a_rule_and_its_inverse_give_the_same_bits(parts, size, inputs, transpos
     rule = Rule("disk", names, transposed)
     shape = (inputs, parts * size) if transposed else (parts * size, inputs)
     disk = torch.arange(parts * size * inputs, dtype=torch.float32).view(shape)
-    memory = rule.to_memory(disk)
-    assert {name: tuple(t.shape) for name, t in memory.items()} == rule.shapes(shape)
-    assert set(rule.shapes(shape).values()) == {(size, inputs)}
-    assert torch.equal(rule.to_disk(memory.__getitem__), disk)
+    memory = rule.to_memory({"disk": disk}.__getitem__)
+    shapes = rule.shapes({"disk": shape}.__getitem__)
+    assert {name: tuple(t.shape) for name, t in memory.items()} == shapes
+    assert set(shapes.values()) == {(size, inputs)}
+    assert torch.equal(rule.to_disk(memory.__getitem__)["disk"], disk)
+
+
+def test_parts_that_take_turns_come_apart_and_together_again():
+    disk = torch.arange(16.0).view(8, 2)  # two heads of queries (2 rows), a key and a value
+    rule = Rule("disk", ("q", "k", "v"), sizes=(4, 2, 2), groups=2)
+    memory = rule.to_memory({"disk": disk}.__getitem__)
+    rows = {name: (part[:, 0] // 2).tolist() for name, part in memory.items()}
+    assert rows == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
+    assert torch.equal(rule.to_disk(memory.__getitem__)["disk"], disk)
+
+
+def test_a_tensor_of_all_experts_is_cut_along_its_second_axis():
+    disk = torch.arange(24.0).view(2, 3, 4)  # [experts, in, gate and up in turn]
+    rule = Rule("disk", ("gate", "up"), transposed=True, groups=2, axis=1)
+    memory = rule.to_memory({"disk": disk}.__getitem__)
+    assert memory["gate"][0].tolist() == [[0.0, 4.0, 8.0], [2.0, 6.0, 10.0]]  # [out, in]
+    assert rule.shapes({"disk": (2, 3, 4)}.__getitem__) == {"gate": (2, 2, 3), "up": (2, 2, 3)}
+    assert torch.equal(rule.to_disk(memory.__getitem__)["disk"], disk)
+
+
+def test_tensors_of_single_experts_are_stacked_and_come_apart_again():
+    disk = {f"expert.{i}": torch.full((2, 3), float(i)) for i in range(3)}
+    rule = Stack(tuple(disk), "experts")
+    whole = rule.to_memory(disk.__getitem__)
+    assert whole["experts"].shape == (3, 2, 3) and whole["experts"][2].eq(2).all()
+    back = rule.to_disk(whole.__getitem__)
+    assert back.keys() == disk.keys() and all(torch.equal(back[n], disk[n]) for n in disk)
+    with pytest.raises(CheckpointError, match=r"b has the shape \[3\], but a \[2\]"):
+        Stack(("a", "b"), "c").shapes({"a": (2,), "b": (3,)}.__getitem__)
+
+
+def test_of_two_ways_the_one_in_the_file_is_kept():
+    ways = Either(((Stack(("e.0", "e.1"), "up"),), (Rule("e.all", ("up",)),)))
+    rules = Rules(rules=(ways,))
+    assert rules.account(("e.all",)).missing == ("e.0", "e.1")  # unbound rules do not guess
+    for names in (("e.0", "e.1"), ("e.all",)):
+        bound = rules.bind(names)
+        bound.check(names, "dir")
+        assert tuple(dict(bound.to_disk({"up": torch.zeros(2, 1)}.__getitem__))) == names
 
 
 def test_the_parts_of_a_fused_tensor_are_its_columns_in_order():
     disk = torch.arange(12.0).view(2, 6)  # [in, 3 * out]
-    memory = Rule("disk", ("q", "k", "v"), transposed=True).to_memory(disk)
+    memory = Rule("disk", ("q", "k", "v"), transposed=True).to_memory({"disk": disk}.__getitem__)
     assert memory["k"].tolist() == [[2.0, 8.0], [3.0, 9.0]]  # [out, in]
 
 
 def test_a_tensor_that_does_not_split_is_named():
     with pytest.raises(CheckpointError, match=r"disk of shape \[5, 2\] does not split into 3"):
-        Rule("disk", ("q", "k", "v")).to_memory(torch.zeros(5, 2))
+        Rule("disk", ("q", "k", "v")).shapes({"disk": (5, 2)}.__getitem__)
 
 
 def test_missing_and_unexpected_names_are_both_told():
@@ -76,13 +116,13 @@ def test_a_checkpoint_without_the_prefix_keeps_its_naming():
     assert RULES.account(bare).missing == NAMES  # unbound rules do not guess
     bound = RULES.bind(bare)
     bound.check(bare, "dir")
-    state = {name: torch.zeros(3, 1) for rule in RULES.rules for name in rule.memory}
+    state = {name: torch.zeros(3, 1) for rule in RULES.plain for name in rule.memory}
     assert tuple(name for name, _ in bound.to_disk(state.__getitem__)) == bare
     assert tuple(name for name, _ in RULES.bind(NAMES).to_disk(state.__getitem__)) == NAMES
 
 
 def test_the_copy_of_a_tied_head_is_saved_only_where_it_was():
-    state = {name: torch.zeros(3, 1) for rule in RULES.rules for name in rule.memory}
+    state = {name: torch.zeros(3, 1) for rule in RULES.plain for name in rule.memory}
     for names in (NAMES, (*NAMES, "lm_head.weight")):
         bound = RULES.bind(names)
         bound.check(names, "dir")
@@ -92,8 +132,8 @@ def test_the_copy_of_a_tied_head_is_saved_only_where_it_was():
 
 def test_linear_maps_and_the_embedding_know_their_place_on_disk():
     assert disk_linears(RULES) == {
-        "embed_tokens": ("body.embed", 0, 1, False),
-        "a_proj": ("body.fused", 0, 3, True),
-        "b_proj": ("body.fused", 1, 3, True),
-        "c_proj": ("body.fused", 2, 3, True),
+        "embed_tokens": ("body.embed", 0, 1, False, 1),
+        "a_proj": ("body.fused", 0, 3, True, 1),
+        "b_proj": ("body.fused", 1, 3, True, 1),
+        "c_proj": ("body.fused", 2, 3, True, 1),
     }

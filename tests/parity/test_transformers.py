@@ -330,7 +330,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
     [
         ("llama", {"clip_qkv": 8}, "config.json: nothing reads clip_qkv=8"),
         ("llama", {"hidden_act": "xielu"}, "hidden_act='xielu' is not implemented"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("llama", {"rope_scaling": {"rope_type": "mrope"}}, "rope_type='mrope'"),
         ("gpt2", {"clip_qkv": 8}, "config.json: nothing reads clip_qkv=8"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not implemented"),
         ("gpt2", {"model_type": "gpt5"}, "model_type='gpt5' is not implemented"),

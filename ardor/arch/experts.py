@@ -1,0 +1,165 @@
+"""A feed-forward of many experts, of which each token is read by a few.
+
+Axes: N tokens, D model width, F width of an expert, E experts, k experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ardor.arch import spec as specs
+from ardor.arch.linear import Linear
+from ardor.arch.mlp import Mlp, activated
+from ardor.kernels.linear import linear
+
+
+class Routing(NamedTuple):
+    """What a router decided; `scores` are its probabilities of all experts, for `load_balance`."""
+
+    weights: Float[Tensor, "N k"]  # float32
+    chosen: Int[Tensor, "N k"]
+    scores: Float[Tensor, "N E"]
+
+
+class Router(nn.Module):
+    """Which experts read a token, and how much each counts."""
+
+    def __init__(self, width: int, count: int, spec: specs.Router):
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(count, width))
+        self.bias = nn.Parameter(torch.empty(count)) if spec.bias else None
+        self.correction = nn.Parameter(torch.empty(count)) if spec.correction else None
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Routing:
+        """Scores are float32; sigmoid routers multiply in float32 too, as DeepSeek-V3 does."""
+        spec = self.spec
+        wide = x.float() if spec.score == "sigmoid" else x
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        logits = linear(wide, self.weight.to(wide.dtype), bias).float()
+        if spec.score == "sparsemixer":
+            return self._sparsemixer(logits)
+        if spec.score == "chosen":
+            best, chosen = logits.topk(spec.per_token, -1)
+            return Routing(best.softmax(-1), chosen, logits.softmax(-1))
+        scores = logits.sigmoid() if spec.score == "sigmoid" else logits.softmax(-1)
+        ranked = scores if self.correction is None else scores + self.correction.float()
+        if spec.groups > 1:
+            ranked = self._within_groups(ranked)
+        chosen = ranked.topk(spec.per_token, -1).indices
+        weights = scores.gather(-1, chosen)
+        if spec.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * spec.scale, chosen, scores)
+
+    def _within_groups(self, ranked: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """Zero outside the best groups. Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
+        spec = self.spec
+        grouped = ranked.unflatten(-1, (spec.groups, -1))  # (N, groups, E / groups)
+        best = grouped.topk(2 if spec.group_score == "top2" else 1, -1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter(-1, best.topk(spec.kept_groups, -1).indices, 1.0)
+        return grouped.masked_fill(kept[..., None] == 0, 0.0).flatten(-2)
+
+    def _sparsemixer(self, logits: Float[Tensor, "N E"]) -> Routing:
+        """The best expert, then the best of the rest; those far from the best do not count.
+
+        Chosen without noise, in training too. Source: Liu et al. 2024, arXiv:2409.12136.
+        """
+        left, weights, chosen = logits, [], []
+        for _ in range(self.spec.per_token):
+            best, index = left.max(-1, keepdim=True)
+            distance = (best - logits) / logits.abs().clamp(min=best)
+            near = left.masked_fill(distance > 2 * self.spec.jitter, -torch.inf)
+            weights.append(near.softmax(-1).gather(-1, index))
+            chosen.append(index)
+            left = left.scatter(-1, index, -torch.inf)
+        return Routing(torch.cat(weights, -1), torch.cat(chosen, -1), logits.softmax(-1))
+
+
+class ExpertLinear(nn.Module):
+    """The same linear map of every expert, one above the other."""
+
+    def __init__(self, count: int, inputs: int, outputs: int, *, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(count, outputs)) if bias else None
+
+    def of(self, expert: int, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
+        bias = None if self.bias is None else self.bias[expert].to(x.dtype)
+        return linear(x, self.weight[expert].to(x.dtype), bias)
+
+
+class ExpertMlps(nn.Module):
+    """As many feed-forwards of one shape as there are experts."""
+
+    def __init__(self, width: int, count: int, spec: specs.Mlp):
+        super().__init__()
+        self.spec = spec
+        bias = spec.bias
+        self.gate_proj = ExpertLinear(count, width, spec.width, bias=bias) if spec.gated else None
+        self.up_proj = ExpertLinear(count, width, spec.width, bias=bias)
+        self.down_proj = ExpertLinear(count, spec.width, width, bias=bias)
+
+    def of(self, expert: int, x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+        gate = None if self.gate_proj is None else self.gate_proj.of(expert, x)
+        return self.down_proj.of(expert, activated(self.spec, gate, self.up_proj.of(expert, x)))
+
+
+class Experts(nn.Module):
+    """The weighted sum of the chosen experts, and of what every token reads beside them.
+
+    Tokens are sorted by expert, so that each expert that is chosen at all is one product; the
+    others cost nothing.
+    """
+
+    def __init__(self, width: int, spec: specs.Experts):
+        super().__init__()
+        self.spec = spec
+        self.router = Router(width, spec.count, spec.router)
+        self.experts = ExpertMlps(width, spec.count, spec.expert)
+        self.shared = None if spec.shared is None else Mlp(width, spec.shared)
+        self.shared_gate = Linear(width, 1) if spec.shared_gated else None
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], routings: list[Routing] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        rows = x.flatten(0, 1)
+        routing = self.router(rows)
+        if routings is not None:
+            routings.append(routing)
+        out = self._routed(rows, routing)
+        if self.shared is not None:
+            beside = self.shared(rows)
+            if self.shared_gate is not None:
+                beside = beside * self.shared_gate(rows).sigmoid()
+            out = out + beside
+        return out.unflatten(0, x.shape[:2])
+
+    def _routed(self, rows: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
+        router = self.spec.router
+        flat = routing.chosen.flatten()  # (N * k,)
+        order = flat.argsort(stable=True)
+        tokens = order // router.per_token
+        weights = routing.weights.flatten()[order, None].to(rows.dtype)
+        read = rows[tokens] * weights if router.scales_input else rows[tokens]
+        counts = torch.bincount(flat, minlength=self.spec.count).tolist()
+        parts = enumerate(read.split(counts))
+        given = torch.cat([self.experts.of(expert, part) for expert, part in parts if len(part)])
+        if not router.scales_input:
+            given = given * weights
+        return torch.zeros_like(rows).index_add(0, tokens, given)
+
+
+def load_balance(routings: list[Routing]) -> Float[Tensor, ""]:
+    """E times the sum over experts of (share of choices) x (mean probability): k when even.
+
+    All layers' tokens count as one population. Source: Fedus et al. 2021 (Switch), arXiv:
+    2101.03961, equations 4 to 6, over k choices as in Mixtral.
+    """
+    scores = torch.cat([routing.scores for routing in routings])
+    chosen = torch.cat([routing.chosen for routing in routings])
+    experts = scores.shape[-1]
+    shares = torch.bincount(chosen.flatten(), minlength=experts) / len(chosen)
+    return experts * (shares * scores.mean(0)).sum()

@@ -1,0 +1,164 @@
+"""What most families share: how a config.json tells of heads, widths and layers.
+
+Each function reads the keys that nearly all families use, with their checks; a family passes what
+it does otherwise.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm, Rope
+from ardor.errors import ConfigError
+from ardor.families.family import ACTS
+from ardor.families.hf_config import HFConfig
+from ardor.families.names import Table
+from ardor.families.rules import Ignorable
+
+
+class Heads(NamedTuple):
+    width: int  # of the model
+    heads: int
+    kv_heads: int
+    head_width: int
+
+
+def read_heads(hf: HFConfig, *, kv_heads: int | None = None) -> Heads:
+    """The widths of attention; `kv_heads` is the family's default where the file says nothing.
+
+    Raises: ConfigError if they do not divide as they must.
+    """
+    width, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
+    shared = hf.count("num_key_value_heads", kv_heads or heads)
+    if heads % shared:
+        raise ConfigError(
+            f"{hf.path}: num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={shared}"
+        )
+    if hf.take("head_dim", None) is None and width % heads:
+        raise ConfigError(
+            f"{hf.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
+            "and there is no head_dim"
+        )
+    return Heads(width, heads, shared, hf.count("head_dim", width // heads))
+
+
+def attention(found: Heads, rope: Rope | None, **keys: Any) -> Attention:
+    """Grouped attention scaled by 1 / sqrt(head width); `keys` are further fields of its spec."""
+    chosen: dict[str, Any] = {"scale": found.head_width**-0.5, **keys}
+    return Attention(
+        heads=found.heads,
+        kv_heads=found.kv_heads,
+        head_width=found.head_width,
+        rope=rope,
+        **chosen,
+    )
+
+
+def read_mlp(hf: HFConfig, *, act: str = "silu", **keys: Any) -> Mlp:
+    """The feed-forward of `intermediate_size`, gated unless `keys` say otherwise."""
+    return Mlp(width=hf.count("intermediate_size"), act=hf.choice("hidden_act", ACTS, act), **keys)
+
+
+def read_decoder(
+    hf: HFConfig,
+    found: Heads,
+    layers: "Layer | tuple[Layer, ...]",
+    *,
+    max_positions: int,
+    tied: bool = False,
+    **keys: Any,
+) -> Decoder:
+    """The whole, with a final norm like those of its layers; `tied` is the family's default."""
+    count = hf.count("num_hidden_layers")
+    layers = (layers,) * count if isinstance(layers, Layer) else layers
+    assert len(layers) == count
+    chosen: dict[str, Any] = {"norm": layers[0].norm, **keys}
+    return Decoder(
+        vocab=hf.count("vocab_size"),
+        width=found.width,
+        layers=layers,
+        tied=hf.flag("tie_word_embeddings", tied),
+        max_positions=max_positions,
+        **chosen,
+    )
+
+
+def rms(hf: HFConfig, default: float = 1e-6, **keys: Any) -> Norm:
+    """The root-mean-square norm of `rms_norm_eps`."""
+    return Norm(kind="rms", eps=hf.number("rms_norm_eps", default), **keys)
+
+
+def read_layer_types(hf: HFConfig, derived: list[str]) -> tuple[str, ...]:
+    """`layer_types`, one of full_attention and sliding_attention per layer; else `derived`.
+
+    Raises: ConfigError for another kind or a wrong number of them.
+    """
+    found = hf.take("layer_types", derived)
+    if not isinstance(found, list) or len(found) != len(derived):
+        raise ConfigError(
+            f"{hf.path}: layer_types={found!r} is not a list of {len(derived)} kinds, one per layer"
+        )
+    known = ("full_attention", "sliding_attention")
+    if other := sorted({str(kind) for kind in found} - {*known}):
+        raise ConfigError(
+            f"{hf.path}: layer_types has {', '.join(other)}; expected {' | '.join(known)}"
+        )
+    return tuple(found)
+
+
+def windowed(layer: Layer, window: int | None) -> Layer:
+    """The same layer with another window."""
+    assert isinstance(layer.mixer, Attention)
+    return replace(layer, mixer=replace(layer.mixer, window=window))
+
+
+class Uniform(NamedTuple):
+    """The parts of a decoder whose layers are all alike: attention, an MLP, a final norm."""
+
+    mixer: Attention
+    ffn: Mlp
+    norm: Norm
+
+
+def uniform(spec: Decoder, family: str) -> Uniform:
+    """The parts of `spec`, to be written as a config.json.
+
+    Raises: ConfigError if it has others.
+    """
+    layer = spec.layers[0]
+    mixer, ffn, norm = layer.mixer, layer.ffn, spec.norm
+    if not isinstance(mixer, Attention) or not isinstance(ffn, Mlp) or norm is None:
+        raise ConfigError(f"the {family} family cannot express {layer}")
+    return Uniform(mixer, ffn, norm)
+
+
+INVERSE_FREQUENCIES = Ignorable(
+    pattern=r"(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",
+    reason="computed from rope_theta; files from before transformers 4.31 hold it",
+)
+
+# The names that Llama gave and most took over.
+LLAMA_ATTENTION: Table = {
+    "mixer.q_proj": "self_attn.q_proj",
+    "mixer.k_proj": "self_attn.k_proj",
+    "mixer.v_proj": "self_attn.v_proj",
+    "mixer.q_norm": "self_attn.q_norm",
+    "mixer.k_norm": "self_attn.k_norm",
+    "mixer.o_proj": "self_attn.o_proj",
+}
+LLAMA_MLP: Table = {
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.up_proj": "mlp.up_proj",
+    "ffn.down_proj": "mlp.down_proj",
+}
+LLAMA_LAYER: Table = {
+    "mixer_norm": "input_layernorm",
+    **LLAMA_ATTENTION,
+    "ffn_norm": "post_attention_layernorm",
+    **LLAMA_MLP,
+}
+LLAMA_OUTSIDE = {
+    "embed_tokens": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+}
