@@ -38,6 +38,8 @@ class KVCache:
     ):
         self.capacity = capacity
         self.past = [0] * rows  # positions held, per row; on the host, so that no step waits for it
+        ropes = {layer.mixer.rope for layer in spec.layers}
+        self._ropes = [rope for rope in ropes if rope is not None]
         self._layers = [
             torch.zeros(planes, rows, heads, capacity, width, dtype=dtype, device=device)
             for planes, heads, width in (planes_of(layer.mixer) for layer in spec.layers)
@@ -54,6 +56,17 @@ class KVCache:
                 f"{self.capacity}; make it with a larger capacity"
             )
         return Cached(tuple(self.past), new)
+
+    def stale(self, new: int) -> list[int]:
+        """The rows whose positions would turn otherwise if `new` more were added.
+
+        They must be read again from their start, in one call and with their new end.
+        """
+        return [
+            row
+            for row, past in enumerate(self.past)
+            if past and any(r.regime(past) != r.regime(past + new) for r in self._ropes)
+        ]
 
     def write(
         self, layer: int, planes: tuple[Float[Tensor, "B K T d"], ...], layout: Cached
@@ -78,7 +91,7 @@ class KVCache:
         Its `past` is its own: hand it back with `self.past[index] = row.past[0]`.
         """
         view = object.__new__(KVCache)
-        view.capacity, view.past = self.capacity, [self.past[index]]
+        view.capacity, view.past, view._ropes = self.capacity, [self.past[index]], self._ropes
         view._layers = [kv[:, index : index + 1] for kv in self._layers]
         return view
 

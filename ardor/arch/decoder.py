@@ -26,8 +26,7 @@ from ardor.arch.positions import Rotation, rotate, rotation
 from ardor.errors import ConfigError, ShapeError
 from ardor.kernels.linear import linear
 
-Rotations = dict[specs.Rope, tuple[Rotation, Rotation]]
-"""Of the new positions' queries, and of the keys: the new ones, or all (see `Rope.by_length`)."""
+Rotations = dict[specs.Rope, Rotation]
 
 
 class Embedding(nn.Module):
@@ -66,19 +65,13 @@ class Attention(nn.Module):
         cache: KVCache | None,
         index: int,
     ) -> Float[Tensor, "B T D"]:
-        rope = self.spec.rope
-        of_queries, of_keys = (None, None) if rope is None else rotations[rope]
-        whole = (
-            rope is not None and rope.by_length
-        )  # keys are kept as they are and turned when read
-        q = self._heads(self.q_proj(x), self.q_norm, of_queries)  # (B, H, T, d)
-        k = self._heads(self.k_proj(x), self.k_norm, None if whole else of_keys)  # (B, K, T, d)
+        turn = None if self.spec.rope is None else rotations[self.spec.rope]
+        q = self._heads(self.q_proj(x), self.q_norm, turn)  # (B, H, T, d)
+        k = self._heads(self.k_proj(x), self.k_norm, turn)  # (B, K, T, d)
         v = self._heads(self.v_proj(x), None, None)
         if cache is not None:
             assert isinstance(layout, Cached)
             k, v = cache.write(index, (k, v), layout)
-        if whole and of_keys is not None:
-            k = rotate(k, of_keys)
         mixed = BACKENDS[self.backend](q, k, v, layout, self.scores, self.sinks)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
@@ -225,7 +218,8 @@ class Decoder(nn.Module):
         tokens continue its rows; the caller advances it by T afterwards. `routings` takes what
         each layer's router decided.
 
-        Raises: ShapeError if learned positions run out, or the layout does not fit the tokens.
+        Raises: ShapeError if learned positions run out, the layout does not fit the tokens, or the
+        cache has become stale.
         """
         if layout is None:
             B, T = tokens.shape
@@ -234,6 +228,11 @@ class Decoder(nn.Module):
         if positions.shape != tokens.shape:
             raise ShapeError(
                 f"layout of {tuple(positions.shape)} does not fit tokens {tuple(tokens.shape)}"
+            )
+        if cache is not None and (stale := cache.stale(tokens.shape[1])):
+            raise ShapeError(
+                f"rows {stale} of the cache were read as shorter texts, which turn otherwise "
+                "(rope scaling by length); read them again from their start in one call"
             )
         x = self._embedded(tokens, positions, layout.longest)
         rotations = self._rotations(layout, positions)
@@ -264,19 +263,13 @@ class Decoder(nn.Module):
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def _rotations(self, layout: Layout, positions: Int[Tensor, "B T"]) -> Rotations:
-        lengths = layout.text_lengths(positions.device)
-        found: Rotations = {}
         ropes = {layer.mixer.rope for layer in self.spec.layers}
-        for rope in (rope for rope in ropes if rope is not None):
-            of_new = rotation(rope, positions, self.compute, lengths)
-            of_keys = of_new
-            if rope.by_length and isinstance(layout, Cached):
-                slots = torch.arange(layout.longest, device=positions.device).expand(
-                    len(positions), -1
-                )
-                of_keys = rotation(rope, slots, self.compute, lengths[:, :1].expand_as(slots))
-            found[rope] = (of_new, of_keys)
-        return found
+        lengths = layout.text_lengths(positions.device)
+        return {
+            rope: rotation(rope, positions, self.compute, lengths)
+            for rope in ropes
+            if rope is not None
+        }
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits in the dtype of `hidden`."""

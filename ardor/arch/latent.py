@@ -44,27 +44,24 @@ class LatentAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         layout: Layout,
-        rotations: dict[specs.Rope, tuple[Rotation, Rotation]],
+        rotations: dict[specs.Rope, Rotation],
         cache: KVCache | None,
         index: int,
     ) -> Float[Tensor, "B T D"]:
         spec, H = self.spec, self.spec.heads
-        of_queries, of_keys = rotations[spec.rope]
+        turn = rotations[spec.rope]
         widths = (spec.plain_width, spec.rope.rotated)
         q = self._queries(x).unflatten(-1, (H, -1)).transpose(1, 2)  # (B, H, T, n + r)
         q_plain, q_turning = q.split(widths, dim=-1)
-        q = torch.cat([q_plain, rotate(q_turning, of_queries)], -1)
+        q = torch.cat([q_plain, rotate(q_turning, turn)], -1)
 
         latent, k_turning = self.kv_down_proj(x).split((spec.kv_rank, spec.rope.rotated), -1)
-        latent, k_turning = self.kv_norm(latent)[:, None], k_turning[:, None]  # (B, 1, T, ...)
-        if not spec.rope.by_length:
-            k_turning = rotate(k_turning, of_keys)
+        # (B, 1, T, c) and (B, 1, T, r)
+        latent, k_turning = self.kv_norm(latent)[:, None], rotate(k_turning[:, None], turn)
         if cache is not None:
             assert isinstance(layout, Cached)
             (held,) = cache.write(index, (torch.cat([latent, k_turning], -1),), layout)
             latent, k_turning = held.split((spec.kv_rank, spec.rope.rotated), -1)
-        if spec.rope.by_length:
-            k_turning = rotate(k_turning, of_keys)
         kv = self.kv_up_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2)
         k_plain, v = kv.split((spec.plain_width, spec.value_width), -1)  # (B, H, S, n), (.., e)
         k = torch.cat([k_plain, k_turning.expand(-1, H, -1, -1)], -1)

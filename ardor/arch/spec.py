@@ -94,10 +94,17 @@ class Rope:
         None
     )
 
-    @property
-    def by_length(self) -> bool:
-        """Whether a position's angle depends on how long its text is by now."""
-        return isinstance(self.scaling, DynamicScaling | LongScaling)
+    def regime(self, length: int) -> int:
+        """Texts of equal regime turn alike; in others all positions turn otherwise, past ones too.
+
+        Only scalings that depend on how long a text is have more than one.
+        """
+        match self.scaling:
+            case DynamicScaling(original_positions=original):
+                return max(length, original)
+            case LongScaling(original_positions=original):
+                return int(length > original)
+        return 0
 
 
 @spec

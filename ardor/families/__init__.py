@@ -6,10 +6,15 @@ from typing import Any
 
 from ardor.errors import ConfigError
 from ardor.families.family import Family
+from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
 from ardor.families.llama import LLAMA
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "gpt2": GPT2}
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "gemma2": GEMMA2,
+}
 
 
 def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:

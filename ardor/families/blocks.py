@@ -4,6 +4,7 @@ Each function reads the keys that nearly all families use, with their checks; a 
 it does otherwise.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ class Heads(NamedTuple):
     head_width: int
 
 
-def read_heads(hf: HFConfig, *, kv_heads: int | None = None) -> Heads:
-    """The widths of attention; `kv_heads` is the family's default where the file says nothing.
+def read_heads(
+    hf: HFConfig, *, kv_heads: int | None = None, head_width: int | None = None
+) -> Heads:
+    """The widths of attention; what is passed are the family's defaults where the file is silent.
 
     Raises: ConfigError if they do not divide as they must.
     """
@@ -34,12 +37,12 @@ def read_heads(hf: HFConfig, *, kv_heads: int | None = None) -> Heads:
             f"{hf.path}: num_attention_heads={heads} is not a multiple of "
             f"num_key_value_heads={shared}"
         )
-    if hf.take("head_dim", None) is None and width % heads:
+    if hf.take("head_dim", head_width) is None and width % heads:
         raise ConfigError(
             f"{hf.path}: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
             "and there is no head_dim"
         )
-    return Heads(width, heads, shared, hf.count("head_dim", width // heads))
+    return Heads(width, heads, shared, hf.count("head_dim", head_width or width // heads))
 
 
 def attention(found: Heads, rope: Rope | None, **keys: Any) -> Attention:
@@ -54,9 +57,9 @@ def attention(found: Heads, rope: Rope | None, **keys: Any) -> Attention:
     )
 
 
-def read_mlp(hf: HFConfig, *, act: str = "silu", **keys: Any) -> Mlp:
+def read_mlp(hf: HFConfig, *, act: str = "silu", act_key: str = "hidden_act", **keys: Any) -> Mlp:
     """The feed-forward of `intermediate_size`, gated unless `keys` say otherwise."""
-    return Mlp(width=hf.count("intermediate_size"), act=hf.choice("hidden_act", ACTS, act), **keys)
+    return Mlp(width=hf.count("intermediate_size"), act=hf.choice(act_key, ACTS, act), **keys)
 
 
 def read_decoder(
@@ -88,17 +91,15 @@ def rms(hf: HFConfig, default: float = 1e-6, **keys: Any) -> Norm:
     return Norm(kind="rms", eps=hf.number("rms_norm_eps", default), **keys)
 
 
-def read_layer_types(hf: HFConfig, derived: list[str]) -> tuple[str, ...]:
-    """`layer_types`, one of full_attention and sliding_attention per layer; else `derived`.
+def read_layer_types(hf: HFConfig, sliding: Callable[[int], bool]) -> tuple[str, ...]:
+    """`layer_types`, one per layer; where the file is silent, as `sliding` says of each index.
 
     Raises: ConfigError for another kind or a wrong number of them.
     """
-    found = hf.take("layer_types", derived)
-    if not isinstance(found, list) or len(found) != len(derived):
-        raise ConfigError(
-            f"{hf.path}: layer_types={found!r} is not a list of {len(derived)} kinds, one per layer"
-        )
-    known = ("full_attention", "sliding_attention")
+    count, known = hf.count("num_hidden_layers"), ("full_attention", "sliding_attention")
+    found = hf.take("layer_types", [known[sliding(i)] for i in range(count)])
+    if not isinstance(found, list) or len(found) != count:
+        raise ConfigError(f"{hf.path}: layer_types={found!r} is not a list of {count} kinds")
     if other := sorted({str(kind) for kind in found} - {*known}):
         raise ConfigError(
             f"{hf.path}: layer_types has {', '.join(other)}; expected {' | '.join(known)}"

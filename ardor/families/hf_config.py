@@ -44,6 +44,12 @@ class HFConfig:
             raise ConfigError(f"{self.path}: {key}={value!r} is not a number")
         return float(value)
 
+    def optional_number(self, key: str, default: float | None = None) -> float | None:
+        """A number, or None where the file says null: unlike elsewhere, that is not its absence."""
+        if key in self.raw and self.raw[key] is None:
+            return None
+        return None if self.take(key, default) is None else self.number(key, default)
+
     def flag(self, key: str, default: Any = ...) -> bool:
         value = self.take(key, default)
         if type(value) is not bool:

@@ -130,9 +130,24 @@ def _prefill(
 @torch.inference_mode()
 def _step(decoder: Decoder, cache: KVCache, rows: list[_Row]) -> Float[Tensor, "B V"]:
     """Read the last token of every row; what comes next in each."""
+    if stale := cache.stale(1):
+        return torch.cat([_step_alone(decoder, cache, i, rows, stale) for i in range(len(rows))])
     last = torch.tensor([[row.tokens[-1]] for row in rows], device=decoder.device)
     hidden = decoder.hidden(last, cache=cache)
     cache.advance(1)
+    return decoder.logits(hidden[:, -1])
+
+
+def _step_alone(
+    decoder: Decoder, cache: KVCache, index: int, rows: list[_Row], stale: list[int]
+) -> Float[Tensor, "1 V"]:
+    """`_step` of one row, which is read again from its start if it is among the stale."""
+    row = cache.row(index)
+    if index in stale:
+        row.past = [0]
+    read = torch.tensor([rows[index].tokens[row.past[0] :]], device=decoder.device)
+    hidden = decoder.hidden(read, cache=row)
+    cache.past[index] = len(rows[index].tokens)
     return decoder.logits(hidden[:, -1])
 
 

@@ -1,0 +1,99 @@
+"""Tiny models of transformers' own classes, with weights that show a mistake.
+
+Tolerance: float32 sums of a few dozen terms of size 10, in another order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ardor.files.weights import open_weights
+
+V, T = 53, 24
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a family: the keys in which it differs from `SIZES`."""
+
+    model_type: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    matrix: float = 0.15  # size of the weights of linear maps; the vocabulary's are 0.3
+    sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
+    attn: str = "eager"  # their attention, where the reference itself is odd
+    in_bfloat16: bool = True  # saved so; False where a part of it must stay float32
+    batched: bool = True  # False: there a row depends on how long the others of its batch are
+    # What their padded batch is given; without positions where these follow from the mask.
+    padding: tuple[str, ...] = ("attention_mask", "position_ids")
+
+    def config(self) -> Any:
+        return AutoConfig.for_model(self.model_type, **{**self.sizes, **self.keys})
+
+
+def peer(case: Case, seed: int = 0) -> nn.Module:
+    """A model of transformers in evaluation mode, with random weights: norms and biases too."""
+    model = AutoModelForCausalLM.from_config(case.config(), attn_implementation=case.attn)
+    generator = torch.Generator().manual_seed(seed)
+    held = model.state_dict()  # with the buffers that are trained, such as a router's correction
+    shared = {tensor.data_ptr() for tensor in held.values()}
+    with torch.no_grad():
+        for name, tensor in held.items():
+            if not tensor.is_floating_point() or tensor.data_ptr() not in shared:
+                continue
+            shared.discard(tensor.data_ptr())  # a tied tensor is made once
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim == 1 or "norm" in name:
+                tensor.add_(0.3 * noise)  # to ones, or to the zeros of biases and of 1 + w
+            else:
+                tensor.copy_((0.3 if V in tensor.shape else case.matrix) * noise)
+    return model.float().eval()
+
+
+def saved(model: Any, directory: Path, **keys: Any) -> Path:
+    model.save_pretrained(directory, **keys)
+    return directory
+
+
+def tokens(rows: int = 2, length: int = T, seed: int = 1) -> Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor, **keys: Any) -> Tensor:
+    return model(ids, use_cache=False, **keys).logits
+
+
+def reloaded(directory: Path, case: Case) -> nn.Module:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", attn_implementation=case.attn, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def contents(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Every tensor of a checkpoint, bit for bit."""
+    found = open_weights(directory)
+    held = {name: found.read(name) for name in found.names()}
+    return {
+        name: (str(t.dtype), list(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in held.items()
+    }
