@@ -142,7 +142,7 @@ def test_the_original_context_defaults_to_the_present_one_and_the_outer_key_wins
     assert original(rope_parameters=dict(inner), original_max_position_embeddings=32) == 32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_NAME)
 def test_an_unknown_key_is_refused_by_name(family):
     with pytest.raises(ConfigError, match=r"config\.json: nothing reads clip_qkv=8"):
         read(BY_NAME[family], clip_qkv=8)
