@@ -69,7 +69,8 @@ def eager(
     """The reference: the dense mask of `layout`, all scores computed."""
     bias = None
     if scores.alibi is not None:
-        slopes = torch.tensor(scores.alibi, device=q.device)[:, None, None]
+        work = torch.promote_types(q.dtype, torch.float32)
+        slopes = torch.tensor(scores.alibi, dtype=work, device=q.device)[:, None, None]
         bias = slopes * layout.distances(q.device)
     return attend(
         q,
