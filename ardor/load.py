@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
 from ardor.adapters.peft_files import ADAPTER_CONFIG, load_adapter
+from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of
@@ -81,7 +82,9 @@ def load_model(
     quantization = quantization or origin.quantization
     found = resolve(origin.base, revision or origin.revision)
     files = open_weights(found.path)
-    raw, family, rules, decoder = _on_meta(found.path, files, attn_implementation or "sdpa")
+    raw, family, rules, decoder = _on_meta(
+        found.path, files, backend_for(attn_implementation, torch.device(device))
+    )
     _fill(decoder, files, rules)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(dtype, stored, torch.device(device))

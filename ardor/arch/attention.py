@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ardor.arch.blocked import Scores, attend_blocked
+from ardor.arch.flash import flash_attention_2, why_not
+from ardor.arch.flex import flex
 from ardor.arch.layout import Cached, Layout, Packed
-from ardor.errors import ShapeError
+from ardor.errors import ConfigError, ShapeError
 
 
 def attend(
@@ -187,4 +189,28 @@ def _shared(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 Backend = Callable[..., Tensor]
 
-BACKENDS: Mapping[str, Backend] = {"eager": eager, "sdpa": sdpa}
+BACKENDS: Mapping[str, Backend] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "flex": flex,
+    "flash_attention_2": flash_attention_2,
+}
+
+
+def backend_for(asked: str | None, device: torch.device) -> str:
+    """The backend to use on `device`: as asked, or the one that runs everything everywhere.
+
+    Raises: ConfigError for one that is unknown, or cannot run there.
+    """
+    if asked is None:
+        return "sdpa"
+    if asked not in BACKENDS:
+        raise ConfigError(
+            f"attn_implementation={asked!r} is not one of {', '.join(BACKENDS)}; "
+            "leave it out to let Ardor choose"
+        )
+    if asked == "flash_attention_2" and (reason := why_not(device)) is not None:
+        raise ConfigError(
+            f"attn_implementation='flash_attention_2': {reason}; use 'sdpa', or leave it out"
+        )
+    return asked

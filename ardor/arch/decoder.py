@@ -23,7 +23,7 @@ from ardor.arch.linear import Linear
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import HeadNorm, norm
 from ardor.arch.positions import Rotation, rotate, rotation
-from ardor.errors import ConfigError, ShapeError
+from ardor.errors import ShapeError
 from ardor.kernels.linear import linear
 
 Rotations = dict[specs.Rope, Rotation]
@@ -180,11 +180,7 @@ class Decoder(nn.Module):
         self, spec: specs.Decoder, *, compute: torch.dtype = torch.float32, attn: str = "sdpa"
     ):
         super().__init__()
-        if attn not in BACKENDS:
-            raise ConfigError(
-                f"attn_implementation={attn!r} is not one of {', '.join(BACKENDS)}; "
-                "leave it out to let Ardor choose"
-            )
+        assert attn in BACKENDS, attn  # see `backend_for`
         self.spec, self.compute, self.attn = spec, compute, attn
         narrow = spec.embed_width or spec.width
         projected = spec.embed_width is not None

@@ -98,16 +98,14 @@ class Packed:
         rows = [torch.tensor(row, device=device) for row in self.lengths]
         return torch.stack([row.repeat_interleave(row) for row in rows])
 
+    def documents(self, device: torch.device) -> Int[Tensor, "B T"]:
+        """Which document of its row each position is in."""
+        rows = [torch.tensor(row, device=device) for row in self.lengths]
+        return torch.stack([torch.arange(len(r), device=device).repeat_interleave(r) for r in rows])
+
     def allowed(self, device: torch.device, reach: Reach = ALL) -> Bool[Tensor, "B 1 T T"]:
         """The dense mask of the reference: causal, within reach, and within one document."""
-        document = torch.stack(
-            [
-                torch.repeat_interleave(
-                    torch.arange(len(row), device=device), torch.tensor(row, device=device)
-                )
-                for row in self.lengths
-            ]
-        )
+        document = self.documents(device)
         same = document[:, :, None] == document[:, None, :]  # (B, T, T)
         positions = self.positions(device)
         return (same & reach.mask(positions[:, :, None], positions[:, None, :]))[:, None]

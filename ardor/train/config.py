@@ -94,7 +94,7 @@ class Optimisation:
     dtype: str = "auto"
     """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
     attn_implementation: str = "sdpa"
-    """Attention backend: sdpa, or eager (the reference)."""
+    """Attention backend: sdpa, eager (the reference), or on a GPU flex or flash_attention_2."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
     eval_data: str | None = None

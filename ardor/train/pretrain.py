@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ardor.arch import spec as specs
+from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.arch.init import initialise
 from ardor.data.dataset import Dataset
@@ -96,7 +97,9 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
     family = FAMILIES[config.family]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = training_compute(config.dtype, device)
-    decoder = Decoder(spec, compute=precision.compute, attn=config.attn_implementation)
+    decoder = Decoder(
+        spec, compute=precision.compute, attn=backend_for(config.attn_implementation, device)
+    )
     initialise(decoder, torch.Generator().manual_seed(config.seed))
     decoder.to(device)
     torch.manual_seed(config.seed)
