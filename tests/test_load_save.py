@@ -281,9 +281,22 @@ def test_saving_replaces_a_directory_only_when_it_succeeds(world, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_saving_never_removes_what_is_no_checkpoint(world, tmp_path):
+    (tmp_path / "notes.txt").write_text("years of work")
+    lm = public_load(world.base)
+    with pytest.raises(CheckpointError, match=r"also holds notes\.txt, which saving would remove"):
+        lm.save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "years of work"
+    with pytest.raises(CheckpointError, match="also holds trainer.json"):
+        lm.save(newest(world.base))  # a checkpoint that training resumes from
+    lm.save(tmp_path / "new")
+    public_load(world.lora).save(tmp_path / "new")  # one checkpoint replaces another
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_a_model_may_be_saved_over_itself(world, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(newest(world.base), home)
+    shutil.copytree(newest(world.base), home, ignore=shutil.ignore_patterns("trainer.*"))
     lm = public_load(home)  # its weights are mapped from the files that are replaced
     before = logits(lm)
     lm.save(home)
