@@ -346,6 +346,17 @@ def test_there_must_be_a_run_to_resume(world, refused, tmp_path):
     assert message == f"{tmp_path / 'file'} is a file; give a folder with -o"
 
 
+def test_a_run_is_not_put_into_a_model_or_beside_checkpoints_of_others(world, refused, tmp_path):
+    train, tune = ["train", world.texts, *TRAIN], ["finetune", world.base, world.pairs, *TUNE]
+    commands = {"config.json": train, "adapter_config.json": tune, "checkpoint-500": tune}
+    for name, args in commands.items():
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)
+        message = refused(*args, "-o", folder)
+        assert message.startswith(f"{folder} holds {name}, but no config.yaml of a run; choose")
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
 def test_an_interrupted_run_names_the_command_that_takes_it_up(world, say, tmp_path, monkeypatch):
     import signal
 
