@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ardor
@@ -132,11 +132,20 @@ def test_a_run_without_a_checkpoint_says_what_is_missing(tmp_path):
         public_load(tmp_path / "no such")
 
 
-def test_a_config_that_is_no_object_is_refused(world, tmp_path):
-    shutil.copytree(newest(world.base), tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="config.json holds no object"):
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "adapter_config.json"])
+def test_a_file_that_holds_no_object_is_refused(world, tmp_path, file):
+    run = world.lora if file == "adapter_config.json" else world.base
+    shutil.copytree(newest(run), tmp_path / "m")
+    (tmp_path / "m" / file).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{file} holds a JSON list, expected an object"):
         public_load(tmp_path / "m")
+
+
+def test_an_empty_name_and_an_adapter_on_an_adapter_are_refused(world):
+    with pytest.raises(CheckpointError, match="the model's name is empty"):
+        public_load("")
+    with pytest.raises(CheckpointError, match="is an adapter itself, .*give the base model, and"):
+        public_load(world.lora, adapter=world.qlora)
 
 
 # --- how the model is held ---
@@ -220,6 +229,35 @@ def test_what_was_loaded_is_saved_as_it_was(world, tmp_path):
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
     public_load(tmp_path / "saved").save(tmp_path / "again")
     assert files(tmp_path / "again") == found
+
+
+def test_a_file_of_several_dtypes_is_kept_and_saved_as_it_was(world, tmp_path):
+    copy, file = tmp_path / "mixed", tmp_path / "mixed" / "model.safetensors"
+    shutil.copytree(newest(world.base), copy)
+    stored = {
+        name: tensor * 1.001 if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(file).items()
+    }
+    save_file(stored, file)
+    lm = public_load(copy)
+    assert logits(lm).isfinite().all()
+    lm.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor), name
+    assert not torch.equal(stored["model.norm.weight"].bfloat16().float(),
+                           stored["model.norm.weight"])  # fmt: skip
+
+
+def test_codes_of_another_quantized_format_are_not_taken_for_weights(world, tmp_path):
+    copy, file = tmp_path / "codes", tmp_path / "codes" / "model.safetensors"
+    shutil.copytree(newest(world.base), copy)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", load_file(file)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(tensors | {name: tensors[name].to(dtype)}, file)
+        with pytest.raises(CheckpointError, match=f"{name} is {dtype}, in a quantized format"):
+            public_load(copy)
 
 
 def test_another_dtype_is_said_in_the_config_and_nothing_else_changes(world, tmp_path):
