@@ -284,6 +284,15 @@ def test_score_of_a_text_and_of_a_file_are_those_of_the_library(world, say):
     assert tuned.code == 0 and "22 rows" in tuned.out
 
 
+def test_score_takes_a_limit_of_tokens_at_its_word(world, say, refused):
+    whole, cut = (
+        json.loads(say("score", world.base, world.texts, "--json", *limit).out)
+        for limit in ((), ("--max-length", 4))
+    )
+    assert whole["targets"] == cut["targets"] and whole["loss"] != cut["loss"]
+    assert "max_length is 0" in refused("score", world.base, world.texts, "--max-length", 0)
+
+
 def test_score_points_to_its_flag_for_texts(world, refused):
     assert "add --text" in refused("score", world.base, "no such file of words")
     assert "give --text" in refused("score", world.base, world.texts, "--tokens")
