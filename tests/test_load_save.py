@@ -153,7 +153,7 @@ def test_an_empty_name_and_an_adapter_on_an_adapter_are_refused(world):
 
 def test_dtype_under_both_of_its_names(world):
     for given in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "bf16"},
-                  {"dtype": torch.bfloat16, "torch_dtype": torch.bfloat16}):  # fmt: skip
+                  {"dtype": "bf16", "torch_dtype": torch.bfloat16}):  # fmt: skip
         lm = public_load(world.base, **given)
         assert {p.dtype for p in lm.model.decoder.parameters()} == {torch.bfloat16}
         assert lm.model.decoder.compute == torch.bfloat16
@@ -161,8 +161,9 @@ def test_dtype_under_both_of_its_names(world):
     assert public_load(world.base).model.precision.weights == torch.float32  # as stored
     with pytest.raises(ConfigError, match="dtype=float32 and torch_dtype=bfloat16 differ"):
         public_load(world.base, dtype="float32", torch_dtype="bfloat16")
-    with pytest.raises(ConfigError, match="dtype 'int8' is not one of auto, float32"):
-        public_load(world.base, dtype="int8")
+    for name in ("int8", torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ConfigError, match=f"dtype '{name}' is not one of auto, float32"):
+            public_load(world.base, dtype=name)
 
 
 def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
@@ -173,11 +174,23 @@ def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
         public_load(world.base, load_in_4bit=True, quantization="none")
     with pytest.raises(ConfigError, match="quantization='int3' is not known; choose one of nf4"):
         public_load(world.base, quantization="int3")
-    assert public_load(world.base, device_map="cpu", low_cpu_mem_usage=True)
-    with pytest.raises(ConfigError, match="device_map='auto' is not a device"):
-        public_load(world.base, device_map="auto")
+    for place in ("cpu", torch.device("cpu"), {"": "cpu"}, None):
+        lm = public_load(world.base, device_map=place, low_cpu_mem_usage=True, use_cache=True)
+        assert lm.model.decoder.device.type == "cpu"
+    for place in ("auto", "meta", "cuda:99", 99, {"embed_tokens": "cpu"}):
+        with pytest.raises(ConfigError, match="is not a device of this machine; give one such as"):
+            public_load(world.base, device_map=place)
     with pytest.raises(ConfigError, match="attn_implementation='flash' is not one of"):
         public_load(world.base, attn_implementation="flash")
+
+
+def test_what_other_loaders_have_and_this_one_has_not_is_refused_by_name(world):
+    for given in ({"load_in_8bit": True}, {"trust_remote_code": True}, {"max_memory": {0: "1GB"}},
+                  {"offload_folder": "off"}):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{next(iter(given))}=.* is not implemented: "):
+            public_load(world.base, **given)
+    defaults = {"load_in_8bit": False, "trust_remote_code": False, "max_memory": None}
+    assert public_load(world.base, **defaults, offload_folder=None)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-dq"])
@@ -414,6 +427,35 @@ def test_a_base_model_does_not_chat(world):
         lm.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(ConfigError, match="has no chat template"):
         list(lm.stream_chat([{"role": "user", "content": "hi"}]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (torch.tensor([1, 2]), r"found a tensor \[2\] of torch.int64; expected rows of token ids"),
+        ([[1, 2], [3]], "all equally long"),
+        ([[]], r"found a tensor \[1, 0\]"),
+        (torch.tensor([[1.0, 2.0]]), "of torch.float32; expected rows"),
+        ([[0, -1]], "token id -1 is not one of the model's 320 ids, 0 to 319"),
+        ([[0, 320]], "token id 320 is not one"),
+    ],
+)
+def test_logits_are_of_rows_of_known_ids(world, tokens, says):
+    lm = public_load(world.base)
+    assert lm.logits([[0, 319]]).shape == (1, 2, 320)
+    with pytest.raises(ShapeError, match=says):
+        lm.logits(tokens)
+
+
+def test_a_setting_of_generation_that_is_none_names_the_nearest(world):
+    lm = public_load(world.base)
+    with pytest.raises(ConfigError, match="max_tokens=4 is no setting .*did you mean max_new_tok"):
+        lm.generate("the", max_tokens=4)
+    with pytest.raises(
+        ConfigError, match="do_sample=True is no setting .*known are max_new_tokens"
+    ):
+        lm.generate("the", do_sample=True)
+    assert lm.generate("the", max_new_tokens=2, stop=None).tokens
 
 
 def test_logits_take_a_gradient_only_where_something_is_trained(world):
