@@ -244,6 +244,11 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
+def default_device() -> torch.device:
+    """Where commands put a model unless told: the GPU if this machine has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def tokenizer_of(model: Model) -> Tokenizer:
     """The model's tokenizer.
 

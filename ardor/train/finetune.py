@@ -12,7 +12,7 @@ from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError
 from ardor.files.json import read_text
-from ardor.load import Model, load_model, stops_of, tokenizer_of
+from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
@@ -100,7 +100,7 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
 
     Where nothing `chats`, none is added: a template says that a model was trained on it.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     precision = training_compute(config.dtype, device)
     full = config.method == "full"
     model = load_model(
