@@ -1,17 +1,20 @@
 """The surface: a loaded model with everything one does with it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ardor.arch import spec as specs
-from ardor.errors import ConfigError
+from ardor.errors import ConfigError, ShapeError
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
+from ardor.precision import dtype_of
 from ardor.save import save_model
 from ardor.score import Score, score_text
 from ardor.text.tokenizer import Tokenizer
@@ -32,9 +35,12 @@ class LM:
         return tokenizer_of(self.model)
 
     def logits(self, tokens: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "B T V"]:
-        """Float32 logits of the token after each position; rows of ids, each one document."""
+        """Float32 logits of the token after each position; rows of ids, each one document.
+
+        Raises: ShapeError unless the rows are equally long and hold ids below V.
+        """
         decoder = self.model.decoder
-        ids = torch.as_tensor(tokens, device=decoder.device)
+        ids = _rows(tokens, decoder.spec.vocab).to(decoder.device)
         with torch.set_grad_enabled(any(p.requires_grad for p in decoder.parameters())):
             return decoder.logits(decoder.hidden(ids))
 
@@ -75,29 +81,40 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     torch_dtype: str | torch.dtype | None = None,
-    device_map: str | None = None,
+    device_map: str | int | torch.device | dict[str, Any] | None = None,
+    max_memory: dict[Any, Any] | None = None,
+    offload_folder: str | None = None,
     attn_implementation: str | None = None,
     quantization: str | None = None,
     load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     low_cpu_mem_usage: bool = True,
+    use_cache: bool = True,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
-    `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0");
-    `load_in_4bit` is quantization="nf4". Memory use is always low; `low_cpu_mem_usage` is accepted.
+    `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0", 0);
+    `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
+    `low_cpu_mem_usage` and `use_cache` are accepted.
 
-    Raises: CheckpointError, ConfigError or TextError, naming the file or argument.
+    Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
+    what other loaders have and this version has not.
     """
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise ConfigError(f"dtype={dtype} and torch_dtype={torch_dtype} differ; give one")
+    _refuse(
+        load_in_8bit=load_in_8bit,
+        trust_remote_code=trust_remote_code,
+        max_memory=max_memory,
+        offload_folder=offload_folder,
+    )
     if load_in_4bit and quantization not in (None, "nf4", "nf4-dq"):
         raise ConfigError(f"load_in_4bit and quantization={quantization!r} differ; give one")
     return LM(
         load_model(
             name,
-            dtype=dtype or torch_dtype or "auto",
+            dtype=_dtype(dtype, torch_dtype),
             device=_device(device_map),
             attn_implementation=attn_implementation,
             quantization=quantization or ("nf4" if load_in_4bit else None),
@@ -107,17 +124,71 @@ def load(
     )
 
 
+NOT_IMPLEMENTED = {
+    "load_in_8bit": "4-bit weights are; give load_in_4bit=True, or quantization",
+    "trust_remote_code": "code from a checkpoint is never run; leave it out",
+    "max_memory": "a model lies on one device; leave it out, or give quantization",
+    "offload_folder": "a model lies on one device; leave it out, or give quantization",
+}
+
+
+def _refuse(**given: object) -> None:
+    for key, value in given.items():
+        if value:
+            raise ConfigError(f"{key}={value!r} is not implemented: {NOT_IMPLEMENTED[key]}")
+
+
+def _rows(tokens: Tensor | Sequence[Sequence[int]], vocab: int) -> Int[Tensor, "B T"]:
+    expected = "expected rows of token ids, as in [[5, 3], [8, 1]], all equally long"
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"{error}; {expected}") from None
+    if ids.ndim != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(f"found a tensor {list(ids.shape)} of {ids.dtype}; {expected}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise ShapeError(
+            f"token id {wrong} is not one of the model's {vocab} ids, 0 to {vocab - 1}"
+        )
+    return ids
+
+
+def _dtype(dtype: str | torch.dtype | None, older: str | torch.dtype | None) -> str | torch.dtype:
+    """The one of the two names that was given, "auto" for neither."""
+    both = [value for value in (dtype, older) if value is not None]
+    given = {value if value == "auto" else dtype_of(value) for value in both}
+    if len(given) > 1:
+        raise ConfigError(f"dtype={dtype} and torch_dtype={older} differ; give one")
+    return next(iter(given), "auto")
+
+
 def _settings(given: dict[str, Any]) -> Settings:
-    stop = given.get("stop", ())
+    known = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{name}={given[name]!r} is no setting of generation; {hint}")
+    stop = given.get("stop") or ()
     # A lone string is a sequence too: of its letters.
     return Settings(**given | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
 
 
-def _device(device_map: str | None) -> torch.device:
+def _device(device_map: str | int | torch.device | dict[str, Any] | None) -> torch.device:
+    one: Any = device_map
+    if isinstance(one, dict) and one.keys() == {""}:  # the whole model, as accelerate writes it
+        one = one[""]
     try:
-        return torch.device(device_map or "cpu")
-    except RuntimeError:
+        device = torch.device("cpu" if one is None else one)
+        if device.type == "meta":
+            raise RuntimeError
+        torch.empty(0, device=device)
+    # An AssertionError is how a torch without CUDA answers.
+    except (RuntimeError, TypeError, AssertionError):
         raise ConfigError(
-            f"device_map={device_map!r} is not a device; give one such as cpu or cuda:0 "
-            "(spreading a model over several devices is not implemented)"
+            f"device_map={device_map!r} is not a device of this machine; give one such as cpu or "
+            "cuda:0 (spreading a model over several devices is not implemented)"
         ) from None
+    return device

@@ -17,7 +17,7 @@ from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
 from ardor.files.hub import resolve
-from ardor.files.json import read_json, read_text
+from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import WeightFiles, open_weights
 from ardor.precision import Precision
@@ -28,6 +28,12 @@ from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHT_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)  # as values, not codes
 
 
 @dataclass
@@ -72,9 +78,10 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it;
-    `quantization` replaces one linear at a time. An adapter's base is found through its own files
-    and quantized as it was when the adapter was trained, unless said otherwise.
+    Weights are mapped from their files and copied only where the dtype or device asks for it; with
+    dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
+    An adapter's base is found through its own files and quantized as it was when the adapter was
+    trained, unless said otherwise.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
@@ -91,7 +98,7 @@ def load_model(
     if quantization is not None and quantization != "none":
         quantize_decoder(decoder, quantization)
     decoder.compute = precision.compute
-    # "auto" leaves every tensor as it is stored, also where a file holds several dtypes.
+    # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
     lora = None
@@ -125,16 +132,23 @@ def load_model(
 
 def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     """Follow a run folder to its newest checkpoint, and an adapter to its base."""
+    if not name:  # as a path it would be the current directory
+        raise CheckpointError("the model's name is empty; give a directory or a hub id")
     if path.is_dir() and not (path / CONFIG).exists():
         path = newest_checkpoint(path) or path
     if adapter is None and not (path / ADAPTER_CONFIG).exists():
         return Origin(str(path) if path.is_dir() else name, None, None)
     if adapter is None:
         adapter, name = path, ""
+    elif (path / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{name} is an adapter itself, and one adapter at a time can be put on a model; "
+            f"give the base model, and {adapter} as adapter"
+        )
     directory = Path(adapter)
     if not (directory / ADAPTER_CONFIG).exists():
         directory = newest_checkpoint(directory) or directory
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_object(directory / ADAPTER_CONFIG)
     base = name or config.get("base_model_name_or_path")
     revision = None if name else config.get("revision")
     if not base:
@@ -160,9 +174,7 @@ def _on_meta(
     path: Path, files: WeightFiles, attn: str
 ) -> tuple[dict[str, Any], Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
-    raw = read_json(path / CONFIG)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path / CONFIG} holds no object; download or write it again")
+    raw = read_object(path / CONFIG)
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
@@ -171,9 +183,14 @@ def _on_meta(
         decoder = Decoder(spec, attn=attn)
     wanted = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
     for rule in rules.plain:
+        disk = rule.names[0]
+        if (stored := files.dtype(disk)) not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
+                "Ardor does not read; load the checkpoint it was made from, and quantize that"
+            )
         for name, shape in rule.shapes(files.shape).items():
             if wanted[name] != shape:
-                disk = rule.names[0]
                 raise CheckpointError(
                     f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, "
                     f"but config.json makes it {list(wanted[name])}"
@@ -228,7 +245,12 @@ def stops_of(
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
+
+
+def default_device() -> torch.device:
+    """Where commands put a model unless told: the GPU if this machine has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tokenizer_of(model: Model) -> Tokenizer:

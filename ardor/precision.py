@@ -1,6 +1,7 @@
 """How weights are kept, and in what dtype the decoder computes. Resolved once, in `load`."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -26,15 +27,18 @@ class Precision:
 
 
 def dtype_of(name: "str | torch.dtype") -> torch.dtype:
-    """The torch dtype of "float32" | "bfloat16" | "float16" (or fp32, bf16, fp16).
+    """The torch dtype of "float32" | "bfloat16" | "float16" (or fp32, bf16, fp16); or itself.
+
+    torch.float64 counts too: for checking what rounding does.
 
     Raises: ConfigError for anything else.
     """
-    if isinstance(name, torch.dtype):
-        return name
-    if name.removeprefix("torch.") not in NAMES:
-        raise ConfigError(f"dtype {name!r} is not one of auto, {', '.join(NAMES)}")
-    return NAMES[name.removeprefix("torch.")]
+    if name in (torch.float64, *NAMES.values()):
+        return cast(torch.dtype, name)
+    found = NAMES.get(str(name).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(f"dtype {str(name)!r} is not one of auto, {', '.join(NAMES)}")
+    return found
 
 
 def fast_bfloat16(device: torch.device) -> bool:

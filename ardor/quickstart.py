@@ -113,7 +113,9 @@ def prepare_tuning(folder: Path, data: Data, *, epochs: float, seed: int) -> Run
 
 def check_folder(folder: Path) -> None:
     """Raises: ConfigError if the folder is in use."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose a folder with -o")
+    if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
             f"{folder} already exists; look at it with `ardor chat {folder}`, delete it, "
             "or choose another with -o"

@@ -1,13 +1,15 @@
 """A model back into the files it came from, whole or not at all."""
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ardor.adapters.lora import lora_parameters
 from ardor.adapters.peft_files import save_adapter
-from ardor.errors import ConfigError
+from ardor.errors import CheckpointError, ConfigError
 from ardor.families.hf_config import HFConfig
 from ardor.files.atomic import atomic_directory, write_atomic
+from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import write_weights
@@ -18,12 +20,27 @@ from ardor.quant.linear import QuantizedLinear
 def save_model(model: Model, directory: str | Path) -> None:
     """Write `directory` as transformers reads it; an adapted model as PEFT does (adapter only).
 
-    An existing directory is replaced in one step. What was loaded unchanged is written bitwise.
+    An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise.
 
-    Raises: ConfigError for a quantized model without an adapter: its full weights are not here.
+    Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
+    CheckpointError if the directory holds anything that is not part of a checkpoint.
     """
+    _refuse_to_remove(Path(directory))
     with atomic_directory(directory) as partial:
         write_files(model, partial)
+
+
+def _refuse_to_remove(directory: Path) -> None:
+    """Replacing a directory removes what is in it: that may only be an earlier checkpoint."""
+    known = (*PATTERNS, ORIGIN)
+    held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    others = [name for name in held if not any(fnmatch(name, pattern) for pattern in known)]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise CheckpointError(
+            f"{directory} also holds {shown}, which saving would remove; "
+            "give a new or an empty directory"
+        )
 
 
 def write_files(model: Model, directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ardor
@@ -132,11 +132,20 @@ def test_a_run_without_a_checkpoint_says_what_is_missing(tmp_path):
         public_load(tmp_path / "no such")
 
 
-def test_a_config_that_is_no_object_is_refused(world, tmp_path):
-    shutil.copytree(newest(world.base), tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="config.json holds no object"):
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "adapter_config.json"])
+def test_a_file_that_holds_no_object_is_refused(world, tmp_path, file):
+    run = world.lora if file == "adapter_config.json" else world.base
+    shutil.copytree(newest(run), tmp_path / "m")
+    (tmp_path / "m" / file).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{file} holds a JSON list, expected an object"):
         public_load(tmp_path / "m")
+
+
+def test_an_empty_name_and_an_adapter_on_an_adapter_are_refused(world):
+    with pytest.raises(CheckpointError, match="the model's name is empty"):
+        public_load("")
+    with pytest.raises(CheckpointError, match="is an adapter itself, .*give the base model, and"):
+        public_load(world.lora, adapter=world.qlora)
 
 
 # --- how the model is held ---
@@ -144,7 +153,7 @@ def test_a_config_that_is_no_object_is_refused(world, tmp_path):
 
 def test_dtype_under_both_of_its_names(world):
     for given in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "bf16"},
-                  {"dtype": torch.bfloat16, "torch_dtype": torch.bfloat16}):  # fmt: skip
+                  {"dtype": "bf16", "torch_dtype": torch.bfloat16}):  # fmt: skip
         lm = public_load(world.base, **given)
         assert {p.dtype for p in lm.model.decoder.parameters()} == {torch.bfloat16}
         assert lm.model.decoder.compute == torch.bfloat16
@@ -152,8 +161,9 @@ def test_dtype_under_both_of_its_names(world):
     assert public_load(world.base).model.precision.weights == torch.float32  # as stored
     with pytest.raises(ConfigError, match="dtype=float32 and torch_dtype=bfloat16 differ"):
         public_load(world.base, dtype="float32", torch_dtype="bfloat16")
-    with pytest.raises(ConfigError, match="dtype 'int8' is not one of auto, float32"):
-        public_load(world.base, dtype="int8")
+    for name in ("int8", torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ConfigError, match=f"dtype '{name}' is not one of auto, float32"):
+            public_load(world.base, dtype=name)
 
 
 def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
@@ -164,11 +174,23 @@ def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
         public_load(world.base, load_in_4bit=True, quantization="none")
     with pytest.raises(ConfigError, match="quantization='int3' is not known; choose one of nf4"):
         public_load(world.base, quantization="int3")
-    assert public_load(world.base, device_map="cpu", low_cpu_mem_usage=True)
-    with pytest.raises(ConfigError, match="device_map='auto' is not a device"):
-        public_load(world.base, device_map="auto")
+    for place in ("cpu", torch.device("cpu"), {"": "cpu"}, None):
+        lm = public_load(world.base, device_map=place, low_cpu_mem_usage=True, use_cache=True)
+        assert lm.model.decoder.device.type == "cpu"
+    for place in ("auto", "meta", "cuda:99", 99, {"embed_tokens": "cpu"}):
+        with pytest.raises(ConfigError, match="is not a device of this machine; give one such as"):
+            public_load(world.base, device_map=place)
     with pytest.raises(ConfigError, match="attn_implementation='flash' is not one of"):
         public_load(world.base, attn_implementation="flash")
+
+
+def test_what_other_loaders_have_and_this_one_has_not_is_refused_by_name(world):
+    for given in ({"load_in_8bit": True}, {"trust_remote_code": True}, {"max_memory": {0: "1GB"}},
+                  {"offload_folder": "off"}):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{next(iter(given))}=.* is not implemented: "):
+            public_load(world.base, **given)
+    defaults = {"load_in_8bit": False, "trust_remote_code": False, "max_memory": None}
+    assert public_load(world.base, **defaults, offload_folder=None)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-dq"])
@@ -220,6 +242,35 @@ def test_what_was_loaded_is_saved_as_it_was(world, tmp_path):
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
     public_load(tmp_path / "saved").save(tmp_path / "again")
     assert files(tmp_path / "again") == found
+
+
+def test_a_file_of_several_dtypes_is_kept_and_saved_as_it_was(world, tmp_path):
+    copy, file = tmp_path / "mixed", tmp_path / "mixed" / "model.safetensors"
+    shutil.copytree(newest(world.base), copy)
+    stored = {
+        name: tensor * 1.001 if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(file).items()
+    }
+    save_file(stored, file)
+    lm = public_load(copy)
+    assert logits(lm).isfinite().all()
+    lm.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor), name
+    assert not torch.equal(stored["model.norm.weight"].bfloat16().float(),
+                           stored["model.norm.weight"])  # fmt: skip
+
+
+def test_codes_of_another_quantized_format_are_not_taken_for_weights(world, tmp_path):
+    copy, file = tmp_path / "codes", tmp_path / "codes" / "model.safetensors"
+    shutil.copytree(newest(world.base), copy)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", load_file(file)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(tensors | {name: tensors[name].to(dtype)}, file)
+        with pytest.raises(CheckpointError, match=f"{name} is {dtype}, in a quantized format"):
+            public_load(copy)
 
 
 def test_another_dtype_is_said_in_the_config_and_nothing_else_changes(world, tmp_path):
@@ -281,9 +332,22 @@ def test_saving_replaces_a_directory_only_when_it_succeeds(world, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_saving_never_removes_what_is_no_checkpoint(world, tmp_path):
+    (tmp_path / "notes.txt").write_text("years of work")
+    lm = public_load(world.base)
+    with pytest.raises(CheckpointError, match=r"also holds notes\.txt, which saving would remove"):
+        lm.save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "years of work"
+    with pytest.raises(CheckpointError, match="also holds trainer.json"):
+        lm.save(newest(world.base))  # a checkpoint that training resumes from
+    lm.save(tmp_path / "new")
+    public_load(world.lora).save(tmp_path / "new")  # one checkpoint replaces another
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_a_model_may_be_saved_over_itself(world, tmp_path):
     home = tmp_path / "home"
-    shutil.copytree(newest(world.base), home)
+    shutil.copytree(newest(world.base), home, ignore=shutil.ignore_patterns("trainer.*"))
     lm = public_load(home)  # its weights are mapped from the files that are replaced
     before = logits(lm)
     lm.save(home)
@@ -363,6 +427,35 @@ def test_a_base_model_does_not_chat(world):
         lm.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(ConfigError, match="has no chat template"):
         list(lm.stream_chat([{"role": "user", "content": "hi"}]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (torch.tensor([1, 2]), r"found a tensor \[2\] of torch.int64; expected rows of token ids"),
+        ([[1, 2], [3]], "all equally long"),
+        ([[]], r"found a tensor \[1, 0\]"),
+        (torch.tensor([[1.0, 2.0]]), "of torch.float32; expected rows"),
+        ([[0, -1]], "token id -1 is not one of the model's 320 ids, 0 to 319"),
+        ([[0, 320]], "token id 320 is not one"),
+    ],
+)
+def test_logits_are_of_rows_of_known_ids(world, tokens, says):
+    lm = public_load(world.base)
+    assert lm.logits([[0, 319]]).shape == (1, 2, 320)
+    with pytest.raises(ShapeError, match=says):
+        lm.logits(tokens)
+
+
+def test_a_setting_of_generation_that_is_none_names_the_nearest(world):
+    lm = public_load(world.base)
+    with pytest.raises(ConfigError, match="max_tokens=4 is no setting .*did you mean max_new_tok"):
+        lm.generate("the", max_tokens=4)
+    with pytest.raises(
+        ConfigError, match="do_sample=True is no setting .*known are max_new_tokens"
+    ):
+        lm.generate("the", do_sample=True)
+    assert lm.generate("the", max_new_tokens=2, stop=None).tokens
 
 
 def test_logits_take_a_gradient_only_where_something_is_trained(world):

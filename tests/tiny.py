@@ -58,6 +58,7 @@ def make_world(folder: Path) -> World:
             data=str(world.pairs),
             output=output,
             method=method,
+            chat_template="chatml",
             max_steps=3,
             learning_rate=1e-2,
             lora_r=2,

@@ -35,7 +35,7 @@ from ardor.adapters.lora import (
 )
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import write_atomic
-from ardor.files.json import read_json, write_json
+from ardor.files.json import read_object, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -161,7 +161,7 @@ def load_adapter(
         results and is not supported, and tensors that are missing, left over or of another shape.
     """
     path = Path(directory) / ADAPTER_CONFIG
-    raw = read_json(path)
+    raw = read_object(path)
     _check_settings(raw, path)
     tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS)
     groups = _groups(decoder, disk_names)

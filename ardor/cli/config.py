@@ -25,6 +25,7 @@ from cyclopts.exceptions import (
     UnusedCliTokensError,
 )
 
+from ardor.cli.console import results
 from ardor.errors import ConfigError
 from ardor.files.yaml import YamlFile, read_yaml, to_yaml
 
@@ -63,6 +64,7 @@ def parse(config_class: type[C], args: Sequence[str], verb: str) -> C:
         group_arguments=ARGUMENTS,
         group_parameters=OPTIONS,
         config=_from_yaml,
+        console=results(),
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
     app["--help"].group = OPTIONS
@@ -212,7 +214,13 @@ def _from_yaml(app: App, commands: tuple[str, ...], arguments: "ArgumentCollecti
 
 
 def _refuse_unknown_keys(path: Path, file: YamlFile, names: set[str]) -> None:
+    spelled: dict[str, str] = {}
     for key in file.values:
+        if (first := spelled.setdefault(key.replace("-", "_"), key)) != key:
+            raise ConfigError(
+                f"{path}, line {file.lines[key]}: {key!r} was already given on line "
+                f"{file.lines[first]}, as {first!r}; keep one"
+            )
         if key.replace("-", "_") not in names:
             raise ConfigError(
                 f"{path}, line {file.lines.get(key, 1)}: unknown key {key!r}"

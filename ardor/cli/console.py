@@ -29,9 +29,15 @@ def remarks() -> Console:
     return _console(stderr=True)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit with 1 here: `main` says how a closed pipe ends."""
+        raise
+
+
 def _console(*, stderr: bool) -> Console:
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(
+    return _Console(
         stderr=stderr,
         width=None if terminal else PLAIN_WIDTH,
         soft_wrap=not terminal,  # a pipe gets whole lines

@@ -32,6 +32,7 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code; nothing but a killed process leaves another way."""
     args = sys.argv[1:] if argv is None else argv
+    _open_closed_streams()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -51,6 +52,13 @@ def main(argv: list[str] | None = None) -> int:
             return _report(error, as_json="--json" in args)
 
 
+def _open_closed_streams() -> None:
+    """A shell's `<&-` or `>&-` leaves None, which nobody who reads or prints reckons with."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
+
+
 def _dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
@@ -61,7 +69,7 @@ def _dispatch(args: list[str]) -> int:
     verb = args[0]
     if verb not in VERBS:
         close = get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean `ardor {close[0]}`?" if close else f"known: {', '.join(VERBS)}"
+        hint = f"did you mean `ardor {close[0]}`?" if close else f"known: {', '.join(VERBS)}."
         kind = "flag" if verb.startswith("-") else "verb"
         raise ConfigError(f"unknown {kind} {verb!r}; {hint} The verb comes first.")
     from ardor.cli.config import parse  # later: `ardor --help` needs no parser
@@ -87,6 +95,8 @@ Start with `ardor quickstart`."""
 def _report(error: Exception, *, as_json: bool) -> int:
     """Print `error` for a person or a machine; 2 if the user can act on it, else 1."""
     message = _remedy(error)
+    if message is not None:
+        message = "\n".join([message, *getattr(error, "__notes__", ())])
     code = 1 if message is None else 2
     trace = "" if message else "".join(traceback.format_exception(error))
     if as_json:
@@ -94,7 +104,7 @@ def _report(error: Exception, *, as_json: bool) -> int:
         shown = {"error": kind, "message": message or str(error), "exit_code": code}
         print(json.dumps(shown | ({"traceback": trace} if trace else {})), file=sys.stderr)
     elif message:
-        print("\n".join([f"error: {message}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     else:
         version = f"ardor {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
         print(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class ModelFlags:
     """How to hold the model."""
 
+    device_map: str | None = None
+    """cpu, or a GPU such as cuda:0. Default: the GPU where there is one."""
     dtype: str = "auto"
     """auto (as stored), float32, bfloat16 or float16."""
     quantization: str | None = None
@@ -29,9 +31,11 @@ class ModelFlags:
     def load(self, name: str) -> LM:
         """The model, with one line on stderr that says how it is held."""
         from ardor.lm import load  # later: help needs no torch
+        from ardor.load import default_device
 
         lm = load(
             name,
+            device_map=self.device_map or str(default_device()),
             dtype=self.dtype,
             quantization=self.quantization,
             adapter=self.adapter,

@@ -81,7 +81,7 @@ def _score_dataset(config: Config) -> int:
         rows,
         lm.tokenizer,
         lm.model.template,
-        max_length=min(config.max_length or context, context),
+        max_length=context if config.max_length is None else min(config.max_length, context),
         over_length="truncate",
     )
     found = evaluate(lm.model, dataset)

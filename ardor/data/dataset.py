@@ -179,7 +179,7 @@ class Dataset:
     def _finish(cls, builder: "_Builder") -> "Dataset":
         census = builder.census()
         if not census.targets:
-            raise DataError(f"nothing is trained on: {_nothing(census, builder.limit)}")
+            raise DataError(f"nothing is trained on: {_nothing(census, builder)}")
         return cls(
             np.array(builder.tokens, dtype=np.int32),
             np.frombuffer(bytes(builder.supervised), dtype=np.bool_),
@@ -377,15 +377,17 @@ def _keep_answer(example: Example, limit: int, bos: int | None) -> Example | Non
     return Example(example.tokens[:head] + example.tokens[start:stop], supervised)
 
 
-def _nothing(census: Census, limit: int | None) -> str:
+def _nothing(census: Census, builder: _Builder) -> str:
     if not census.rows:
         return "there are no rows"
     if census.dropped:
-        return (
+        found = (
             f"{census.dropped:,} of {census.rows:,} rows were dropped as longer than max_length="
-            f"{limit} (the longest has {census.longest:,} tokens); raise max_length, or set "
-            "over_length=truncate to shorten prompts"
+            f"{builder.limit} (the longest has {census.longest:,} tokens); raise max_length"
         )
+        if builder.policy == "truncate":
+            return f"{found}: prompts lose their start, but an answer is never cut"
+        return f"{found}, or set over_length=truncate to shorten prompts"
     return (
         f"none of the {census.rows:,} rows holds an answer or a text with something to predict; "
         "check that messages have an assistant turn and that the answer column is not blank"

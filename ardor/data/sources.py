@@ -208,6 +208,10 @@ def _json(text: str, where: str) -> Any:
             f"{where}: not valid JSON at column {error.colno}: {error.msg}; "
             "expected one object per line"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or of brackets
+        raise DataError(
+            f"{where}: this JSON cannot be read: {error}; mend or drop the row"
+        ) from None
 
 
 def _json_file(path: Path) -> Iterator[Row]:
@@ -221,6 +225,8 @@ def _json_file(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: this JSON cannot be read: {error}; mend the file") from None
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         where = f"{path} row {number}"
         yield Row(_mapping(row, where), where, str(path))

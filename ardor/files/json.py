@@ -21,6 +21,20 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path), path)
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises: CheckpointError as `read_json`, and if the file holds a list, a string or a number.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise CheckpointError(
+            f"{path} holds a JSON {found}, expected an object; mend or replace it"
+        )
+    return value
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, byte for byte (line ends are kept).
 

@@ -47,8 +47,15 @@ def resolve_settings(settings: Settings, generation_config: dict[str, Any]) -> S
 
     A filter asks for samples: it is never given and then passed over because 0 is the default.
 
-    Raises: ConfigError for a stop string that is empty, and so stands in every text.
+    Raises: ConfigError for a stop string that is empty, and so stands in every text, or for a value
+    in the file that is no number.
     """
+    for key in ("temperature", "repetition_penalty", *FILTERS):
+        stated = generation_config.get(key)
+        if stated is not None and type(stated) not in (int, float):
+            raise ConfigError(
+                f"generation_config.json: {key}={stated!r} is not a number; correct or remove it"
+            )
     filled: dict[str, Any] = {}
     sampled = bool(generation_config.get("do_sample", False))
     filtered = any(getattr(settings, key) is not None for key in FILTERS)

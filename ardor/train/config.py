@@ -11,8 +11,8 @@ from ardor.train.schedule import Schedule
 
 _Range = tuple[Callable[[Any], bool], str]  # what a number must be, also in words
 _COUNT: _Range = (lambda n: n >= 1, "at least 1")
-_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "above 0")
-_NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
+_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "above 0 and finite")
+_NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
 _SHARE: _Range = (lambda x: 0 <= x <= 1, "from 0 to 1")
 _BELOW_1: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 # By field; None is always allowed, as it means a default.
@@ -188,3 +188,13 @@ class Finetune(Optimisation):
     """Evaluate before the first step too."""
     stop_rate_samples: int = 0
     """Held-out prompts answered at every evaluation to measure how many answers end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
+        if self.quantization != "nf4" and self.method != "qlora":
+            raise ConfigError(
+                f"quantization={self.quantization} is for method qlora, and method {self.method} "
+                "trains on whole weights; leave it out, or choose qlora"
+            )

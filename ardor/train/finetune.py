@@ -12,7 +12,7 @@ from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError
 from ardor.files.json import read_text
-from ardor.load import Model, load_model, stops_of, tokenizer_of
+from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
@@ -35,7 +35,7 @@ def prepare(config: Finetune) -> Run:
     rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
-    model, added = _model(config, checkpoint)
+    model, added = _model(config, checkpoint, chats=_chats(rows))
     limit = min(config.max_length, model.decoder.spec.max_positions)
     data = _dataset(rows, model, config, limit)
     held = None
@@ -62,6 +62,20 @@ def prepare(config: Finetune) -> Run:
     return run
 
 
+def _chats(rows: list[Row]) -> bool:
+    """Whether a chat template is needed: texts and completions are learnt without one.
+
+    A row that cannot be read counts, and is told of with its place when it is encoded.
+    """
+    plain = {"text", "prompt-completion"}
+    for row in rows:
+        format = recognise(row.values, row.where)
+        strings = all(isinstance(row.values[column], str) for column in format.columns)
+        if format.name not in plain or not strings:
+            return True
+    return False
+
+
 def _opening(row: Row) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
     content = recognise(row.values, row.where).read(row.values)
@@ -81,9 +95,12 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[Model, bool]:
+    """The model with the chat template it will be trained on, and whether that is new to it.
+
+    Where nothing `chats`, none is added: a template says that a model was trained on it.
+    """
+    device = default_device()
     precision = training_compute(config.dtype, device)
     full = config.method == "full"
     model = load_model(
@@ -102,7 +119,7 @@ def _model(config: Finetune, checkpoint: Path | None) -> tuple[Model, bool]:
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    added = model.template is None or config.chat_template is not None
+    added = config.chat_template is not None or (chats and model.template is None)
     if checkpoint is None and added:
         model.template = _template(config, tokenizer_of(model))
     model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)

@@ -17,7 +17,7 @@ from ardor.families import FAMILIES
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
-from ardor.load import Model, load_model, stops_of
+from ardor.load import Model, default_device, load_model, stops_of
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Train
@@ -95,7 +95,7 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
     """A randomly initialised model as `config` describes it, seeded by config.seed."""
     spec = _spec(config, -(-tokenizer.vocab_rows // ROW_MULTIPLE) * ROW_MULTIPLE)
     family = FAMILIES[config.family]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     precision = training_compute(config.dtype, device)
     decoder = Decoder(
         spec, compute=precision.compute, attn=backend_for(config.attn_implementation, device)

@@ -53,7 +53,8 @@ def read_metrics(path: Path) -> list[Row]:
         raise CheckpointError(f"no metrics at {path}; expected the folder of a run") from None
     whole, _, _ = text.rpartition("\n")
     kept: dict[tuple[str, int, str], Row] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    # Not splitlines: U+2028 in a sample is a line end to it, and not to JSON Lines.
+    for number, line in enumerate(whole.split("\n") if whole else [], 1):
         try:
             row = json.loads(line)
             key = (str(row["kind"]), int(row["step"]), str(row.get("prompt", "")))
@@ -263,10 +264,15 @@ def _settings(settings: Row) -> str:
     if not settings:
         return ""
     rows = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{escape(_shown(value))}</td></tr>"
+        f"<tr><th>{_breakable(str(key))}</th><td>{escape(_shown(value))}</td></tr>"
         for key, value in settings.items()
     )
     return f"<h2>Settings</h2><table>{rows}</table>"
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow page breaks between its words, before it breaks within one."""
+    return escape(name).replace("_", "_<wbr/>")
 
 
 def _shown(value: object) -> str:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ardor import __version__
+from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import checkpoints, newest_checkpoint
 from ardor.files.yaml import to_yaml
+from ardor.load import CONFIG as MODEL
 from ardor.load import Model
 from ardor.save import write_files
 from ardor.train.config import Optimisation
@@ -48,7 +50,8 @@ class Run:
 def output_folder(config: Optimisation, verb: str) -> Path:
     """The folder to write: as asked, or the next free runs/<verb>-N.
 
-    Raises: ConfigError if it already holds a run and `resume` is not set, or the reverse.
+    Raises: ConfigError if it already holds a run and `resume` is not set, or the reverse; if it is
+    the folder of a model, or has checkpoints of something else.
     """
     if config.output is None:
         if config.resume:
@@ -64,11 +67,22 @@ def output_folder(config: Optimisation, verb: str) -> Path:
         )
     if config.output.exists() and not config.output.is_dir():
         raise ConfigError(f"{config.output} is a file; give a folder with -o")
+    if not holds_run and (found := _not_a_run(config.output)):
+        raise ConfigError(
+            f"{config.output} holds {found}, but no {CONFIG} of a run; "
+            "choose another folder with -o"
+        )
     if config.resume and not holds_run:
         raise ConfigError(
             f"{config.output} holds no run to resume; leave --resume out to begin one"
         )
     return config.output
+
+
+def _not_a_run(folder: Path) -> str | None:
+    """What makes `folder` no place for a run: a model, or checkpoints that are not ours to drop."""
+    names = [name for name in (MODEL, ADAPTER_CONFIG) if (folder / name).exists()]
+    return next(iter([*names, *(path.name for path in checkpoints(folder))]), None)
 
 
 def resumed_from(config: Optimisation) -> Path | None:

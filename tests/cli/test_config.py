@@ -135,6 +135,10 @@ def test_a_wrong_command_line_is_explained(args, message):
     [
         ("seed: 1\nlearning_rat: 1", "line 2: unknown key 'learning_rat'; did you mean"),
         ("seed: 1\nseed: 2", "run.yaml, line 2: 'seed' was already given on line 1"),
+        (
+            "max_length: 1\nmax-length: 2",
+            "'max-length' was already given on line 1, as 'max_length'",
+        ),
         ("config: other.yaml", "line 1: unknown key 'config'"),
         ("seed: fast", "found 'fast', expected a whole number in "),
         ("seed: 1.5", "found '1.5', expected a whole number in "),

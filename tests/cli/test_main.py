@@ -85,6 +85,13 @@ def test_notes_added_on_the_way_are_shown(ending):
     assert ending(raises(error))[2] == "error: empty\nthe run so far is in runs/a\n"
 
 
+def test_json_holds_the_notes_too(ending):
+    error = DataError("d.jsonl:3: not JSON")
+    error.add_note("while reading the held-out data")
+    shown = json.loads(ending(raises(error), "--json")[2])
+    assert shown["message"] == "d.jsonl:3: not JSON\nwhile reading the held-out data"
+
+
 def test_json_makes_the_error_an_object(ending):
     code, out, err = ending(raises(DataError("empty")), "--json")
     assert (code, out) == (2, "")
@@ -138,11 +145,16 @@ def test_an_interrupt_tells_how_to_go_on(ending):
     assert ending(raises(KeyboardInterrupt()))[2] == "\ninterrupted\n"
 
 
-def test_a_closed_pipe_ends_quietly():
-    code = (
-        "import sys\nfrom ardor.cli import main as cli\n"
-        "cli._help = lambda: 'x\\n' * 1_000_000\nsys.exit(cli.main(['--help']))"
-    )
+PRINTED = "cli._help = lambda: 'x\\n' * 1_000_000\nsys.exit(cli.main(['--help']))"
+BY_RICH = """
+from ardor.cli.console import results
+cli._help = lambda: [results().print('x') for _ in range(1_000_000)]
+sys.exit(cli.main(['--help']))"""
+
+
+@pytest.mark.parametrize("body", [PRINTED, BY_RICH])
+def test_a_closed_pipe_ends_quietly(body):
+    code = f"import sys\nfrom ardor.cli import main as cli\n{body}"
     writer = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -152,6 +164,21 @@ def test_a_closed_pipe_ends_quietly():
     assert writer.wait(timeout=60) == 141
     assert writer.stderr.read() == b""
     writer.stderr.close()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_shell_has_closed_is_an_empty_one(closed):
+    code = (
+        "import sys\nfrom ardor.cli import main as cli\n"
+        "cli._help = lambda: print('said', file=sys.stderr) or repr(sys.stdin.read())\n"
+        "sys.exit(cli.main(['--help']))"
+    )
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ("" if " >" in f" {closed}" else "''\n")
+    assert done.stderr == ("" if "2>" in closed else "said\n")
 
 
 def test_a_warning_is_one_tidy_line(ending):

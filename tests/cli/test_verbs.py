@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ardor
+from ardor import quickstart
 from ardor.cli.console import program
 from ardor.cli.main import main
+from ardor.data.stdlib import Document, Pair
 from ardor.files.runs import newest_checkpoint
 
 from ..tiny import World, make_world, sentences, write_rows
@@ -284,6 +287,45 @@ def test_score_of_a_text_and_of_a_file_are_those_of_the_library(world, say):
     assert tuned.code == 0 and "22 rows" in tuned.out
 
 
+def test_a_model_goes_where_it_is_told(world, say, refused, monkeypatch):
+    assert " on cpu" in say("generate", world.base, "the", "-n", 1, "--device-map", "cpu").err
+    message = refused("generate", world.base, "the", "--device-map", "cuda:99")
+    assert "device_map='cuda:99' is not a device of this machine" in message
+    module = sys.modules["ardor.load"]  # as an attribute of the package it is the function
+    monkeypatch.setattr(module, "default_device", lambda: torch.device("cuda:98"))
+    assert "device_map='cuda:98'" in refused("score", world.base, "the cat", "--text")
+
+
+def test_quickstart_refuses_before_it_writes(refused, tmp_path):
+    folder = tmp_path / "q"
+    assert "steps=0 must be at least 1" in refused("quickstart", "-o", folder, "--steps", 0)
+    assert not folder.exists()
+    folder.write_text("")
+    assert refused("quickstart", "-o", folder) == f"{folder} is a file; choose a folder with -o"
+
+
+def test_quickstart_in_json_is_json_alone(say, tmp_path, monkeypatch):
+    pairs = [Pair(f"What is {text}?", text, "words") for text in sentences(12)]
+    texts = [Document(" ".join(sentences(9, seed)), "words") for seed in range(20)]
+    monkeypatch.setattr(quickstart, "stdlib_pairs", lambda: pairs)
+    monkeypatch.setattr(quickstart, "stdlib_documents", lambda exclude_modules: texts)
+    monkeypatch.setattr(quickstart, "split_by_module", lambda *_: (pairs[2:], pairs[:2]))
+    said = say("quickstart", "-o", tmp_path / "q", "--steps", 1, "--epochs", 0.01, "--json")
+    assert said.code == 0, said.err
+    kinds = [json.loads(line)["kind"] for line in said.out.splitlines()]
+    assert set(kinds) == {"train", "eval", "sample", "checkpoint", "answer"}
+    assert "4/4  chat" in said.err and said.err.count("held-out loss") == 5
+
+
+def test_score_takes_a_limit_of_tokens_at_its_word(world, say, refused):
+    whole, cut = (
+        json.loads(say("score", world.base, world.texts, "--json", *limit).out)
+        for limit in ((), ("--max-length", 4))
+    )
+    assert whole["targets"] == cut["targets"] and whole["loss"] != cut["loss"]
+    assert "max_length is 0" in refused("score", world.base, world.texts, "--max-length", 0)
+
+
 def test_score_points_to_its_flag_for_texts(world, refused):
     assert "add --text" in refused("score", world.base, "no such file of words")
     assert "give --text" in refused("score", world.base, world.texts, "--tokens")
@@ -344,6 +386,17 @@ def test_there_must_be_a_run_to_resume(world, refused, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused("train", world.texts, *TRAIN, "-o", tmp_path / "file")
     assert message == f"{tmp_path / 'file'} is a file; give a folder with -o"
+
+
+def test_a_run_is_not_put_into_a_model_or_beside_checkpoints_of_others(world, refused, tmp_path):
+    train, tune = ["train", world.texts, *TRAIN], ["finetune", world.base, world.pairs, *TUNE]
+    commands = {"config.json": train, "adapter_config.json": tune, "checkpoint-500": tune}
+    for name, args in commands.items():
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)
+        message = refused(*args, "-o", folder)
+        assert message.startswith(f"{folder} holds {name}, but no config.yaml of a run; choose")
+        assert [path.name for path in folder.iterdir()] == [name]
 
 
 def test_an_interrupted_run_names_the_command_that_takes_it_up(world, say, tmp_path, monkeypatch):

@@ -240,6 +240,8 @@ def test_nothing_to_train_on_is_an_error_with_a_remedy(monkeypatch, tokenizer):
     rows = [Row({"prompt": "the cat sat", "completion": " on"}, "a.jsonl:1")]
     with pytest.raises(DataError, match="1 of 1 rows were dropped .* raise max_length, or set"):
         Dataset.build(rows, tokenizer, max_length=2)
+    with pytest.raises(DataError, match="raise max_length: prompts lose .* an answer is never cut"):
+        Dataset.build(rows, tokenizer, max_length=2, over_length="truncate")
     # A target at the first place is no target: nothing comes before it.
     only_first = Example((5, 6), (True, False))
     with pytest.raises(DataError, match="nothing is trained on"):

@@ -106,6 +106,13 @@ def test_rows_in_memory_are_a_source():
         ("a.jsonl", '{"a": 1}\n[1]\n', r"a\.jsonl:2: found list, expected an object"),
         ("a.jsonl", b'{"a": 1}\n"\xff"\n', r"a\.jsonl:2 is not UTF-8 text"),
         ("a.jsonl", "\n", "holds no rows"),
+        (
+            "a.jsonl",
+            "{}\n" + "[" * 100_000,
+            r"a\.jsonl:2: this JSON cannot be read: .*drop the row",
+        ),
+        ("a.jsonl", '{"a": ' + "1" * 5000 + "}", r"a\.jsonl:1: this JSON cannot be read: .*digits"),
+        ("a.json", "[" * 100_000, r"a\.json: this JSON cannot be read: .*mend the file"),
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON at column 7"),
         ("a.json", '{"a": 1}\n{"a": ]\n', r"a\.json:2: not valid JSON at column 7"),
         ("a.json", "[[1]]", r"a\.json row 1: found list"),

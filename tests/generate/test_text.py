@@ -234,6 +234,12 @@ def test_what_is_left_open_comes_from_generation_config(given, config, wanted):
     assert {key: getattr(found, key) for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("key", ["temperature", "top_k", "repetition_penalty"])
+def test_what_generation_config_says_must_be_a_number(key):
+    with pytest.raises(ConfigError, match=f"generation_config.json: {key}='hot' is not a number"):
+        resolve_settings(Settings(), {key: "hot"})
+
+
 def test_a_model_without_a_template_does_not_chat(model):
     assert model.template is None
     with pytest.raises(ConfigError, match="has no chat template, .*use `generate`"):

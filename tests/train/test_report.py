@@ -126,6 +126,20 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")] == [1]
 
 
+def test_a_sample_may_hold_what_unicode_calls_a_line_end(run):
+    rows = [row(1, loss=3.0), row(1, "sample", prompt="a", text="b\u2028c\x85d")]
+    folder = run([])
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]  # as Metrics writes them
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert [r["kind"] for r in read_metrics(folder / "metrics.jsonl")] == ["train", "sample"]
+
+
+def test_a_long_setting_breaks_between_its_words(run):
+    text = write_report(run(ROWS, config="per_device_batch: 1\n")).read_text()
+    assert "<th>per_<wbr/>device_<wbr/>batch</th>" in text
+    assert "per_device_batch" in Page(text).text  # as it is copied
+
+
 @pytest.mark.parametrize("line", ['{"step": 2, "lo', '{"step": 1}', "[1]", '{"step": null}'])
 def test_a_damaged_line_is_named(run, line):
     folder = run([row(1, loss=3.0)])

@@ -31,7 +31,7 @@ from ardor.train.run import Run
 from ardor.train.schedule import rate_share
 from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document_loss
 
-from ..tiny import SIZES, sentences
+from ..tiny import SIZES, sentences, write_rows
 from .conftest import finish
 
 # --- one step ---
@@ -271,12 +271,44 @@ def test_epochs_are_counted_in_steps(make, settings, steps):
         ({"num_train_epochs": -1.0}, "num_train_epochs=-1.0 must be above 0"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be at least 0 and below 1"),
         ({"warmup_ratio": 3.0}, "warmup_ratio=3.0 must be from 0 to 1"),
-        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be at least 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan must be at least 0 and finite"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs=inf must be above 0 and finite"),
     ],
 )
 def test_a_number_outside_its_range_is_refused(setting, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Optimisation(**setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ()}, "target_modules is empty; name at least one linear"),
+        ({"method": "lora", "quantization": "nf4-dq"}, "quantization=nf4-dq is for method qlora"),
+        ({"method": "full", "quantization": "nf4-dq"}, "and method full trains on whole weights"),
+    ],
+)
+def test_settings_that_ask_for_what_will_not_be_done_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Finetune(model="m", data="d", **settings)
+    assert Finetune(model="m", data="d", method="full")  # defaults ask for nothing
+
+
+def test_a_template_comes_to_a_model_that_learns_to_chat_and_to_no_other(base, pairs, tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]}
+        for p, c in zip(sentences(4, 1), sentences(4, 2), strict=True)
+    ]
+    for name, data, template in (
+        ("pairs", pairs, None),
+        ("texts", write_rows(tmp_path / "t.jsonl", [{"text": t} for t in sentences(4)]), None),
+        ("chats", write_rows(tmp_path / "c.jsonl", chats), "ChatML"),
+    ):
+        config = Finetune(model=str(base("llama")), data=str(data), output=tmp_path / name)
+        found = finetune.prepare(config).model
+        assert (found.template and found.template.name) == template
+        assert found.adapter is not None
+        assert bool(found.adapter.trainable_token_indices) == (template is not None)
 
 
 # --- stopping and going on ---
