@@ -16,6 +16,7 @@ from torch.func import functional_call
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
 from ardor.arch.cache import KVCache
+from ardor.arch.gate import gated
 from ardor.arch.layout import Cached, Layout, Packed
 from ardor.arch.linear import Linear
 from ardor.arch.norm import norm
@@ -90,7 +91,7 @@ class Mlp(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.act, self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
