@@ -17,6 +17,7 @@ from ardor.arch.flash import flash_attention_2, why_not
 from ardor.arch.flex import flex
 from ardor.arch.layout import Cached, Layout, Packed
 from ardor.errors import ConfigError, ShapeError
+from ardor.kernels.attention import attend_last, takes
 
 
 def attend(
@@ -169,6 +170,8 @@ def _sdpa_cached(
     B, H, T, d = q.shape
     if layout.even and layout.past[0] == 0:
         return _causal(q, k, v, (0, B, T), scale)
+    if takes(q, k, v):
+        return attend_last(q, k, v, [past + 1 for past in layout.past], scale=scale)
     if T == 1:
         # The heads of a group read the same keys: as rows of one query block nothing is copied.
         q = q.view(B, k.shape[1], -1, d)

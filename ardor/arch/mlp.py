@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ardor.arch import spec as specs
+from ardor.arch.gate import gated
 from ardor.arch.linear import Linear
 
 ACTIVATIONS = {
@@ -28,7 +29,7 @@ def activated(
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
     if spec.shift:
         up = up + spec.shift
-    return act(gate) * up
+    return gated(act, gate, up)
 
 
 class Mlp(nn.Module):

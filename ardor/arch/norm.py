@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ardor.arch.spec import Norm as NormSpec
 from ardor.kernels import norm as kernel
+from ardor.kernels.native import available
 
 
 def rms_norm(
@@ -46,20 +47,15 @@ class RMSNorm(nn.Module):
             weight = 1.0 + weight.float()
         if spec.late_cast and x.dtype != torch.float32:
             return rms_norm(x, weight, spec.eps, late_cast=True)
-        return _RMSNorm.apply(x, weight, spec.eps)
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, spec.eps)
+        return _normalised(x, weight, spec.eps)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        local = weight.to(x.dtype)
-        if kernel.available(x):
-            y, inverse = kernel.forward(x, local, eps)
-        else:
-            work = torch.promote_types(x.dtype, torch.float32)
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
-            inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
-            y = _times(x, inverse).mul_(local)
+        y, inverse = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -69,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         (dy,) = upstream
         x, weight, inverse = ctx.saved_tensors
         local, trained = weight.to(x.dtype), ctx.needs_input_grad[1]
-        if kernel.available(x):
+        if available(x):
             dx, d_weight = kernel.backward(dy, x, local, inverse)
             return dx, d_weight.to(weight.dtype) if trained else None, None
         unit = _times(x, inverse)
@@ -81,6 +77,17 @@ class _RMSNorm(torch.autograd.Function):
             return dx, None, None
         d_weight = product.flatten(0, -2).sum(0, dtype=inverse.dtype)
         return dx, d_weight.to(weight.dtype), None
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of x, 1 / rms of each row)"""
+    local = weight.to(x.dtype)
+    if available(x):
+        return kernel.forward(x, local, eps)
+    work = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
+    inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
+    return _times(x, inverse).mul_(local), inverse
 
 
 def _times(x: Tensor, inverse: Tensor) -> Tensor:

@@ -3,8 +3,6 @@
 Axes: rows of x, in and out channels.
 """
 
-from ctypes import c_int64, c_void_p
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import BFloat16, Float
@@ -44,12 +42,11 @@ def matvec(
     functions = library()
     assert functions is not None
     functions.matvec_bfloat16(
-        c_void_p(weight.data_ptr()),
-        c_void_p(x.data_ptr()),
-        None if bias is None else c_void_p(bias.data_ptr()),
-        c_void_p(y.data_ptr()),
-        c_int64(weight.shape[0]),
-        c_int64(weight.shape[1]),
+        weight.data_ptr(),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        *weight.shape,
         torch.get_num_threads(),
     )
     return y

@@ -15,10 +15,30 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 HEADERS = ("scalar.h",)
-SOURCES = ("matvec.c", "norm.c")
+SOURCES = ("attention.c", "gate.c", "matvec.c", "norm.c", "rotate.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
+
+# Every function's arguments: p a pointer, n an int64, f a float, i an int; and what it returns, if
+# anything. Told once, so that a call converts plain ints without asking what they are.
+SIGNATURES = {
+    "matvec_bfloat16": "ppppnni",
+    "rms_norm_{}": "ppppnnfi",
+    "rms_norm_backward_{}": "ppppppnni",
+    "silu_gate_{}": "pppni",
+    "silu_gate_backward_{}": "pppppni",
+    "attend_last_scratch": "nnn>n",
+    "attend_last_{}": "ppppppnnnnnnnnfi",
+    "rotate_{}": "ppppnnnnnnnnfi",
+}
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # dtypes that `{}` stands for
+
+ALONE = 1 << 15  # elements of work that one thread does sooner than it wakes the others
 
 
 @cache
@@ -39,9 +59,30 @@ def library() -> ctypes.CDLL | None:
     try:
         if not path.exists():
             _build(compiler, [here / source for source in SOURCES], path)
-        return ctypes.CDLL(str(path))
+        return _declared(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def available(x: Tensor) -> bool:
+    """Whether the compiled functions can take a tensor like x, here and now."""
+    compiling = torch.compiler.is_compiling()  # then the torch path is traced and fused
+    return x.device.type == "cpu" and x.dtype in NAMES and not compiling and library() is not None
+
+
+def threads(work: int) -> int:
+    """How many threads for so many elements: PyTorch's own number, or one if they are few."""
+    return torch.get_num_threads() if work > ALONE else 1
+
+
+def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
+    for template, signature in SIGNATURES.items():
+        letters, _, result = signature.partition(">")
+        for name in {template.format(dtype) for dtype in NAMES.values()}:
+            function = getattr(functions, name)
+            function.argtypes = [TYPES[letter] for letter in letters]
+            function.restype = TYPES.get(result)
+    return functions
 
 
 def _build(compiler: str, sources: list[Path], path: Path) -> None:

@@ -1,24 +1,13 @@
-"""The compiled root-mean-square norm, where there is one.
+"""The compiled root-mean-square norm. Call it where `native.available(x)`.
 
 Axes: D model width.
 """
-
-from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ardor.kernels.native import library
-
-NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-
-def available(x: Tensor) -> bool:
-    """Whether `forward` and `backward` can take a tensor like x."""
-    compiling = torch.compiler.is_compiling()  # then the torch path is traced and fused
-    on_cpu = x.device.type == "cpu" and x.dtype in NAMES
-    return on_cpu and not compiling and library() is not None
+from ardor.kernels.native import NAMES, library, threads
 
 
 def forward(
@@ -27,13 +16,12 @@ def forward(
     """(the normalised x times the weight, 1 / rms of each row); weight has the dtype of x."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    width = x.shape[-1]
     getattr(library(), f"rms_norm_{NAMES[x.dtype]}")(
-        *map(_at, (x, weight, y, inverse)),
-        c_int64(x.numel() // width),
-        c_int64(width),
-        c_float(eps),
-        torch.get_num_threads(),
+        *(tensor.data_ptr() for tensor in (x, weight, y, inverse)),
+        inverse.numel(),
+        x.shape[-1],
+        eps,
+        threads(x.numel()),
     )
     return y, inverse
 
@@ -46,16 +34,12 @@ def backward(
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "D"]]:
     """(dx, d weight in float32)"""
     dy, x, dx = dy.contiguous(), x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    width, threads = x.shape[-1], torch.get_num_threads()
-    sums = torch.zeros(threads, width)
+    count = threads(x.numel())
+    sums = torch.zeros(count, x.shape[-1])
     getattr(library(), f"rms_norm_backward_{NAMES[x.dtype]}")(
-        *map(_at, (dy, x, weight, inverse, dx, sums)),
-        c_int64(x.numel() // width),
-        c_int64(width),
-        threads,
+        *(tensor.data_ptr() for tensor in (dy, x, weight, inverse, dx, sums)),
+        inverse.numel(),
+        x.shape[-1],
+        count,
     )
     return dx, sums.sum(0)
-
-
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())

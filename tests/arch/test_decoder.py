@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ardor.arch import spec as specs
+from ardor.arch.attention import backend_for
 from ardor.arch.cache import KVCache
 from ardor.arch.decoder import Decoder
 from ardor.arch.init import initialise
@@ -184,5 +185,7 @@ def test_a_full_cache_is_refused():
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="'flash' is not one of eager, sdpa"):
-        Decoder(llama(), attn="flash")
+    with pytest.raises(
+        ConfigError, match="'flash' is not one of eager, sdpa, flex, flash_attention_2"
+    ):
+        backend_for("flash", torch.device("cpu"))

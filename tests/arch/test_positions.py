@@ -3,20 +3,39 @@ import torch
 
 from ardor.arch.positions import rotate, rotation, turned
 from ardor.arch.spec import Rope
+from ardor.kernels.native import library
+
+# What two roundings may differ by, for values of about 4.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rotated", [8, 4], ids=["whole", "partial"])
-def test_the_fast_rotation_equals_the_reference_in_value_and_gradient(rotated):
+def test_the_fast_rotation_equals_the_reference_in_value_and_gradient(
+    rotated, dtype, compiled, monkeypatch
+):
+    if compiled and library() is None:
+        pytest.skip("no C compiler on this machine")
+    if not compiled:
+        monkeypatch.setattr("ardor.arch.positions.takes", lambda x, cos: False)
     g = torch.Generator().manual_seed(0)
-    by = rotation(Rope(theta=100.0, rotated=rotated), torch.arange(5)[None], torch.float32)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 0, 1]])
+    by = rotation(Rope(theta=100.0, rotated=rotated), positions, dtype)
     # as attention makes it: a transposed view
-    x = torch.randn(2, 5, 3, 8, generator=g).transpose(1, 2).requires_grad_()
-    upstream = torch.randn(2, 3, 5, 8, generator=g)
-    found, expected = rotate(x, by), turned(x, by.cos, by.sin)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)]
-    torch.testing.assert_close(*gradients)
-    assert (found - x).abs().max() > 0.1  # it turns at all
+    x = torch.randn(2, 5, 3, 8, generator=g).to(dtype).transpose(1, 2).requires_grad_()
+    dense = torch.randn(2, 3, 5, 8, generator=g).to(dtype)
+    close = {"rtol": 0, "atol": TOLERANCE[dtype]}
+    for upstream in (dense, dense.transpose(1, 2).contiguous().transpose(1, 2), dense[:, :1]):
+        found, expected = rotate(x, by), turned(x, by.cos, by.sin)
+        torch.testing.assert_close(found, expected, **close)
+        gradients = [
+            torch.autograd.grad(out, x, upstream.expand_as(out))[0] for out in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients, **close)
+    assert (found - x).abs().max() > 0.3  # it turns at all
+    with torch.no_grad():
+        assert torch.equal(rotate(x, by), found)
 
 
 def test_scores_depend_on_distance_alone():
