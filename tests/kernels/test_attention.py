@@ -58,7 +58,7 @@ def test_the_last_position_equals_the_reference(heads, kv_heads, width, past, dt
 def test_large_scores_do_not_overflow():
     q, k, v, layout = case(4, 2, 16, (20, 9), torch.float32)
     with torch.no_grad():
-        found = attend_last(1e4 * q, k, v, [21, 10], Scores(1.0))
+        found = attend_last(1e4 * q, k, v, [21, 10], scale=1.0)
     torch.testing.assert_close(found, eager(1e4 * q, k, v, layout, Scores(1.0)))
 
 
