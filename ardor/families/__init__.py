@@ -8,12 +8,14 @@ from ardor.errors import ConfigError
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
+from ardor.families.gpt_neox import GPT_NEOX
 from ardor.families.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
+    "gpt_neox": GPT_NEOX,
 }
 
 
