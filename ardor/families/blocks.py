@@ -155,6 +155,11 @@ INVERSE_FREQUENCIES = Ignorable(
     reason="computed from rope_theta; files from before transformers 4.31 hold it",
 )
 
+CAUSAL_MASKS = Ignorable(
+    pattern=r"(h\.\d+\.attn|layers\.\d+\.attention)\.(bias|masked_bias)",
+    reason="the causal mask as a buffer; files of the hub hold it",
+)
+
 # The names that Llama gave and most took over.
 LLAMA_ATTENTION: Table = {
     "mixer.q_proj": "self_attn.q_proj",

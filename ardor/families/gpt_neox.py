@@ -5,6 +5,7 @@ Source: Black et al. 2022, arXiv:2204.06745; transformers 5.23, models/gpt_neox.
 
 from ardor.arch.spec import Decoder, Layer, Norm
 from ardor.families.blocks import (
+    CAUSAL_MASKS,
     INVERSE_FREQUENCIES,
     attention,
     read_decoder,
@@ -15,7 +16,6 @@ from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Joined, Names
 from ardor.families.rope import read_rope
-from ardor.families.rules import Ignorable
 
 NAMES = Names(
     prefix="gpt_neox.",
@@ -35,13 +35,7 @@ NAMES = Names(
         "norm": "gpt_neox.final_layer_norm",
         "lm_head": "embed_out",
     },
-    ignorable=(
-        INVERSE_FREQUENCIES,
-        Ignorable(
-            pattern=r"layers\.\d+\.attention\.(bias|masked_bias)",
-            reason="the causal mask as a buffer; files from before transformers 4.31 hold it",
-        ),
-    ),
+    ignorable=(CAUSAL_MASKS, INVERSE_FREQUENCIES),
 )
 
 
