@@ -8,12 +8,26 @@ from ardor.errors import ConfigError
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
+from ardor.families.gpt_bigcode import GPT_BIGCODE
+from ardor.families.gpt_neox import GPT_NEOX
+from ardor.families.gptj import GPTJ
 from ardor.families.llama import LLAMA
+from ardor.families.opt import OPT
+from ardor.families.phi import PHI
+from ardor.families.stablelm import STABLELM
+from ardor.families.starcoder2 import STARCODER2
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
+    "gpt_neox": GPT_NEOX,
+    "starcoder2": STARCODER2,
+    "phi": PHI,
+    "gptj": GPTJ,
+    "stablelm": STABLELM,
+    "opt": OPT,
+    "gpt_bigcode": GPT_BIGCODE,
 }
 
 

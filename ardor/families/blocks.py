@@ -45,6 +45,23 @@ def read_heads(
     return Heads(width, heads, shared, hf.count("head_dim", head_width or width // heads))
 
 
+def read_plain_heads(
+    hf: HFConfig, *, width_key: str = "hidden_size", heads_key: str = "num_attention_heads"
+) -> Heads:
+    """The widths of attention whose heads fill the model, each with keys and values of its own.
+
+    Raises: ConfigError if they do not divide, or the file says otherwise.
+    """
+    width, heads = hf.count(width_key), hf.count(heads_key)
+    if width % heads:
+        raise ConfigError(
+            f"{hf.path}: {width_key}={width} is not a multiple of {heads_key}={heads}"
+        )
+    hf.require("num_key_value_heads", heads, "no heads of this family share keys and values")
+    hf.require("head_dim", width // heads, "the heads of this family fill the model's width")
+    return Heads(width, heads, heads, width // heads)
+
+
 def attention(found: Heads, rope: Rope | None, **keys: Any) -> Attention:
     """Grouped attention scaled by 1 / sqrt(head width); `keys` are further fields of its spec."""
     chosen: dict[str, Any] = {"scale": found.head_width**-0.5, **keys}
@@ -136,6 +153,11 @@ def uniform(spec: Decoder, family: str) -> Uniform:
 INVERSE_FREQUENCIES = Ignorable(
     pattern=r"(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.inv_freq",
     reason="computed from rope_theta; files from before transformers 4.31 hold it",
+)
+
+CAUSAL_MASKS = Ignorable(
+    pattern=r"(h\.\d+\.attn|layers\.\d+\.attention)\.(bias|masked_bias)",
+    reason="the causal mask as a buffer; files of the hub hold it",
 )
 
 # The names that Llama gave and most took over.

@@ -132,7 +132,7 @@ HARMLESS: dict[str, str] = {
             predict_special_tokens max_sequence_length""",
         _HEADS: """id2label label2id num_labels _num_labels problem_type finetuning_task
             summary_type summary_use_proj summary_activation summary_proj_to_labels
-            summary_first_dropout""",
+            summary_first_dropout classifier_dropout""",
         _OUTPUTS: """return_dict output_hidden_states output_attentions output_scores
             return_dict_in_generate tie_last_hidden_states""",
         _SPEED: """use_cache gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss

@@ -9,11 +9,10 @@ from typing import Any
 
 from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm
 from ardor.errors import ConfigError
-from ardor.families.blocks import uniform
+from ardor.families.blocks import CAUSAL_MASKS, uniform
 from ardor.families.family import ACT_NAMES, ACTS, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Joined, Names
-from ardor.families.rules import Ignorable
 
 
 def _read(hf: HFConfig) -> Decoder:
@@ -90,12 +89,7 @@ NAMES = Names(
         "lm_head": "lm_head",
     },
     transposed=True,  # Conv1D keeps its weight as [in, out]
-    ignorable=(
-        Ignorable(
-            pattern=r"h\.\d+\.attn\.(bias|masked_bias)",
-            reason="the causal mask as a buffer; files of the hub hold it",
-        ),
-    ),
+    ignorable=(CAUSAL_MASKS,),
 )
 
 GPT2 = Family(model_type="gpt2", read=_read, name_tensors=NAMES.rules, write=_write)
