@@ -9,11 +9,17 @@ from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
 from ardor.families.llama import LLAMA
+from ardor.families.mistral import MINISTRAL, MISTRAL
+from ardor.families.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
+    "mistral": MISTRAL,
+    "ministral": MINISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
 }
 
 
