@@ -8,9 +8,13 @@ from ardor.errors import ConfigError
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
+from ardor.families.granite import GRANITE
 from ardor.families.llama import LLAMA
-from ardor.families.mistral import MINISTRAL, MISTRAL
+from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ardor.families.phi3 import PHI3
 from ardor.families.qwen import QWEN2, QWEN3
+from ardor.families.seed_oss import SEED_OSS
+from ardor.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -18,8 +22,13 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "mistral": MISTRAL,
     "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
+    "seed_oss": SEED_OSS,
 }
 
 

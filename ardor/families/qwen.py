@@ -45,7 +45,7 @@ def _decoder(hf: HFConfig, found: Heads, **mixer: Any) -> Decoder:
     max_positions = hf.count("max_position_embeddings", 32768)
     rope = read_rope(hf, head_width=found.head_width, max_positions=max_positions)
     layer = Layer(mixer=attention(found, rope, **mixer), ffn=read_mlp(hf), norm=rms(hf))
-    window, first = hf.optional_count("sliding_window", 4096), hf.take("max_window_layers", 28)
+    window, first = hf.optional_count("sliding_window", 4096), hf.number("max_window_layers", 28)
     window = window if hf.flag("use_sliding_window", False) else None
     layers = layers_by_type(hf, layer, window, lambda i: window is not None and i >= first)
     return read_decoder(hf, found, layers, max_positions=max_positions)
