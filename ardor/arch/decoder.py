@@ -22,7 +22,7 @@ from ardor.arch.layout import Cached, Layout, Packed, Reach
 from ardor.arch.linear import Linear
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import HeadNorm, norm
-from ardor.arch.positions import Rotation, rotate, rotation
+from ardor.arch.positions import Rotation, growth, rotate, rotation
 from ardor.errors import ShapeError
 from ardor.kernels.linear import linear
 
@@ -69,6 +69,8 @@ class Attention(nn.Module):
         q = self._heads(self.q_proj(x), self.q_norm, turn)  # (B, H, T, d)
         k = self._heads(self.k_proj(x), self.k_norm, turn)  # (B, K, T, d)
         v = self._heads(self.v_proj(x), None, None)
+        if self.spec.temperature is not None:
+            q = q * growth(self.spec.temperature, layout.positions(q.device)).to(q.dtype)
         if cache is not None:
             assert isinstance(layout, Cached)
             k, v = cache.write(index, (k, v), layout)
@@ -243,7 +245,9 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         spec = self.spec
         x = self.embed_tokens(tokens).to(self.compute)
-        if spec.embed_scale != 1.0:
+        if spec.embed_scale != 1.0 and not spec.embed_scale_rounded:
+            x = x * spec.embed_scale
+        elif spec.embed_scale != 1.0:
             # Rounded as the weights are: that is what such models were trained with.
             stored = self.embed_tokens.weight.dtype
             x = x * torch.tensor(spec.embed_scale, dtype=stored, device=x.device).to(x.dtype)

@@ -16,6 +16,7 @@ from ardor.arch.spec import (
     Llama3Scaling,
     LongScaling,
     Rope,
+    Temperature,
     YarnScaling,
 )
 from ardor.kernels.rotate import rotate as kernel
@@ -111,6 +112,12 @@ def rotation(
             amplitude = torch.where(passed, long, short)
     cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
     return Rotation(cos.to(dtype), sin.to(dtype), rope.pairing == "neighbours")
+
+
+def growth(temperature: Temperature, positions: Int[Tensor, "B T"]) -> Float[Tensor, "B 1 T 1"]:
+    """What multiplies the queries at each position."""
+    passed = (positions // temperature.span).float()
+    return (1.0 + temperature.slope * (1.0 + passed).log())[:, None, :, None]
 
 
 def rotate(x: Float[Tensor, "B H T d"], by: Rotation) -> Float[Tensor, "B H T d"]:

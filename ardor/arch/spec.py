@@ -108,6 +108,17 @@ class Rope:
 
 
 @spec
+class Temperature:
+    """Queries grow with their position: times 1 + slope * ln(1 + floor(position / span)).
+
+    Source: Nakanishi 2025, Scalable-Softmax, arXiv:2501.19399; in steps, Llama 4's model code.
+    """
+
+    slope: float
+    span: int
+
+
+@spec
 class Attention:
     heads: int
     kv_heads: int
@@ -120,6 +131,7 @@ class Attention:
     sinks: bool = False  # a trained score per head that takes weight and gives nothing
     alibi: tuple[float, ...] | None = None  # per head: added per position of distance
     qk_norm: QKNorm | None = None
+    temperature: Temperature | None = None
     clip: float | None = None  # queries, keys and values are cut to [-clip, clip]
     qkv_bias: bool = False
     out_bias: bool = False
@@ -206,6 +218,7 @@ class Decoder:
     position_offset: int = 0  # rows of that table before the one of position 0
     embed_width: int | None = None  # of the table, where it is projected to `width` and back
     embed_scale: float = 1.0
+    embed_scale_rounded: bool = True  # to the dtype of the table
     embed_norm: Norm | None = None
     head_bias: bool = False
     logit_scale: float = 1.0

@@ -11,9 +11,15 @@ from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
 from ardor.families.gpt_neox import GPT_NEOX
 from ardor.families.gptj import GPTJ
+from ardor.families.granite import GRANITE
 from ardor.families.llama import LLAMA
+from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ardor.families.opt import OPT
 from ardor.families.phi import PHI
+from ardor.families.phi3 import PHI3
+from ardor.families.qwen import QWEN2, QWEN3
+from ardor.families.seed_oss import SEED_OSS
+from ardor.families.smollm3 import SMOLLM3
 from ardor.families.stablelm import STABLELM
 from ardor.families.starcoder2 import STARCODER2
 
@@ -28,6 +34,15 @@ FAMILIES: dict[str, Family] = {
     "stablelm": STABLELM,
     "opt": OPT,
     "gpt_bigcode": GPT_BIGCODE,
+    "mistral": MISTRAL,
+    "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
+    "seed_oss": SEED_OSS,
 }
 
 

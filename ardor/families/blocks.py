@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm, Rope
 from ardor.errors import ConfigError
-from ardor.families.family import ACTS
+from ardor.families.family import ACT_NAMES, ACTS
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Table
+from ardor.families.rope import write_rope
 from ardor.families.rules import Ignorable
 
 
@@ -28,9 +29,13 @@ def read_heads(
 ) -> Heads:
     """The widths of attention; what is passed are the family's defaults where the file is silent.
 
+    A null there is not silence: it asks for as many kv heads as heads, and for width / heads.
+
     Raises: ConfigError if they do not divide as they must.
     """
     width, heads = hf.count("hidden_size"), hf.count("num_attention_heads")
+    kv_heads = None if "num_key_value_heads" in hf.raw else kv_heads
+    head_width = None if "head_dim" in hf.raw else head_width
     shared = hf.count("num_key_value_heads", kv_heads or heads)
     if heads % shared:
         raise ConfigError(
@@ -124,6 +129,22 @@ def read_layer_types(hf: HFConfig, sliding: Callable[[int], bool]) -> tuple[str,
     return tuple(found)
 
 
+def layers_by_type(
+    hf: HFConfig, layer: Layer, window: int | None, sliding: Callable[[int], bool]
+) -> tuple[Layer, ...]:
+    """The same layer for each of `layer_types`, with the window in those that slide.
+
+    Raises: ConfigError if one slides and there is no window.
+    """
+    kinds = read_layer_types(hf, sliding)
+    if window is None and "sliding_attention" in kinds:
+        raise ConfigError(
+            f"{hf.path}: layer_types has sliding_attention, but no window is in use; "
+            "set sliding_window, and use_sliding_window where the family has it"
+        )
+    return tuple(windowed(layer, window if kind == "sliding_attention" else None) for kind in kinds)
+
+
 def windowed(layer: Layer, window: int | None) -> Layer:
     """The same layer with another window."""
     assert isinstance(layer.mixer, Attention)
@@ -148,6 +169,39 @@ def uniform(spec: Decoder, family: str) -> Uniform:
     if not isinstance(mixer, Attention) or not isinstance(ffn, Mlp) or norm is None:
         raise ConfigError(f"the {family} family cannot express {layer}")
     return Uniform(mixer, ffn, norm)
+
+
+def write_llama(spec: Decoder, family: str) -> dict[str, Any]:
+    """The keys that Llama's config.json has, and most took over; without its flags for biases.
+
+    Raises: ConfigError if the layers have other parts.
+    """
+    mixer, ffn, norm = uniform(spec, family)
+    if mixer.rope is None:
+        raise ConfigError(f"a {family} has rotary positions; give its attention a rope")
+    return {
+        "head_dim": mixer.head_width,
+        "hidden_act": ACT_NAMES[ffn.act],
+        "hidden_size": spec.width,
+        "intermediate_size": ffn.width,
+        "max_position_embeddings": spec.max_positions,
+        "num_attention_heads": mixer.heads,
+        "num_hidden_layers": len(spec.layers),
+        "num_key_value_heads": mixer.kv_heads,
+        "rms_norm_eps": norm.eps,
+        **write_rope(mixer.rope),
+    }
+
+
+def write_layer_types(spec: Decoder) -> dict[str, Any]:
+    """`layer_types` and the window of those that slide; one window at most can be written."""
+    mixers = [layer.mixer for layer in spec.layers]
+    windows = [mixer.window if isinstance(mixer, Attention) else None for mixer in mixers]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return {
+        "layer_types": kinds,
+        "sliding_window": next((window for window in windows if window is not None), None),
+    }
 
 
 INVERSE_FREQUENCIES = Ignorable(

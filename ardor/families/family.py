@@ -17,13 +17,15 @@ class Family:
     name_tensors: Callable[[Decoder], Rules]
     # None: its models are loaded and saved with the config that came with them, not made here
     write: Callable[[Decoder], dict[str, Any]] | None = None
+    # Its first checkpoints name Python code (auto_map), from before transformers had the same.
+    published_as_code: bool = False
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf)
+        refuse_foreign(hf, self.published_as_code)
         spec = self.read(hf)
         hf.finish(HARMLESS)
         return spec
@@ -89,10 +91,11 @@ ACT_NAMES: dict[Act, str] = {
 }
 
 
-def refuse_foreign(hf: HFConfig) -> None:
+def refuse_foreign(hf: HFConfig, published_as_code: bool = False) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     hf.require("quantization_config", None, "load the original weights, and quantize them here")
-    hf.require("auto_map", None, "it names Python code in the repository, which is never run")
+    if hf.take("auto_map", None) is not None and not published_as_code:
+        hf.require("auto_map", None, "it names Python code in the repository, which is never run")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")

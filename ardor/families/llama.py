@@ -6,7 +6,6 @@ Source: Touvron et al. 2023, arXiv:2302.13971; transformers 5.23, models/llama.
 from typing import Any
 
 from ardor.arch.spec import Decoder, Layer
-from ardor.errors import ConfigError
 from ardor.families.blocks import (
     INVERSE_FREQUENCIES,
     LLAMA_LAYER,
@@ -17,11 +16,12 @@ from ardor.families.blocks import (
     read_mlp,
     rms,
     uniform,
+    write_llama,
 )
-from ardor.families.family import ACT_NAMES, Family
+from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Names
-from ardor.families.rope import read_rope, write_rope
+from ardor.families.rope import read_rope
 
 NAMES = Names(
     prefix="model.",
@@ -50,23 +50,12 @@ def _read(hf: HFConfig) -> Decoder:
 
 
 def _write(spec: Decoder) -> dict[str, Any]:
-    mixer, ffn, norm = uniform(spec, "llama")
-    if mixer.rope is None:
-        raise ConfigError("a llama has rotary positions; give its attention a rope")
+    mixer, ffn, _ = uniform(spec, "llama")
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": mixer.qkv_bias,
-        "head_dim": mixer.head_width,
-        "hidden_act": ACT_NAMES[ffn.act],
-        "hidden_size": spec.width,
-        "intermediate_size": ffn.width,
-        "max_position_embeddings": spec.max_positions,
         "mlp_bias": ffn.bias,
-        "num_attention_heads": mixer.heads,
-        "num_hidden_layers": len(spec.layers),
-        "num_key_value_heads": mixer.kv_heads,
-        "rms_norm_eps": norm.eps,
-        **write_rope(mixer.rope),
+        **write_llama(spec, "llama"),
     }
 
 

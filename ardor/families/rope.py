@@ -4,6 +4,7 @@ Source: transformers 5.23, modeling_rope_utils.py; YaRN: arXiv:2309.00071, secti
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ardor.arch.spec import (
@@ -37,25 +38,37 @@ def read_rope(
     partial: float | None = None,
     theta_key: str = "rope_theta",
     partial_key: str = "partial_rotary_factor",
+    original: int | None = None,
+    aliases: Mapping[str, str] = _ALIASES,
+    own: tuple[str, ...] = (),
+    default: Mapping[str, Any] | None = None,
 ) -> Rope:
     """The rotation of a model whose layers all turn alike.
 
     Version 5 has everything in `rope_parameters`; version 4 has `rope_theta`, `rope_scaling` and
     `partial_rotary_factor`, whose names some families change. A file may hold both, if they say the
     same. `theta` and `partial` are the family's defaults; partial None: its heads turn whole.
+    `original` is its default for the `original_max_position_embeddings` beside the object, which
+    wins over the one inside; `aliases` are its other names of kinds; `own` keys of the object it
+    reads itself; and `default` is the object of a file without one.
 
     Raises: ConfigError for a kind of scaling we do not have, or two forms that disagree.
     """
     theta = hf.number(theta_key, theta)
     partial = _partial(hf, partial_key, partial)
-    original = hf.take("original_max_position_embeddings", None)
+    original = hf.take("original_max_position_embeddings", original)
     plain = Rope(theta=theta, rotated=_rotated(hf, head_width, partial), pairing=pairing)
+    sections = [hf.section(key) for key in ("rope_scaling", "rope_parameters")]
+    if default is not None and sections == [None, None]:
+        sections = [HFConfig(default, path=hf.path)]
     ropes = []
-    for key in ("rope_scaling", "rope_parameters"):
-        if (section := hf.section(key)) is not None:
+    for section in sections:
+        if section is not None:
             if original is not None:
                 section.raw["original_max_position_embeddings"] = original
-            ropes.append(read_section(section, plain, head_width, max_positions, partial))
+            for key in own:
+                section.take(key, None)
+            ropes.append(read_section(section, plain, head_width, max_positions, partial, aliases))
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise ConfigError(
             f"{hf.path}: rope_scaling gives {ropes[0]}, but rope_parameters gives {ropes[1]}; "
@@ -84,14 +97,19 @@ def _rotated(hf: HFConfig, head_width: int, partial: float | None) -> int:
 
 
 def read_section(
-    hf: HFConfig, plain: Rope, head_width: int, max_positions: int, partial: float | None
+    hf: HFConfig,
+    plain: Rope,
+    head_width: int,
+    max_positions: int,
+    partial: float | None,
+    aliases: Mapping[str, str] = _ALIASES,
 ) -> Rope:
     """The rotation that one object of a config describes; `plain` is what it says nothing about.
 
     Raises: ConfigError for a kind of scaling we do not have, or a key that nothing reads.
     """
     kind = hf.take("rope_type", None) or hf.take("type", "default")
-    kind = _ALIASES.get(kind, kind)
+    kind = aliases.get(kind, kind)
     partial = _partial(hf, "partial_rotary_factor", partial)
     theta = hf.number("rope_theta", plain.theta)
     rotated = _rotated(hf, head_width, partial)

@@ -165,6 +165,17 @@ def test_masters_in_float32_compute_in_bfloat16():
     assert (logits - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@torch.no_grad()
+def test_the_scale_of_embeddings_is_rounded_where_the_spec_says_so():
+    """0.3 in bfloat16 is 0.30078125: as Gemma was trained, and as Granite was not."""
+    for rounded, scale in ((True, 0.30078125), (False, 0.3)):
+        spec = llama(embed_scale=0.3, embed_scale_rounded=rounded)
+        decoder = random_decoder(spec).bfloat16()
+        ids = torch.arange(3)[None]
+        found = decoder._embedded(ids, ids, 3)
+        torch.testing.assert_close(found, decoder.embed_tokens(ids).float() * scale)
+
+
 def test_learned_positions_that_run_out_are_refused():
     with pytest.raises(ShapeError, match="65 positions, but this model has learned only 64"):
         random_decoder(gpt2()).hidden(ids(1, 65))

@@ -1,12 +1,14 @@
+import math
+
 import pytest
 import torch
 
-from ardor.arch.positions import rotate, rotation, turned
-from ardor.arch.spec import Rope
 from ardor.kernels.native import library
 
 # What two roundings may differ by, for values of about 4.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+from ardor.arch.positions import growth, rotate, rotation, turned
+from ardor.arch.spec import Rope, Temperature
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
@@ -49,3 +51,9 @@ def test_scores_depend_on_distance_alone():
 
     torch.testing.assert_close(score(3, 2), score(90, 2), rtol=1e-4, atol=1e-4)
     assert abs(score(3, 2) - score(3, 1)) > 1e-2
+
+
+def test_queries_grow_in_steps_of_a_span():
+    found = growth(Temperature(slope=0.5, span=4), torch.tensor([[0, 3, 4, 11]]))
+    expected = [1.0, 1.0, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3)]
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected))

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig
 from transformers.activations import ACT2FN
 
 from ardor.arch.spec import LinearScaling, Llama3Scaling, Rope, YarnScaling
@@ -30,6 +30,9 @@ GPT2: dict[str, Any] = {
     "n_layer": 3,
     "n_head": 3,
 }
+MISTRAL = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 1}
+QWEN2 = {**MISTRAL, "model_type": "qwen2"}
+QWEN3 = {**MISTRAL, "model_type": "qwen3"}
 BY_NAME = {"llama": LLAMA, "gpt2": GPT2}
 
 
@@ -245,6 +248,19 @@ CONFIGS = [
     {**GPT2, "n_inner": 7, "activation_function": "relu", "tie_word_embeddings": False},
     {**GPT2, "scale_attn_weights": False},
     {**GPT2, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False},
+    {**MISTRAL, "sliding_window": 5, "rope_theta": 1e6},
+    {**MISTRAL, "sliding_window": None, "head_dim": 10, "tie_word_embeddings": True},
+    {**QWEN2, "tie_word_embeddings": True},
+    {**QWEN2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    {**QWEN2, "rope_scaling": SCALINGS[2][0]},
+    {**QWEN3, "attention_bias": True},
+    {
+        **QWEN3,
+        "head_dim": 10,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 ]
 
 
@@ -253,7 +269,7 @@ def test_a_spec_is_written_as_a_config_that_means_the_same_to_both(config):
     family, spec = family_of(config), read(config)
     written = family.config(spec, dtype="bfloat16", bos=1, eos=[2, 3], pad=None)
     assert read(written) == spec
-    peer = {"llama": LlamaConfig, "gpt2": GPT2Config}[config["model_type"]].from_dict(dict(written))
+    peer = CONFIG_MAPPING[config["model_type"]].from_dict(dict(written))
     assert (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id) == (1, [2, 3], None)
     assert str(peer.dtype) == "torch.bfloat16"
     assert read(peer.to_dict()) == spec
@@ -262,6 +278,10 @@ def test_a_spec_is_written_as_a_config_that_means_the_same_to_both(config):
 def test_a_spec_that_a_family_cannot_express_is_refused():
     with pytest.raises(ConfigError, match="llama"):
         FAMILIES["llama"].config(read(GPT2))
+    with pytest.raises(ConfigError, match="the mistral family cannot express"):
+        FAMILIES["mistral"].config(read(QWEN2))
+    with pytest.raises(ConfigError, match="the qwen2 family cannot express"):
+        FAMILIES["qwen2"].config(read(QWEN3))
     with pytest.raises(ConfigError, match="the gpt2 family cannot express"):
         FAMILIES["gpt2"].config(read(LLAMA))
 

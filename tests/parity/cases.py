@@ -1,6 +1,11 @@
 """Configurations of every family, by "family: what is special"; each file holds some families."""
 
-from . import cases_classic, cases_gemma, cases_llama
+from . import cases_classic, cases_gemma, cases_llama, cases_llamas
 from .peer import Case
 
-CASES: dict[str, Case] = {**cases_llama.CASES, **cases_gemma.CASES, **cases_classic.CASES}
+CASES: dict[str, Case] = {
+    **cases_classic.CASES,
+    **cases_gemma.CASES,
+    **cases_llama.CASES,
+    **cases_llamas.CASES,
+}

@@ -4,6 +4,7 @@ Tolerance: float32 sums of a few dozen terms of size 10, in another order.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Case:
     padding: tuple[str, ...] = ("attention_mask", "position_ids")
 
     def config(self) -> Any:
-        return AutoConfig.for_model(self.model_type, **{**self.sizes, **self.keys})
+        keys = deepcopy({**self.sizes, **self.keys})  # theirs writes into what it is given
+        return AutoConfig.for_model(self.model_type, **keys)
 
 
 def peer(case: Case, seed: int = 0) -> nn.Module:
