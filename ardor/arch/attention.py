@@ -70,7 +70,10 @@ def eager(
     bias = None
     if scores.alibi is not None:
         slopes = torch.tensor(scores.alibi, device=q.device)[:, None, None]
-        bias = slopes * layout.distances(q.device)
+        distance = layout.distances(q.device)
+        bias = scores.bias(
+            slopes, distance, distance + layout.positions(q.device)[:, None, :, None]
+        )
     return attend(
         q,
         k,

@@ -5,15 +5,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from ardor.errors import ConfigError
+from ardor.families.bloom import BLOOM
+from ardor.families.cohere import COHERE, COHERE2
+from ardor.families.falcon import FALCON
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
 from ardor.families.llama import LLAMA
+from ardor.families.mpt import MPT
+from ardor.families.nemotron import NEMOTRON
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "RefinedWeb": FALCON,
+    "RefinedWebModel": FALCON,
+    "mpt": MPT,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "nemotron": NEMOTRON,
 }
 
 
