@@ -74,7 +74,10 @@ def eager(
     if scores.alibi is not None:
         work = torch.promote_types(q.dtype, torch.float32)
         slopes = torch.tensor(scores.alibi, dtype=work, device=q.device)[:, None, None]
-        bias = slopes * layout.distances(q.device)
+        distance = layout.distances(q.device)
+        bias = scores.bias(
+            slopes, distance, distance + layout.positions(q.device)[:, None, :, None]
+        )
     return attend(
         q,
         k,

@@ -26,6 +26,17 @@ class Scores(NamedTuple):
     reach: Reach = ALL
     softcap: float | None = None  # softcap * tanh(score / softcap), before the mask
     alibi: tuple[float, ...] | None = None  # per head: times the distance, which is not positive
+    alibi_coarse: bool = False
+
+    def bias(self, slopes: Tensor, distance: Tensor, key: Tensor) -> Tensor:
+        """What ALiBi adds to scores, from the distance of keys or their positions.
+
+        The coarse form differs in more than a constant for each query: bfloat16 has 8 bits, so
+        far keys share a bias with their neighbours. Models trained with that know no other.
+        """
+        if self.alibi_coarse:
+            return (slopes.bfloat16() * key).to(slopes.dtype) * self.scale
+        return slopes * distance
 
     def plain(self, longest: int) -> bool:
         """Whether causal attention with a scale is all of it, in texts of `longest` positions."""
@@ -142,7 +153,8 @@ def _scores(
         raw = bent * scores.softcap
     if scores.alibi is not None:
         slopes = torch.tensor(scores.alibi, dtype=work, device=q.device)
-        raw += slopes.view(1, K, -1, 1, 1) * block.distance
+        key = torch.arange(block.keys.start, block.keys.stop, device=q.device)
+        raw += scores.bias(slopes.view(1, K, -1, 1, 1), block.distance, key)
     return raw.masked_fill_(~block.allowed, -torch.inf), slope
 
 

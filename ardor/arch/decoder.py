@@ -46,7 +46,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, spec: specs.Attention, backend: str):
         super().__init__()
         self.spec, self.backend = spec, backend
-        self.scores = Scores(spec.scale, Reach(spec.window, spec.chunk), spec.softcap, spec.alibi)
+        self.scores = Scores(
+            spec.scale,
+            Reach(spec.window, spec.chunk),
+            spec.softcap,
+            spec.alibi,
+            spec.alibi_coarse,
+        )
         inner, shared = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
         self.q_proj = Linear(width, inner, bias=spec.qkv_bias)
         self.k_proj = Linear(width, shared, bias=spec.qkv_bias)

@@ -130,6 +130,7 @@ class Attention:
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a trained score per head that takes weight and gives nothing
     alibi: tuple[float, ...] | None = None  # per head: added per position of distance
+    alibi_coarse: bool = False  # slope times key position, in bfloat16, before the scale (Falcon)
     qk_norm: QKNorm | None = None
     temperature: Temperature | None = None
     clip: float | None = None  # queries, keys and values are cut to [-clip, clip]

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ardor.errors import ConfigError
+from ardor.families.bloom import BLOOM
+from ardor.families.cohere import COHERE, COHERE2
+from ardor.families.falcon import FALCON
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
@@ -14,6 +17,8 @@ from ardor.families.gptj import GPTJ
 from ardor.families.granite import GRANITE
 from ardor.families.llama import LLAMA
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ardor.families.mpt import MPT
+from ardor.families.nemotron import NEMOTRON
 from ardor.families.opt import OPT
 from ardor.families.phi import PHI
 from ardor.families.phi3 import PHI3
@@ -43,6 +48,14 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "granite": GRANITE,
     "seed_oss": SEED_OSS,
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "RefinedWeb": FALCON,
+    "RefinedWebModel": FALCON,
+    "mpt": MPT,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
+    "nemotron": NEMOTRON,
 }
 
 

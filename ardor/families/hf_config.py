@@ -18,12 +18,29 @@ class HFConfig:
     def __init__(self, raw: Mapping[str, Any], *, path: str, text: str | None = None):
         self.raw, self.path, self.text = dict(raw), path, text
         self._unread = {key for key, value in raw.items() if value is not None}
+        self._names: dict[str, str] = {}  # of what is asked for -> in the file
+
+    def alias(self, **names: str) -> None:
+        """Let the file hold a key under another name: `hidden_size="n_embd"`.
+
+        Raises: ConfigError if it holds both, and they differ.
+        """
+        for key, other in names.items():
+            if (value := self.take(other, None)) is None:
+                continue
+            if self.take(key, value) != value:
+                raise ConfigError(
+                    f"{self.path}: {key}={self.raw[key]!r} and {other}={value!r} mean the same; "
+                    "remove the one that is wrong"
+                )
+            self._names[key] = other
 
     def take(self, key: str, default: Any = ...) -> Any:
         """The value of `key`, whatever its type.
 
         Raises: ConfigError if there is neither the key nor a default.
         """
+        key = self._names.get(key, key)
         self._unread.discard(key)
         if (value := self.raw.get(key)) is not None:
             return value

@@ -52,4 +52,9 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-PHI3 = Family(model_type="phi3", read=_read, name_tensors=NAMES.rules, published_as_code=True)
+PHI3 = Family(
+    model_type="phi3",
+    read=_read,
+    name_tensors=NAMES.rules,
+    code=("configuration_phi3", "modeling_phi3"),
+)

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
+from ardor.arch.positions import growth, rotate, rotation, turned
+from ardor.arch.spec import Rope, Temperature
 from ardor.kernels.native import library
 
 # What two roundings may differ by, for values of about 4.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
-from ardor.arch.positions import growth, rotate, rotation, turned
-from ardor.arch.spec import Rope, Temperature
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])

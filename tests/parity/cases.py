@@ -1,9 +1,10 @@
 """Configurations of every family, by "family: what is special"; each file holds some families."""
 
-from . import cases_classic, cases_gemma, cases_llama, cases_llamas
+from . import cases_alibi, cases_classic, cases_gemma, cases_llama, cases_llamas
 from .peer import Case
 
 CASES: dict[str, Case] = {
+    **cases_alibi.CASES,
     **cases_classic.CASES,
     **cases_gemma.CASES,
     **cases_llama.CASES,
