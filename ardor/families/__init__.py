@@ -6,14 +6,18 @@ from typing import Any
 
 from ardor.errors import ConfigError
 from ardor.families.family import Family
+from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
+from ardor.families.gemma3 import GEMMA3_TEXT
 from ardor.families.gpt2 import GPT2
 from ardor.families.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
 }
 
 
