@@ -9,7 +9,9 @@ from ardor.families.bloom import BLOOM
 from ardor.families.cohere import COHERE, COHERE2
 from ardor.families.falcon import FALCON
 from ardor.families.family import Family
+from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
+from ardor.families.gemma3 import GEMMA3_TEXT
 from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
 from ardor.families.gpt_neox import GPT_NEOX
@@ -31,6 +33,7 @@ from ardor.families.starcoder2 import STARCODER2
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
+    "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gpt_neox": GPT_NEOX,
     "starcoder2": STARCODER2,
@@ -56,6 +59,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": COHERE,
     "cohere2": COHERE2,
     "nemotron": NEMOTRON,
+    "gemma3_text": GEMMA3_TEXT,
 }
 
 

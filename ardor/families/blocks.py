@@ -4,11 +4,11 @@ Each function reads the keys that nearly all families use, with their checks; a 
 it does otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm, Rope
+from ardor.arch.spec import Act, Attention, Decoder, Layer, Mlp, Norm, Rope
 from ardor.errors import ConfigError
 from ardor.families.family import ACT_NAMES, ACTS
 from ardor.families.hf_config import HFConfig
@@ -79,9 +79,16 @@ def attention(found: Heads, rope: Rope | None, **keys: Any) -> Attention:
     )
 
 
-def read_mlp(hf: HFConfig, *, act: str = "silu", act_key: str = "hidden_act", **keys: Any) -> Mlp:
+def read_mlp(
+    hf: HFConfig,
+    *,
+    act: str = "silu",
+    act_key: str = "hidden_act",
+    acts: Mapping[str, Act] = ACTS,
+    **keys: Any,
+) -> Mlp:
     """The feed-forward of `intermediate_size`, gated unless `keys` say otherwise."""
-    return Mlp(width=hf.count("intermediate_size"), act=hf.choice(act_key, ACTS, act), **keys)
+    return Mlp(width=hf.count("intermediate_size"), act=hf.choice(act_key, acts, act), **keys)
 
 
 def read_decoder(
@@ -145,10 +152,29 @@ def layers_by_type(
     return tuple(windowed(layer, window if kind == "sliding_attention" else None) for kind in kinds)
 
 
+def read_windows(hf: HFConfig, kinds: tuple[str, ...], default: int) -> tuple[int | None, ...]:
+    """The window of each layer: `sliding_window`, on those whose kind says that they slide.
+
+    Raises: ConfigError if there are some, but the window is null.
+    """
+    if "sliding_attention" not in kinds:
+        hf.take("sliding_window", default)
+        return (None,) * len(kinds)
+    if hf.raw.get("sliding_window", default) is None:
+        raise ConfigError(f"{hf.path}: some layer_types are sliding, but sliding_window is null")
+    window = hf.count("sliding_window", default)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def with_attention(layer: Layer, **keys: Any) -> Layer:
+    """The same layer with other values of its attention."""
+    assert isinstance(layer.mixer, Attention)
+    return replace(layer, mixer=replace(layer.mixer, **keys))
+
+
 def windowed(layer: Layer, window: int | None) -> Layer:
     """The same layer with another window."""
-    assert isinstance(layer.mixer, Attention)
-    return replace(layer, mixer=replace(layer.mixer, window=window))
+    return with_attention(layer, window=window)
 
 
 class Uniform(NamedTuple):

@@ -148,7 +148,7 @@ HARMLESS: dict[str, str] = {
             return_dict_in_generate tie_last_hidden_states""",
         _SPEED: """use_cache gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss
             chunk_size_feed_forward attn_implementation _attn_implementation
-            _attn_implementation_autoset _flash_attn_2_enabled""",
+            _attn_implementation_autoset _flash_attn_2_enabled cache_implementation""",
     }.items()
     for key in keys.split()
 }

@@ -14,6 +14,7 @@ from ardor.families.blocks import (
     read_heads,
     read_layer_types,
     read_mlp,
+    read_windows,
     rms,
     windowed,
 )
@@ -57,12 +58,11 @@ def _read(hf: HFConfig) -> Decoder:
         norm=rms(hf, weight="one_plus", late_cast=True),
         placement="sandwich",
     )
-    window = hf.count("sliding_window", 4096)
     kinds = read_layer_types(hf, lambda i: i % 2 == 0)
     return read_decoder(
         hf,
         found,
-        tuple(windowed(layer, window if kind == "sliding_attention" else None) for kind in kinds),
+        tuple(windowed(layer, window) for window in read_windows(hf, kinds, 4096)),
         max_positions=max_positions,
         tied=True,
         embed_scale=found.width**0.5,

@@ -69,6 +69,46 @@ def read_rope(
             for key in own:
                 section.take(key, None)
             ropes.append(read_section(section, plain, head_width, max_positions, partial, aliases))
+    return _agreed(hf, ropes, plain)
+
+
+def read_layer_ropes(
+    hf: HFConfig,
+    *,
+    head_width: int,
+    max_positions: int,
+    thetas: Mapping[str, tuple[str, float]],
+) -> dict[str, Rope]:
+    """The rotation of each of `LAYER_TYPES`, where they differ; heads turn whole.
+
+    Version 5 has an object for each in `rope_parameters`. In version 4 `rope_scaling` is of full
+    attention alone, and `thetas` says for each kind under which key its theta is, and the default.
+
+    Raises: ConfigError for a kind of scaling we do not have, or two forms that disagree.
+    """
+    _partial(hf, "partial_rotary_factor", None)
+    nested, scaling = hf.section("rope_parameters"), hf.section("rope_scaling")
+    found = {}
+    for kind in LAYER_TYPES:
+        theta = hf.number(*thetas[kind])
+        plain = Rope(theta=theta, rotated=_rotated(hf, head_width, None))
+        sections = [
+            scaling if kind == "full_attention" else None,
+            None if nested is None else nested.section(kind),
+        ]
+        ropes = [
+            read_section(section, plain, head_width, max_positions, None)
+            for section in sections
+            if section is not None
+        ]
+        found[kind] = _agreed(hf, ropes, plain)
+    if nested is not None:
+        nested.finish({})
+    return found
+
+
+def _agreed(hf: HFConfig, ropes: list[Rope], plain: Rope) -> Rope:
+    """What the forms of a file say together; `plain` if it has none."""
     if len(ropes) == 2 and ropes[0] != ropes[1]:
         raise ConfigError(
             f"{hf.path}: rope_scaling gives {ropes[0]}, but rope_parameters gives {ropes[1]}; "

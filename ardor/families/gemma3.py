@@ -1,0 +1,70 @@
+"""Gemma 3, its text models. HF model_type "gemma3_text".
+
+Source: Gemma Team 2025, arXiv:2503.19786; transformers 5.23, models/gemma3. Its configuration
+ignores a `type` in `rope_scaling`, an older name of `rope_type`; here that scales, too.
+"""
+
+from ardor.arch.spec import Decoder, Layer, QKNorm
+from ardor.families.blocks import (
+    attention,
+    read_decoder,
+    read_heads,
+    read_layer_types,
+    read_mlp,
+    read_windows,
+    rms,
+    with_attention,
+)
+from ardor.families.family import Family
+from ardor.families.gemma2 import NAMES
+from ardor.families.hf_config import HFConfig
+from ardor.families.rope import read_layer_ropes
+
+_THETAS = {
+    "full_attention": ("rope_theta", 1_000_000.0),
+    "sliding_attention": ("rope_local_base_freq", 10_000.0),
+}
+
+
+def _read(hf: HFConfig) -> Decoder:
+    found = read_heads(hf, kv_heads=4, head_width=256)
+    max_positions = hf.count("max_position_embeddings", 131_072)
+    hf.take("hidden_act", None)  # hidden_activation decides
+    hf.require("use_bidirectional_attention", False, "a position never reads what follows it")
+    hf.require("attn_logit_softcapping", None, "queries and keys are normalised instead")
+    ropes = read_layer_ropes(
+        hf, head_width=found.head_width, max_positions=max_positions, thetas=_THETAS
+    )
+    bias = hf.flag("attention_bias", False)
+    norm = rms(hf, weight="one_plus", late_cast=True)
+    layer = Layer(
+        mixer=attention(
+            found,
+            None,
+            scale=hf.number("query_pre_attn_scalar", 256.0) ** -0.5,
+            qk_norm=QKNorm(norm=norm),
+            qkv_bias=bias,
+            out_bias=bias,
+        ),
+        ffn=read_mlp(hf, act_key="hidden_activation", act="gelu_pytorch_tanh"),
+        norm=norm,
+        placement="sandwich",
+    )
+    # Newer files keep the first key only as a note, with an underscore, beside layer_types.
+    pattern = hf.count("sliding_window_pattern", hf.count("_sliding_window_pattern", 6))
+    kinds = read_layer_types(hf, lambda i: (i + 1) % pattern != 0)
+    return read_decoder(
+        hf,
+        found,
+        tuple(
+            with_attention(layer, rope=ropes[kind], window=window)
+            for kind, window in zip(kinds, read_windows(hf, kinds, 4096), strict=True)
+        ),
+        max_positions=max_positions,
+        tied=True,
+        embed_scale=found.width**0.5,
+        logit_softcap=hf.optional_number("final_logit_softcapping"),
+    )
+
+
+GEMMA3_TEXT = Family(model_type="gemma3_text", read=_read, name_tensors=NAMES.rules)
