@@ -5,19 +5,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from ardor.errors import ConfigError
+from ardor.families.exaone4 import EXAONE4
 from ardor.families.family import Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
-from ardor.families.gemma3 import GEMMA3_TEXT
+from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from ardor.families.glm import GLM, GLM4
 from ardor.families.gpt2 import GPT2
 from ardor.families.llama import LLAMA
+from ardor.families.olmo import OLMO, OLMO2, OLMO3
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
+    "olmo": OLMO,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "glm": GLM,
+    "glm4": GLM4,
+    "exaone4": EXAONE4,
 }
 
 
