@@ -53,6 +53,7 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -122,6 +123,7 @@ def load_model(
         revision=found.revision,
         quantization=None if quantization == "none" else quantization,
         adapter=lora,
+        kept={name: files.read(name) for name in rules.kept(files.names())},
         texts={
             file.name: read_text(file)
             for file in (found.path / CONFIG, text / GENERATION)

@@ -1,6 +1,7 @@
 """A model back into the files it came from, whole or not at all."""
 
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def _write_weights(model: Model, directory: Path) -> None:
             "load it without quantization to save it, or save an adapter on it"
         )
     state = dict(model.decoder.named_parameters())
-    write_weights(directory, model.rules.to_disk(lambda name: state[name].detach().cpu()))
+    ours = model.rules.to_disk(lambda name: state[name].detach().cpu())
+    write_weights(directory, chain(ours, model.kept.items()))
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
     config = dict(model.config)
     for key in ("dtype", "torch_dtype"):

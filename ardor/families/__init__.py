@@ -7,11 +7,13 @@ from typing import Any
 from ardor.errors import ConfigError
 from ardor.families.bloom import BLOOM
 from ardor.families.cohere import COHERE, COHERE2
+from ardor.families.exaone4 import EXAONE4
 from ardor.families.falcon import FALCON
 from ardor.families.family import Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
-from ardor.families.gemma3 import GEMMA3_TEXT
+from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from ardor.families.glm import GLM, GLM4
 from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
 from ardor.families.gpt_neox import GPT_NEOX
@@ -21,6 +23,7 @@ from ardor.families.llama import LLAMA
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ardor.families.mpt import MPT
 from ardor.families.nemotron import NEMOTRON
+from ardor.families.olmo import OLMO, OLMO2, OLMO3
 from ardor.families.opt import OPT
 from ardor.families.phi import PHI
 from ardor.families.phi3 import PHI3
@@ -59,7 +62,14 @@ FAMILIES: dict[str, Family] = {
     "cohere": COHERE,
     "cohere2": COHERE2,
     "nemotron": NEMOTRON,
+    "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
+    "olmo": OLMO,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "glm": GLM,
+    "glm4": GLM4,
+    "exaone4": EXAONE4,
 }
 
 

@@ -1,8 +1,10 @@
-"""Gemma 3, its text models. HF model_type "gemma3_text".
+"""Gemma 3, its text models. HF model_type "gemma3_text", and within "gemma3", which reads images.
 
 Source: Gemma Team 2025, arXiv:2503.19786; transformers 5.23, models/gemma3. Its configuration
 ignores a `type` in `rope_scaling`, an older name of `rope_type`; here that scales, too.
 """
+
+from dataclasses import replace
 
 from ardor.arch.spec import Decoder, Layer, QKNorm
 from ardor.families.blocks import (
@@ -18,7 +20,9 @@ from ardor.families.blocks import (
 from ardor.families.family import Family
 from ardor.families.gemma2 import NAMES
 from ardor.families.hf_config import HFConfig
+from ardor.families.names import Names
 from ardor.families.rope import read_layer_ropes
+from ardor.families.rules import Ignorable
 
 _THETAS = {
     "full_attention": ("rope_theta", 1_000_000.0),
@@ -68,3 +72,53 @@ def _read(hf: HFConfig) -> Decoder:
 
 
 GEMMA3_TEXT = Family(model_type="gemma3_text", read=_read, name_tensors=NAMES.rules)
+
+# The text_config of published files relies on these.
+_TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
+_IMAGES = (
+    "vision_config",
+    "mm_tokens_per_image",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+)
+
+
+def _read_multimodal(hf: HFConfig) -> Decoder:
+    """The decoder of text alone: no images come in here."""
+    for key in _IMAGES:
+        hf.take(key, None)
+    held = hf.section("text_config")
+    raw = {} if held is None else held.raw
+    text = HFConfig({**_TEXT_DEFAULTS, **raw}, path=f"{hf.path}, text_config")
+    for part in (hf, text):
+        part.require("tie_word_embeddings", True, "the head is the embedding beside images, too")
+    return GEMMA3_TEXT.spec(text)
+
+
+MULTIMODAL_NAMES: Names = replace(
+    NAMES,
+    prefix="model.language_model.",
+    aliases=("language_model.model.",),  # as files have it
+    layer="model.language_model.layers.{}.",
+    outside={
+        "embed_tokens": "model.language_model.embed_tokens",
+        "norm": "model.language_model.norm",
+        "lm_head": "lm_head",
+    },
+    ignorable=(
+        Ignorable(
+            pattern=r"(model\.)?(vision_tower|multi_modal_projector)\..+",
+            reason="turns images into embeddings",
+            kept=True,
+        ),
+    ),
+)
+
+GEMMA3 = Family(model_type="gemma3", read=_read_multimodal, name_tensors=MULTIMODAL_NAMES.rules)

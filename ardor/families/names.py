@@ -60,6 +60,7 @@ class Names:
     modules: Table  # within a layer
     outside: Mapping[str, str]  # beside the layers
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
+    aliases: tuple[str, ...] = ()  # prefixes that checkpoints have instead
     transposed: bool = False  # linear weights in layers are [in, out]
     ignorable: tuple[Ignorable, ...] = ()
 
@@ -79,6 +80,7 @@ class Names:
         return Rules(
             rules=tuple(found),
             prefix=self.prefix,
+            aliases=self.aliases,
             tied_head=tied if spec.tied else None,
             ignorable=self.ignorable,
         )

@@ -144,10 +144,11 @@ class Either:
 
 @_value
 class Ignorable:
-    """Tensors that checkpoints hold and no result depends on; they are not saved again."""
+    """Tensors that checkpoints hold and no result depends on."""
 
     pattern: str  # matches the whole name, without the family's prefix
     reason: str
+    kept: bool = False  # saved again as they were, for others to read
 
 
 class Account(NamedTuple):
@@ -164,6 +165,7 @@ class Rules:
 
     rules: tuple[Rule | Stack | Either, ...]
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
+    aliases: tuple[str, ...] = ()  # prefixes that checkpoints have instead
     tied_head: Rule | None = None  # a second copy of the embedding, which a checkpoint may hold
     head_copied: bool = False  # this checkpoint does: equal on loading, and saved again
     ignorable: tuple[Ignorable, ...] = ()
@@ -177,13 +179,16 @@ class Rules:
     def bind(self, disk_names: Iterable[str]) -> "Rules":
         """The same rules with the names of this checkpoint, so that saving gives them back.
 
-        The prefix goes if the checkpoint has none; the copy of a tied head stays if it has one; of
-        several ways to hold the same tensors the one that is there is kept.
+        The prefix goes if the checkpoint has none, and changes if it has another; the copy of a
+        tied head stays if it has one; of several ways to hold the same tensors the one that is
+        there is kept.
         """
         names = frozenset(disk_names)
-        whole = tuple(_fitting(rule, names) for rule in self.rules)
-        bare = tuple(_fitting(_bare(rule, self.prefix), names) for rule in self.rules)
-        best = max(whole, bare, key=lambda ways: sum(_held(way, names) for way in ways))
+        options = (
+            tuple(_fitting(_moved(rule, self.prefix, place), names) for rule in self.rules)
+            for place in (self.prefix, "", *self.aliases)
+        )
+        best = max(options, key=lambda ways: sum(_held(way, names) for way in ways))
         copied = self.tied_head is not None and self.tied_head.disk in names
         return replace(self, rules=tuple(chain.from_iterable(best)), head_copied=copied)
 
@@ -192,16 +197,22 @@ class Rules:
         names = frozenset(disk_names)
         wanted = tuple(name for rule in self.plain for name in rule.names)
         known = {*wanted} | ({self.tied_head.disk} if self.tied_head is not None else set())
-        ignored = {}
-        for name in sorted(names - known):
-            for entry in self.ignorable:
-                if re.fullmatch(entry.pattern, name.removeprefix(self.prefix)):
-                    ignored[name] = entry.reason
+        found = ((name, self._ignorable(name)) for name in sorted(names - known))
+        ignored = {name: entry.reason for name, entry in found if entry is not None}
         return Account(
             missing=tuple(name for name in wanted if name not in names),
             unexpected=tuple(sorted(names - known - ignored.keys())),
             ignored=ignored,
         )
+
+    def kept(self, disk_names: Iterable[str]) -> tuple[str, ...]:
+        """The names of tensors that no rule reads, but that belong in a copy of the checkpoint."""
+        found = ((name, self._ignorable(name)) for name in disk_names)
+        return tuple(name for name, entry in found if entry is not None and entry.kept)
+
+    def _ignorable(self, name: str) -> Ignorable | None:
+        bare = name.removeprefix(self.prefix)
+        return next((e for e in self.ignorable if re.fullmatch(e.pattern, bare)), None)
 
     def check(self, disk_names: Iterable[str], where: str) -> None:
         """Refuse a checkpoint that lacks a tensor, or holds one that nothing reads.
@@ -238,15 +249,20 @@ def _fitting(rule: Rule | Stack | Either, names: frozenset[str]) -> tuple[Rule |
     return (rule,)
 
 
-def _bare(rule: Rule | Stack | Either, prefix: str) -> Rule | Stack | Either:
+def _moved(rule: Rule | Stack | Either, prefix: str, place: str) -> Rule | Stack | Either:
+    """The rule with `place` in the place of `prefix`."""
+
+    def renamed(name: str) -> str:
+        return place + name.removeprefix(prefix) if name.startswith(prefix) else name
+
     match rule:
         case Rule(disk=disk):
-            return replace(rule, disk=disk.removeprefix(prefix))
+            return replace(rule, disk=renamed(disk))
         case Stack(disk=disks):
-            return replace(rule, disk=tuple(disk.removeprefix(prefix) for disk in disks))
+            return replace(rule, disk=tuple(renamed(disk) for disk in disks))
         case Either(ways=ways):
-            bare = (tuple(cast("Any", _bare(r, prefix)) for r in way) for way in ways)
-            return Either(tuple(bare))
+            moved = (tuple(cast("Any", _moved(r, prefix, place)) for r in way) for way in ways)
+            return Either(tuple(moved))
 
 
 class DiskPart(NamedTuple):

@@ -1,5 +1,7 @@
 """Names go there and back, tensors bit for bit, and nothing is left out in silence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -119,6 +121,26 @@ def test_a_checkpoint_without_the_prefix_keeps_its_naming():
     state = {name: torch.zeros(3, 1) for rule in RULES.plain for name in rule.memory}
     assert tuple(name for name, _ in bound.to_disk(state.__getitem__)) == bare
     assert tuple(name for name, _ in RULES.bind(NAMES).to_disk(state.__getitem__)) == NAMES
+
+
+def test_a_checkpoint_with_another_prefix_keeps_its_naming():
+    rules = replace(RULES, aliases=("old.body.",))
+    names = tuple(f"old.{name}" for name in NAMES)
+    with pytest.raises(CheckpointError, match=r"missing body\.embed"):
+        RULES.bind(names).check(names, "dir")
+    bound = rules.bind(names)
+    bound.check(names, "dir")
+    state = {name: torch.zeros(3, 1) for rule in RULES.plain for name in rule.memory}
+    assert tuple(name for name, _ in bound.to_disk(state.__getitem__)) == names
+    assert rules.bind(NAMES).plain == RULES.plain
+
+
+def test_what_is_ignored_is_kept_only_if_it_belongs_in_a_copy():
+    eye = Ignorable(pattern=r"eye\..+", reason="sees", kept=True)
+    rules = replace(RULES, ignorable=(*RULES.ignorable, eye))
+    names = (*NAMES, "body.fused.mask", "eye.weight")
+    rules.check(names, "dir")
+    assert rules.kept(names) == ("eye.weight",) and RULES.kept(names) == ()
 
 
 def test_the_copy_of_a_tied_head_is_saved_only_where_it_was():

@@ -1,6 +1,6 @@
 """Configurations of every family, by "family: what is special"; each file holds some families."""
 
-from . import cases_alibi, cases_classic, cases_gemma, cases_llama, cases_llamas
+from . import cases_alibi, cases_classic, cases_gemma, cases_llama, cases_llamas, cases_olmo
 from .peer import Case
 
 CASES: dict[str, Case] = {
@@ -9,4 +9,5 @@ CASES: dict[str, Case] = {
     **cases_gemma.CASES,
     **cases_llama.CASES,
     **cases_llamas.CASES,
+    **cases_olmo.CASES,
 }

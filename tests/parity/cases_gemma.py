@@ -1,7 +1,15 @@
 """Gemma 1 to 3."""
 
-from .peer import Case
+from .peer import SIZES, Case
 
+VISION = {
+    "hidden_size": 12,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 CASES = {
     "gemma: one kv head": Case(
         "gemma", {"head_dim": 10, "num_key_value_heads": 1, "rope_theta": 50.0}
@@ -68,5 +76,21 @@ CASES = {
             "attention_bias": True,
             "tie_word_embeddings": False,
         },
+    ),
+    "gemma3: text beside images": Case(
+        "gemma3",
+        {
+            "text_config": {
+                **SIZES,
+                "head_dim": 10,
+                "num_key_value_heads": 1,
+                "sliding_window": 5,
+                "sliding_window_pattern": 3,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+        },
+        sizes={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     ),
 }
