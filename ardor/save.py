@@ -56,7 +56,7 @@ def _write_weights(model: Model, directory: Path) -> None:
     state = dict(model.decoder.named_parameters())
     write_weights(directory, model.rules.to_disk(lambda name: state[name].detach().cpu()))
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = dict(model.config)
+    config = {**model.config, **model.rules.absent}
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

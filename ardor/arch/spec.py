@@ -169,6 +169,7 @@ class Router:
     kept_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     jitter: float = 0.0  # sparsemixer: how near is near
+    wide: bool = False  # its scores are float32 products (those of sigmoid are anyway)
     scales_input: bool = False  # the weight multiplies what an expert reads, not what it gives
 
 

@@ -50,6 +50,12 @@ class HFConfig:
             return None
         return None if self.take(key, default) is None else self.number(key, default)
 
+    def optional_count(self, key: str, default: int | None = None) -> int | None:
+        """A whole number above 0, or None where the file says null, as in `optional_number`."""
+        if key in self.raw and self.raw[key] is None:
+            return None
+        return None if self.take(key, default) is None else self.count(key, default)
+
     def flag(self, key: str, default: Any = ...) -> bool:
         value = self.take(key, default)
         if type(value) is not bool:

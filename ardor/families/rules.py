@@ -6,7 +6,7 @@ several on disk to one in memory. Nothing is computed: a rule transposes, cuts a
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, cast
 
@@ -148,6 +148,8 @@ class Ignorable:
 
     pattern: str  # matches the whole name, without the family's prefix
     reason: str
+    beside: str | None = None  # only if this one is there too, without the prefix
+    absent: tuple[tuple[str, Any], ...] = ()  # what a saved config.json says then: (key, value)
 
 
 class Account(NamedTuple):
@@ -155,7 +157,7 @@ class Account(NamedTuple):
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    ignored: Mapping[str, str]  # name -> reason
+    ignored: Mapping[str, Ignorable]  # name -> why
 
 
 @_value
@@ -166,6 +168,7 @@ class Rules:
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
     tied_head: Rule | None = None  # a second copy of the embedding, which a checkpoint may hold
     head_copied: bool = False  # this checkpoint does: equal on loading, and saved again
+    absent: Mapping[str, Any] = field(default_factory=dict)  # what config.json says once saved
     ignorable: tuple[Ignorable, ...] = ()
 
     @property
@@ -185,7 +188,9 @@ class Rules:
         bare = tuple(_fitting(_bare(rule, self.prefix), names) for rule in self.rules)
         best = max(whole, bare, key=lambda ways: sum(_held(way, names) for way in ways))
         copied = self.tied_head is not None and self.tied_head.disk in names
-        return replace(self, rules=tuple(chain.from_iterable(best)), head_copied=copied)
+        fitted = replace(self, rules=tuple(chain.from_iterable(best)), head_copied=copied)
+        dropped = fitted.account(names).ignored.values()
+        return replace(fitted, absent=dict(chain.from_iterable(e.absent for e in dropped)))
 
     def account(self, disk_names: Iterable[str]) -> Account:
         """What a checkpoint with these names lacks, and what it has that nothing reads."""
@@ -195,8 +200,9 @@ class Rules:
         ignored = {}
         for name in sorted(names - known):
             for entry in self.ignorable:
-                if re.fullmatch(entry.pattern, name.removeprefix(self.prefix)):
-                    ignored[name] = entry.reason
+                held = entry.beside is None or {entry.beside, self.prefix + entry.beside} & names
+                if held and re.fullmatch(entry.pattern, name.removeprefix(self.prefix)):
+                    ignored[name] = entry
         return Account(
             missing=tuple(name for name in wanted if name not in names),
             unexpected=tuple(sorted(names - known - ignored.keys())),
