@@ -22,7 +22,7 @@ from ardor.arch.layout import Cached, Layout, Packed, Reach
 from ardor.arch.linear import Linear
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import HeadNorm, norm
-from ardor.arch.positions import Rotation, rotate, rotation
+from ardor.arch.positions import Rotation, lengthened, rotate, rotation
 from ardor.errors import ConfigError, ShapeError
 from ardor.kernels.linear import linear
 
@@ -67,6 +67,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         turn = None if self.spec.rope is None else rotations[self.spec.rope]
         q = self._heads(self.q_proj(x), self.q_norm, turn)  # (B, H, T, d)
+        if self.spec.temperature is not None:
+            q = lengthened(q, self.spec.temperature, layout.positions(x.device))
         k = self._heads(self.k_proj(x), self.k_norm, turn)  # (B, K, T, d)
         v = self._heads(self.v_proj(x), None, None)
         if cache is not None:

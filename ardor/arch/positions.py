@@ -16,6 +16,7 @@ from ardor.arch.spec import (
     Llama3Scaling,
     LongScaling,
     Rope,
+    Temperature,
     YarnScaling,
 )
 
@@ -126,6 +127,14 @@ def _turned_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turning[..., ::2], turning[..., 1::2]
     pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
+
+
+def lengthened(
+    q: Float[Tensor, "B H T d"], by: Temperature, positions: Int[Tensor, "B T"]
+) -> Float[Tensor, "B H T d"]:
+    """Queries times what `by` says of their positions, in float32, rounded once."""
+    passed = ((positions + 1) // by.every).float()
+    return (q * (1.0 + by.slope * passed.log1p())[:, None, :, None]).to(q.dtype)
 
 
 class _Rotate(torch.autograd.Function):

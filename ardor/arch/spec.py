@@ -108,6 +108,17 @@ class Rope:
 
 
 @spec
+class Temperature:
+    """Late queries are longer: times 1 + slope * log(1 + floor((position + 1) / every)).
+
+    Source: Nakanishi 2025, arXiv:2501.19399, in Llama 4's form.
+    """
+
+    slope: float
+    every: int
+
+
+@spec
 class Attention:
     heads: int
     kv_heads: int
@@ -120,6 +131,7 @@ class Attention:
     sinks: bool = False  # a trained score per head that takes weight and gives nothing
     alibi: tuple[float, ...] | None = None  # per head: added per position of distance
     qk_norm: QKNorm | None = None
+    temperature: Temperature | None = None
     clip: float | None = None  # queries, keys and values are cut to [-clip, clip]
     qkv_bias: bool = False
     out_bias: bool = False

@@ -10,7 +10,9 @@ from ardor.families.deepseek_v3 import DEEPSEEK_V3
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
+from ardor.families.gpt_oss import GPT_OSS
 from ardor.families.llama import LLAMA
+from ardor.families.llama4 import LLAMA4_TEXT
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -18,6 +20,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": GEMMA2,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v2": DEEPSEEK_V2,
+    "gpt_oss": GPT_OSS,
+    "llama4_text": LLAMA4_TEXT,
 }
 
 

@@ -1,10 +1,21 @@
 """The config.json files of published models are read whole."""
 
+import math
 from typing import Any
 
 import pytest
 
-from ardor.arch.spec import Experts, LatentAttention, Mlp, YarnScaling
+from ardor.arch.spec import (
+    Attention,
+    Experts,
+    LatentAttention,
+    Mlp,
+    Norm,
+    QKNorm,
+    Rope,
+    Temperature,
+    YarnScaling,
+)
 from ardor.errors import ConfigError
 
 from .test_families import read
@@ -248,3 +259,158 @@ def test_deepseek_v2_and_its_lite_form():
 def test_what_deepseek_files_cannot_say_here_is_named(config, keys, message):
     with pytest.raises(ConfigError, match=message):
         read(config, **keys)
+
+
+GPT_OSS: dict[str, Any] = {  # openai/gpt-oss-20b
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+
+
+def test_gpt_oss():
+    spec = read(GPT_OSS)
+    mixers = [layer.mixer for layer in spec.layers]
+    assert all(isinstance(mixer, Attention) for mixer in mixers)
+    assert [mixer.window for mixer in mixers] == [128, None] * 12
+    assert mixers[0].sinks and mixers[0].qkv_bias and mixers[0].out_bias
+    assert mixers[0].rope == Rope(
+        theta=150000.0,
+        rotated=64,
+        scaling=YarnScaling(
+            factor=32.0,
+            original_positions=4096,
+            truncate=False,
+            attention_factor=0.1 * math.log(32) + 1,
+        ),
+    )
+    ffn = spec.layers[0].ffn
+    assert isinstance(ffn, Experts)
+    assert (ffn.count, ffn.router.per_token, ffn.router.score) == (32, 4, "chosen")
+    assert (ffn.expert.limit, ffn.expert.shift, ffn.expert.act) == (7.0, 1.0, "quick_gelu")
+    # Said or not, the rotation is the published one.
+    assert read({**GPT_OSS, "rope_scaling": None}) == spec
+
+
+def test_what_gpt_oss_files_cannot_say_here_is_named():
+    with pytest.raises(ConfigError, match=r"swiglu_alpha=1\.5"):
+        read(GPT_OSS, swiglu_alpha=1.5)
+    with pytest.raises(ConfigError, match=r"quantization_config: nothing reads bits=4"):
+        read(GPT_OSS, quantization_config={"quant_method": "mxfp4", "bits": 4})
+
+
+LLAMA4: dict[str, Any] = {  # the text_config of meta-llama/Llama-4-Scout-17B-16E
+    "_attn_implementation_autoset": True,
+    "attention_bias": False,
+    "attention_chunk_size": 8192,
+    "attention_dropout": 0.0,
+    "attn_scale": 0.1,
+    "attn_temperature_tuning": 4,
+    "bos_token_id": 200000,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [200001, 200007, 200008],
+    "floor_scale": 8192,
+    "for_llm_compressor": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "interleave_moe_layer_step": 1,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "max_position_embeddings": 10485760,
+    "model_type": "llama4_text",
+    "no_rope_layers": [],
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "pad_token_id": 200018,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0,
+        "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_qk_norm": True,
+    "vocab_size": 202048,
+}
+
+
+def test_llama4():
+    spec = read(LLAMA4)
+    mixers = [layer.mixer for layer in spec.layers]
+    assert all(isinstance(mixer, Attention) for mixer in mixers)
+    assert [mixer.rope is not None for mixer in mixers] == [True, True, True, False] * 12
+    assert [mixer.chunk for mixer in mixers] == [8192, 8192, 8192, None] * 12
+    assert mixers[0].qk_norm == QKNorm(norm=Norm(eps=1e-5, weight="none"), after_rope=True)
+    assert mixers[0].rope.pairing == "neighbours" and mixers[0].temperature is None
+    assert mixers[3].temperature == Temperature(slope=0.1, every=8192)
+    assert mixers[3].qk_norm is None
+    ffn = spec.layers[0].ffn
+    assert isinstance(ffn, Experts) and ffn.router.scales_input
+    assert (ffn.count, ffn.router.per_token, ffn.shared) == (16, 1, Mlp(width=8192, act="silu"))
+
+
+def test_llama4_layers_that_differ_are_those_that_the_file_names():
+    other = read(
+        LLAMA4, interleave_moe_layer_step=2, num_hidden_layers=4, no_rope_layers=[0, 1] * 2
+    )
+    assert [isinstance(layer.ffn, Experts) for layer in other.layers] == [False, True] * 2
+    assert [layer.mixer.chunk for layer in other.layers] == [None, 8192] * 2
+    assert other.layers[0].ffn == Mlp(width=16384, act="silu")
+    with pytest.raises(ConfigError, match=r"no_rope_layers=\[1\] is not a list of 48 0s and 1s"):
+        read(LLAMA4, no_rope_layers=[1])
