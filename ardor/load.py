@@ -23,6 +23,7 @@ from ardor.files.weights import WeightFiles, open_weights
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
+from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
@@ -183,7 +184,10 @@ def _on_meta(
     rules.check(files.names(), str(path))
     with torch.device("meta"):
         decoder = Decoder(spec, attn=attn)
-    wanted = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+    for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
+        if name.endswith(".blocks"):
+            hold_mxfp4(decoder, name.removesuffix(".blocks"))
+    wanted = {name: tuple(held.shape) for name, held in state_of(decoder).items()}
     for rule in rules.plain:
         disk = rule.names[0]
         if (stored := files.dtype(disk)) not in WEIGHT_DTYPES:
@@ -211,14 +215,24 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
                 f"{files.directory}: config.json ties the head to the embedding, but "
                 f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
             )
-    left = [name for name, p in decoder.named_parameters() if p.is_meta]
+    left = [name for name, held in state_of(decoder).items() if held.is_meta]
     assert not left, f"no rule fills {left}"
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(owner)
-    module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    if leaf not in module._buffers:
+        module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        return
+    if tensor.dtype != (expected := module.get_buffer(leaf).dtype):
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, expected {expected}")
+    module.register_buffer(leaf, tensor.contiguous())
+
+
+def state_of(decoder: Decoder) -> dict[str, Tensor]:
+    """Everything that comes from files, by name: the parameters, and what is stored packed."""
+    return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
 
 
 def _text_home(adapter: Path, base: Path) -> Path:

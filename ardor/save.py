@@ -14,7 +14,7 @@ from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import write_weights
-from ardor.load import CONFIG, GENERATION, Model
+from ardor.load import CONFIG, GENERATION, Model, state_of
 from ardor.quant.linear import QuantizedLinear
 
 
@@ -71,7 +71,7 @@ def _write_weights(model: Model, directory: Path) -> None:
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
-    state = dict(model.decoder.named_parameters())
+    state = state_of(model.decoder)
     ours = model.rules.to_disk(lambda name: state[name].detach().cpu())
     write_weights(directory, chain(ours, model.kept.items()))
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")

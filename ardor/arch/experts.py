@@ -34,9 +34,9 @@ class Router(nn.Module):
         self.correction = nn.Parameter(torch.empty(count)) if spec.correction else None
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
-        """Scores are float32; sigmoid routers multiply in float32 too, as DeepSeek-V3 does."""
+        """Scores are float32; wide and sigmoid routers multiply in it too, as DeepSeek's do."""
         spec = self.spec
-        wide = x.float() if spec.score == "sigmoid" else x
+        wide = x.float() if spec.wide or spec.score == "sigmoid" else x
         bias = None if self.bias is None else self.bias.to(wide.dtype)
         logits = linear(wide, self.weight.to(wide.dtype), bias).float()
         if spec.score == "sparsemixer":
@@ -55,12 +55,12 @@ class Router(nn.Module):
         return Routing(weights * spec.scale, chosen, scores)
 
     def _within_groups(self, ranked: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-        """Zero outside the best groups. Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
+        """Least outside the best groups. Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2."""
         spec = self.spec
         grouped = ranked.unflatten(-1, (spec.groups, -1))  # (N, groups, E / groups)
         best = grouped.topk(2 if spec.group_score == "top2" else 1, -1).values.sum(-1)
         kept = torch.zeros_like(best).scatter(-1, best.topk(spec.kept_groups, -1).indices, 1.0)
-        return grouped.masked_fill(kept[..., None] == 0, 0.0).flatten(-2)
+        return grouped.masked_fill(kept[..., None] == 0, -torch.inf).flatten(-2)
 
     def _sparsemixer(self, logits: Float[Tensor, "N E"]) -> Routing:
         """The best expert, then the best of the rest; those far from the best do not count.

@@ -116,7 +116,7 @@ def rotation(
 
 def growth(temperature: Temperature, positions: Int[Tensor, "B T"]) -> Float[Tensor, "B 1 T 1"]:
     """What multiplies the queries at each position."""
-    passed = (positions // temperature.span).float()
+    passed = ((positions + temperature.first) // temperature.span).float()
     return (1.0 + temperature.slope * (1.0 + passed).log())[:, None, :, None]
 
 

@@ -109,13 +109,14 @@ class Rope:
 
 @spec
 class Temperature:
-    """Queries grow with their position: times 1 + slope * ln(1 + floor(position / span)).
+    """Queries grow with their position: times 1 + slope * ln(1 + floor(number / span)).
 
     Source: Nakanishi 2025, Scalable-Softmax, arXiv:2501.19399; in steps, Llama 4's model code.
     """
 
     slope: float
     span: int
+    first: int = 0  # the number of the first position
 
 
 @spec
@@ -182,6 +183,7 @@ class Router:
     kept_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     jitter: float = 0.0  # sparsemixer: how near is near
+    wide: bool = False  # its scores are float32 products (those of sigmoid are anyway)
     scales_input: bool = False  # the weight multiplies what an expert reads, not what it gives
 
 

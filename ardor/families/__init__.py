@@ -7,6 +7,8 @@ from typing import Any
 from ardor.errors import ConfigError
 from ardor.families.bloom import BLOOM
 from ardor.families.cohere import COHERE, COHERE2
+from ardor.families.deepseek_v2 import DEEPSEEK_V2
+from ardor.families.deepseek_v3 import DEEPSEEK_V3
 from ardor.families.exaone4 import EXAONE4
 from ardor.families.falcon import FALCON
 from ardor.families.family import Family
@@ -17,9 +19,11 @@ from ardor.families.glm import GLM, GLM4
 from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
 from ardor.families.gpt_neox import GPT_NEOX
+from ardor.families.gpt_oss import GPT_OSS
 from ardor.families.gptj import GPTJ
 from ardor.families.granite import GRANITE
 from ardor.families.llama import LLAMA
+from ardor.families.llama4 import LLAMA4_TEXT
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ardor.families.mpt import MPT
 from ardor.families.nemotron import NEMOTRON
@@ -70,6 +74,10 @@ FAMILIES: dict[str, Family] = {
     "glm": GLM,
     "glm4": GLM4,
     "exaone4": EXAONE4,
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v2": DEEPSEEK_V2,
+    "gpt_oss": GPT_OSS,
+    "llama4_text": LLAMA4_TEXT,
 }
 
 

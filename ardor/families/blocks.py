@@ -120,12 +120,16 @@ def rms(hf: HFConfig, default: float = 1e-6, **keys: Any) -> Norm:
     return Norm(kind="rms", eps=hf.number("rms_norm_eps", default), **keys)
 
 
-def read_layer_types(hf: HFConfig, sliding: Callable[[int], bool]) -> tuple[str, ...]:
+def read_layer_types(
+    hf: HFConfig, sliding: Callable[[int], bool], local: str = "sliding_attention"
+) -> tuple[str, ...]:
     """`layer_types`, one per layer; where the file is silent, as `sliding` says of each index.
+
+    `local` is the kind of those that do not read everything.
 
     Raises: ConfigError for another kind or a wrong number of them.
     """
-    count, known = hf.count("num_hidden_layers"), ("full_attention", "sliding_attention")
+    count, known = hf.count("num_hidden_layers"), ("full_attention", local)
     found = hf.take("layer_types", [known[sliding(i)] for i in range(count)])
     if not isinstance(found, list) or len(found) != count:
         raise ConfigError(f"{hf.path}: layer_types={found!r} is not a list of {count} kinds")

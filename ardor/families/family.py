@@ -19,13 +19,15 @@ class Family:
     write: Callable[[Decoder], dict[str, Any]] | None = None
     # Python files in its repositories that compute the same; config.json may name them (auto_map)
     code: tuple[str, ...] = ()
+    # ways of quantization in which its checkpoints may come (quant_method)
+    packed: tuple[str, ...] = ()
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code)
+        refuse_foreign(hf, self.code, self.packed)
         spec = self.read(hf)
         hf.finish(HARMLESS)
         return spec
@@ -91,9 +93,14 @@ ACT_NAMES: dict[Act, str] = {
 }
 
 
-def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = ()) -> None:
+def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
-    hf.require("quantization_config", None, "load the original weights, and quantize them here")
+    section = hf.section("quantization_config")
+    if section is not None and section.take("quant_method", None) in packed:
+        section.take("modules_to_not_convert", None)  # the names of the tensors tell
+        section.finish({})
+    else:
+        hf.require("quantization_config", None, "load the original weights, and quantize them here")
     if not _files_of(hf.take("auto_map", {})) <= {*code}:
         hf.require("auto_map", None, "it names Python code in the repository, which is never run")
     hf.require("is_encoder_decoder", False, "only decoders are")

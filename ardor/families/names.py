@@ -45,7 +45,18 @@ class AllExperts:
     bias: str = "_bias"  # added to the name
 
 
-Place = str | Joined | PerExpert | AllExperts
+@_value
+class PackedExperts:
+    """A map of all experts as blocks of small numbers, each block with a scale (MXFP4).
+
+    `name`_blocks is [E, out, blocks, bytes] and `name`_scales [E, out, blocks]; `name`_bias.
+    """
+
+    name: str
+    order: Order = "parts"
+
+
+Place = str | Joined | PerExpert | AllExperts | PackedExperts
 Table = Mapping[str | tuple[str, ...], Place | tuple[Place, ...]]
 """Our module (or several that are joined, or a bare parameter) -> its place under theirs.
 
@@ -131,6 +142,15 @@ class Names:
                         groups=_groups(place.order, layer, outputs),
                         axis=1,
                     )
+                case PackedExperts():
+                    for kind in ("blocks", "scales") if parameter == "weight" else ("bias",):
+                        yield Rule(
+                            f"{disk}_{kind}",
+                            tuple(f"{name}.{kind}" for name in names),
+                            sizes=outputs,
+                            groups=_groups(place.order, layer, outputs),
+                            axis=1,
+                        )
                 case Joined():
                     yield Rule(
                         f"{disk}.{parameter}",

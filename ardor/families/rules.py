@@ -149,6 +149,7 @@ class Ignorable:
     pattern: str  # matches the whole name, without the family's prefix
     reason: str
     kept: bool = False  # saved again as they were, for others to read
+    beside: str | None = None  # only if this one is there too, without the prefix
 
 
 class Account(NamedTuple):
@@ -156,7 +157,7 @@ class Account(NamedTuple):
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-    ignored: Mapping[str, str]  # name -> reason
+    ignored: Mapping[str, Ignorable]  # name -> why
 
 
 @_value
@@ -197,22 +198,26 @@ class Rules:
         names = frozenset(disk_names)
         wanted = tuple(name for rule in self.plain for name in rule.names)
         known = {*wanted} | ({self.tied_head.disk} if self.tied_head is not None else set())
-        found = ((name, self._ignorable(name)) for name in sorted(names - known))
-        ignored = {name: entry.reason for name, entry in found if entry is not None}
+        found = {name: self._ignorable(name, names) for name in sorted(names - known)}
+        ignored = {name: entry for name, entry in found.items() if entry is not None}
         return Account(
             missing=tuple(name for name in wanted if name not in names),
-            unexpected=tuple(sorted(names - known - ignored.keys())),
+            unexpected=tuple(name for name in found if name not in ignored),
             ignored=ignored,
         )
 
     def kept(self, disk_names: Iterable[str]) -> tuple[str, ...]:
         """The names of tensors that no rule reads, but that belong in a copy of the checkpoint."""
-        found = ((name, self._ignorable(name)) for name in disk_names)
-        return tuple(name for name, entry in found if entry is not None and entry.kept)
+        ignored = self.account(disk_names).ignored
+        return tuple(name for name, entry in ignored.items() if entry.kept)
 
-    def _ignorable(self, name: str) -> Ignorable | None:
+    def _ignorable(self, name: str, names: frozenset[str]) -> Ignorable | None:
         bare = name.removeprefix(self.prefix)
-        return next((e for e in self.ignorable if re.fullmatch(e.pattern, bare)), None)
+        for entry in self.ignorable:
+            there = entry.beside is None or {entry.beside, self.prefix + entry.beside} & names
+            if there and re.fullmatch(entry.pattern, bare):
+                return entry
+        return None
 
     def check(self, disk_names: Iterable[str], where: str) -> None:
         """Refuse a checkpoint that lacks a tensor, or holds one that nothing reads.

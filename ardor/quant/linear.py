@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _DequantizedLinear.apply(x, self.quantized, bias)
+        return DequantizedLinear.apply(x, self.quantized, bias)
 
     def extra_repr(self) -> str:
         format = "nf4" if self.nested_absmax is None else "nf4-dq"
@@ -175,14 +175,21 @@ def quantize_decoder(
     return replaced
 
 
-class _DequantizedLinear(torch.autograd.Function):
-    """F.linear that remembers the quantized weight in place of the dense one."""
+@runtime_checkable
+class Quantized(Protocol):
+    """A weight of some format, which can say what its numbers are."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
+
+
+class DequantizedLinear(torch.autograd.Function):
+    """F.linear that remembers the quantized weight in place of the dense one; frozen."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Float[Tensor, "*rows in"],
-        weight: NF4Weight,
+        weight: Quantized,
         bias: Float[Tensor, "out"] | None,
     ) -> Float[Tensor, "*rows out"]:
         ctx.weight = weight

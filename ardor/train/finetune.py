@@ -14,6 +14,7 @@ from ardor.errors import ConfigError
 from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
+from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
@@ -169,6 +170,11 @@ def _make_trainable(config: Finetune, model: Model, template_added: bool) -> Non
 
 def _require_grad(config: Finetune, model: Model) -> None:
     if config.method == "full":
+        if any(isinstance(module, MXFP4Experts) for module in model.decoder.modules()):
+            raise ConfigError(
+                f"the experts of {config.model} are stored in MXFP4, which full fine-tuning cannot "
+                "change; use --method lora, or a checkpoint of bfloat16 weights"
+            )
         for parameter in model.decoder.parameters():
             # What a file is mapped to must not be written to.
             parameter.data = parameter.data.clone()

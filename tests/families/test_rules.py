@@ -108,7 +108,9 @@ def test_a_long_list_of_names_is_cut():
 def test_buffers_are_ignored_with_their_reason():
     for prefix in ("body.", ""):
         account = RULES.account((*NAMES, f"{prefix}fused.mask"))
-        assert account.ignored == {f"{prefix}fused.mask": "a mask"}
+        assert {n: e.reason for n, e in account.ignored.items()} == {
+            f"{prefix}fused.mask": "a mask"
+        }
         assert not account.unexpected
     assert RULES.account(("body.fused.mask.extra",)).unexpected == ("body.fused.mask.extra",)
 
@@ -159,3 +161,16 @@ def test_linear_maps_and_the_embedding_know_their_place_on_disk():
         "b_proj": ("body.fused", 1, 3, True, 1),
         "c_proj": ("body.fused", 2, 3, True, 1),
     }
+
+
+def test_a_layer_is_ignored_only_beside_what_marks_it_and_is_kept():
+    drafting = Ignorable(
+        pattern=r"layers\.2\..*", beside="layers.2.mark", reason="drafts", kept=True
+    )
+    rules = replace(RULES, ignorable=(drafting,))
+    alone = (*NAMES, "body.layers.2.up")
+    assert rules.account(alone).unexpected == ("body.layers.2.up",)
+    assert not rules.kept(alone)
+    marked = (*alone, "body.layers.2.mark")
+    assert not rules.account(marked).unexpected
+    assert {*rules.kept(marked)} == {"body.layers.2.up", "body.layers.2.mark"}

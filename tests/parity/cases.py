@@ -1,11 +1,20 @@
 """Configurations of every family, by "family: what is special"; each file holds some families."""
 
-from . import cases_alibi, cases_classic, cases_gemma, cases_llama, cases_llamas, cases_olmo
+from . import (
+    cases_alibi,
+    cases_classic,
+    cases_deep,
+    cases_gemma,
+    cases_llama,
+    cases_llamas,
+    cases_olmo,
+)
 from .peer import Case
 
 CASES: dict[str, Case] = {
     **cases_alibi.CASES,
     **cases_classic.CASES,
+    **cases_deep.CASES,
     **cases_gemma.CASES,
     **cases_llama.CASES,
     **cases_llamas.CASES,

@@ -1,0 +1,48 @@
+"""What the files of such models hold beside the usual: other dtypes, and layers for drafting."""
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import ardor
+from ardor.files.json import read_json
+
+from .cases import CASES
+from .peer import contents, logits, peer, reloaded, saved, tokens
+
+V3 = CASES["deepseek_v3: groups, two kinds of layers"]
+
+
+def test_a_float32_correction_stays_so_among_bfloat16_weights(tmp_path):
+    theirs = peer(V3).bfloat16()
+    before = saved(theirs, tmp_path / "before")
+    weights = load_file(before / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("e_score_correction_bias"):
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2))
+            weights[name] = 0.3 * noise  # float32, which bfloat16 could not hold
+    save_file(weights, before / "model.safetensors", metadata={"format": "pt"})
+    lm = ardor.load(before)
+    held = lm.model.decoder.layers[1].ffn.router.correction
+    assert held.dtype == torch.float32 and not torch.equal(held, held.bfloat16().float())
+    lm.save(tmp_path / "after")
+    assert contents(tmp_path / "after") == contents(before)
+    theirs = reloaded(before, V3).float()  # they keep it too
+    whole = ardor.load(before, dtype="float32").logits(tokens())
+    torch.testing.assert_close(whole, logits(theirs, tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_draft_are_left_out_and_the_saved_config_says_so(tmp_path):
+    before = saved(peer(V3), tmp_path / "before")
+    plain = contents(before)
+    weights = load_file(before / "model.safetensors")
+    for name in ("eh_proj.weight", "self_attn.o_proj.weight", "shared_head.norm.weight"):
+        weights[f"model.layers.3.{name}"] = torch.ones(2, 2)
+    save_file(weights, before / "model.safetensors", metadata={"format": "pt"})
+    assert read_json(before / "config.json")["num_nextn_predict_layers"] == 1
+    ardor.load(before).save(tmp_path / "after")
+    assert contents(tmp_path / "after") == plain
+    saved_config = read_json(tmp_path / "after" / "config.json")
+    assert saved_config == {
+        **read_json(before / "config.json"),
+        "num_nextn_predict_layers": 0,
+    }
