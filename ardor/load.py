@@ -91,9 +91,8 @@ def load_model(
     quantization = quantization or origin.quantization
     found = resolve(origin.base, revision or origin.revision)
     files = open_weights(found.path)
-    raw, family, rules, decoder = _on_meta(
-        found.path, files, backend_for(attn_implementation, torch.device(device))
-    )
+    attn = backend_for(attn_implementation, torch.device(device))
+    raw, family, rules, decoder = _on_meta(found.path, files, attn)
     _fill(decoder, files, rules)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(dtype, stored, torch.device(device))
@@ -125,11 +124,7 @@ def load_model(
         quantization=None if quantization == "none" else quantization,
         adapter=lora,
         kept={name: files.read(name) for name in rules.kept(files.names())},
-        texts={
-            file.name: read_text(file)
-            for file in (found.path / CONFIG, text / GENERATION)
-            if file.exists()
-        },
+        texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
 
@@ -258,6 +253,10 @@ def stops_of(
     return StopSet.gather(
         tokenizer, template=template, generation_config=generation_config, config=config
     )
+
+
+def _texts(*files: Path) -> dict[str, str]:
+    return {file.name: read_text(file) for file in files if file.exists()}
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
