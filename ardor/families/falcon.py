@@ -9,12 +9,12 @@ Source: Almazrouei et al. 2023, arXiv:2311.16867; transformers 5.23, models/falc
 from ardor.arch.spec import Decoder, Layer, Mlp, Norm
 from ardor.errors import ConfigError
 from ardor.families.alibi import alibi_slopes
-from ardor.families.blocks import INVERSE_FREQUENCIES, Heads, attention, read_decoder
+from ardor.families.blocks import Heads, attention, read_decoder
 from ardor.families.family import ACTS, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Joined, Names, Table
 from ardor.families.rope import read_rope
-from ardor.families.rules import Ignorable, Rules
+from ardor.families.rules import Rules
 
 _LAYER: Table = {
     # One kv head: block after block. As many as heads: head by head. The 40B's groups are between.
@@ -37,13 +37,6 @@ def _names(norms: Table) -> Names:
             "norm": "transformer.ln_f",
             "lm_head": "lm_head",
         },
-        ignorable=(
-            INVERSE_FREQUENCIES,
-            Ignorable(
-                pattern=r"h\.\d+\.self_attention\.(maybe_rotary|rotary_emb)\.inv_freq",
-                reason="computed from rope_theta; the first files hold it",
-            ),
-        ),
     )
 
 
@@ -81,7 +74,7 @@ def _read(hf: HFConfig) -> Decoder:
         num_attention_heads="n_head",
         num_kv_heads="n_head_kv",
     )
-    old = hf.raw["model_type"] != "falcon"  # then what is not there is off
+    old = hf.take("model_type", "falcon") != "falcon"  # then what is not there is off
     grouped = hf.flag("new_decoder_architecture", old and "n_head_kv" in hf.raw)
     alone, parallel = hf.flag("multi_query", not old), hf.flag("parallel_attn", not old)
     found = _read_heads(hf, grouped, alone)
@@ -105,7 +98,7 @@ def _read(hf: HFConfig) -> Decoder:
             out_bias=bias,
         ),
         ffn=Mlp(
-            width=hf.count("ffn_hidden_size", 4 * found.width),
+            width=hf.count("ffn_hidden_size", hf.count("ff_factor", 4) * found.width),
             act=hf.choice("activation", ACTS, "gelu"),
             gated=False,
             bias=bias,

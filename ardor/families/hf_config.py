@@ -28,9 +28,9 @@ class HFConfig:
         for key, other in names.items():
             if (value := self.take(other, None)) is None:
                 continue
-            if self.take(key, value) != value:
+            if (own := self.take(key, value)) != value:
                 raise ConfigError(
-                    f"{self.path}: {key}={self.raw[key]!r} and {other}={value!r} mean the same; "
+                    f"{self.path}: {key}={own!r} and {other}={value!r} mean the same; "
                     "remove the one that is wrong"
                 )
             self._names[key] = other

@@ -65,6 +65,19 @@ def test_sdpa_equals_the_reference_on_a_cache(past, new):
     )
 
 
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize(
+    "layout", [Packed(((300,), (100, 200))), Cached((280, 297), 3), Cached((0, 0), 300)]
+)
+def test_blocks_have_the_alibi_of_the_reference(layout, coarse):
+    q, k, v = qkv(2, 3 if isinstance(layout, Cached) and layout.past[0] else 300, 300)
+    scores = Scores(0.7, alibi=(0.7, 0.1, 0.03, 0.3, 0.01, 0.9), alibi_coarse=coarse)
+    ours = sdpa(q, k, v, layout, scores)
+    torch.testing.assert_close(ours, eager(q, k, v, layout, scores), rtol=1e-5, atol=1e-5)
+    other = eager(q, k, v, layout, scores._replace(alibi_coarse=not coarse))
+    assert (ours - other).abs().max() > 0.1
+
+
 def test_masked_out_document_blocks_are_never_computed(monkeypatch):
     seen = []
     real = F.scaled_dot_product_attention

@@ -89,3 +89,15 @@ def test_a_changed_file_keeps_its_order_and_its_other_keys():
     hf = HFConfig(json.loads(text), path="config.json", text=text)
     assert hf.written({"b": 2}) == '{\n  "b": 2,\n  "a": null,\n  "é": [\n    1.0\n  ]\n}\n'
     assert json.loads(hf.written({"new": 3, "b": None})) == {"a": None, "é": [1.0], "new": 3}
+
+
+def test_a_key_may_have_another_name():
+    hf = config(n_embd=3, n_layer=None)
+    hf.alias(hidden_size="n_embd", num_hidden_layers="n_layer", num_heads="n_head")
+    assert hf.count("hidden_size") == 3 and hf.count("num_hidden_layers", 2) == 2
+    hf.finish({})
+    same = config(n_embd=3, hidden_size=3)
+    same.alias(hidden_size="n_embd")
+    same.finish({})
+    with pytest.raises(ConfigError, match="hidden_size=4 and n_embd=3 mean the same"):
+        config(n_embd=3, hidden_size=4).alias(hidden_size="n_embd")
