@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ardor.errors import ConfigError
+from ardor.families.arcee import ARCEE
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "granite": GRANITE,
     "seed_oss": SEED_OSS,
+    "arcee": ARCEE,
 }
 
 

@@ -94,7 +94,9 @@ ACT_NAMES: dict[Act, str] = {
 def refuse_foreign(hf: HFConfig, published_as_code: bool = False) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     hf.require("quantization_config", None, "load the original weights, and quantize them here")
-    if hf.take("auto_map", None) is not None and not published_as_code:
+    if published_as_code:
+        hf.take("auto_map", None)  # transformers passes over it, too
+    else:
         hf.require("auto_map", None, "it names Python code in the repository, which is never run")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
