@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ardor.errors import ConfigError
+from ardor.families.arcee import ARCEE
 from ardor.families.bloom import BLOOM
 from ardor.families.cohere import COHERE, COHERE2
 from ardor.families.deepseek_v2 import DEEPSEEK_V2
@@ -78,6 +79,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
     "gpt_oss": GPT_OSS,
     "llama4_text": LLAMA4_TEXT,
+    "arcee": ARCEE,
 }
 
 

@@ -45,7 +45,9 @@ def _read(hf: HFConfig) -> Decoder:
         max_positions=max_positions,
         partial=1.0,
         original=4096,
-        aliases={"su": "longrope", "yarn": "longrope"},  # what early files call it
+        # What early files call it; "su" transformers 5.23 itself no longer reads, unless the
+        # object repeats original_max_position_embeddings.
+        aliases={"su": "longrope", "yarn": "longrope"},
     )
     window = hf.optional_count("sliding_window")
     layer = Layer(mixer=attention(found, rope, window=window), ffn=read_mlp(hf), norm=rms(hf, 1e-5))

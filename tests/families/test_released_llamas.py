@@ -239,6 +239,32 @@ SEED_OSS: dict[str, Any] = {  # ByteDance-Seed/Seed-OSS-36B-Instruct
     "use_cache": True,
     "vocab_size": 155136,
 }
+AFM = {  # arcee-ai/AFM-4.5B
+    **MISTRAL_7B,
+    "architectures": ["ArceeForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "relu2",
+    "hidden_size": 2560,
+    "intermediate_size": 18432,
+    "max_position_embeddings": 65536,
+    "mlp_bias": False,
+    "model_type": "arcee",
+    "num_attention_heads": 20,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 20.0,
+        "mscale": 1.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
+    "vocab_size": 128004,
+}
 MINISTRAL3: dict[str, Any] = {  # the language model of mistralai/Ministral-3-8B-Base-2512
     "attention_dropout": 0.0,
     "head_dim": 128,
@@ -356,6 +382,13 @@ def test_seed_oss():
     mixer = read(SEED_OSS).layers[0].mixer
     assert (mixer.heads, mixer.head_width, mixer.qkv_bias, mixer.out_bias) == (80, 128, True, False)
     assert mixer.rope == Rope(theta=1e7, rotated=128)
+
+
+def test_arcee():
+    layer = read(AFM).layers[0]
+    assert (layer.ffn.act, layer.ffn.gated) == ("relu2", False)
+    assert layer.mixer.rope is not None and isinstance(layer.mixer.rope.scaling, YarnScaling)
+    assert layer.mixer.rope.scaling.attention_factor == 0.1 * math.log(20) + 1
 
 
 def test_ministral3():

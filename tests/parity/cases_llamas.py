@@ -165,4 +165,15 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "arcee: grouped": Case("arcee", {"num_key_value_heads": 1, "head_dim": 10}),
+    "arcee: biases, yarn": Case(
+        "arcee",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "yarn", "mscale": 1.0, **YARN},
+            "rope_theta": 100.0,
+        },
+    ),
 }
