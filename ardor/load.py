@@ -217,12 +217,13 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(owner)
-    if leaf not in module._buffers:
+    packed = dict(module.named_buffers(recurse=False)).get(leaf)
+    if packed is None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
-        return
-    if tensor.dtype != (expected := module.get_buffer(leaf).dtype):
-        raise CheckpointError(f"{name} is stored as {tensor.dtype}, expected {expected}")
-    module.register_buffer(leaf, tensor.contiguous())
+    elif tensor.dtype != packed.dtype:
+        raise CheckpointError(f"{name} is stored as {tensor.dtype}, expected {packed.dtype}")
+    else:
+        module.register_buffer(leaf, tensor.contiguous())
 
 
 def state_of(decoder: Decoder) -> dict[str, Tensor]:

@@ -51,7 +51,8 @@ def read_deepseek(
         hf.take(key, None)  # transformers derives them from the widths of queries and keys
     mixer = read_latent_attention(hf, heads, max_positions)
     layer = Layer(mixer=mixer, ffn=dense, norm=rms(hf))
-    first, count = hf.take("first_k_dense_replace", dense_layers), hf.count("num_hidden_layers")
+    first = int(hf.number("first_k_dense_replace", dense_layers))
+    count = hf.count("num_hidden_layers")
     return read_decoder(
         hf,
         Heads(width, heads, heads, width // heads),

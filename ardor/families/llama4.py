@@ -107,8 +107,10 @@ def _turning_layers(hf: HFConfig) -> tuple[bool, ...]:
 
 
 def _layers_with_experts(hf: HFConfig) -> frozenset[int]:
-    step = hf.count("interleave_moe_layer_step", 1)
-    found = hf.take("moe_layers", list(range(step - 1, hf.count("num_hidden_layers"), step)))
+    step, count = hf.count("interleave_moe_layer_step", 1), hf.count("num_hidden_layers")
+    found: Any = hf.take("moe_layers", list(range(step - 1, count, step)))
+    if not isinstance(found, list) or not {*found} <= {*range(count)}:
+        raise ConfigError(f"{hf.path}: moe_layers={found!r} are not indices of {count} layers")
     return frozenset(found)
 
 
