@@ -17,7 +17,10 @@ from ardor.arch.flash import flash_attention_2, why_not
 from ardor.arch.flex import flex
 from ardor.arch.layout import Cached, Layout, Packed
 from ardor.errors import ConfigError, ShapeError
-from ardor.kernels.attention import attend_last, takes
+from ardor.kernels.attention import attend_last
+from ardor.kernels.attention import takes as last_takes
+from ardor.kernels.flash import flash
+from ardor.kernels.flash import takes as flash_takes
 
 
 def attend(
@@ -159,9 +162,12 @@ def _causal(
             x.transpose(1, 2).reshape(count, length, x.shape[1], -1).transpose(1, 2)
             for x in (q, k, v)
         )
-    out = F.scaled_dot_product_attention(
-        q, *_shared(k, v, heads), is_causal=length > 1, scale=scale
-    )
+    if flash_takes(q, k, v):
+        out = flash(q, k, v, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, *_shared(k, v, heads), is_causal=length > 1, scale=scale
+        )
     if count != rows:
         out = out.transpose(1, 2).reshape(rows, -1, heads, out.shape[-1]).transpose(1, 2)
     return out
@@ -173,7 +179,7 @@ def _sdpa_cached(
     B, H, T, d = q.shape
     if layout.even and layout.past[0] == 0:
         return _causal(q, k, v, (0, B, T), scale)
-    if takes(q, k, v):
+    if last_takes(q, k, v):
         return attend_last(q, k, v, [past + 1 for past in layout.past], scale=scale)
     if T == 1:
         # The heads of a group read the same keys: as rows of one query block nothing is copied.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 HEADERS = ("scalar.h",)
-SOURCES = ("attention.c", "gate.c", "matvec.c", "norm.c", "rotate.c")
+SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "norm.c", "rotate.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 
@@ -33,6 +33,9 @@ SIGNATURES = {
     "silu_gate_backward_{}": "pppppni",
     "attend_last_scratch": "nnn>n",
     "attend_last_{}": "ppppppnnnnnnnnfi",
+    "flash_scratch": "nn>n",
+    "flash_forward": "ppppppnnnnnfi",
+    "flash_backward": "ppppppppppnnnnnfi",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
@@ -79,6 +82,8 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     for template, signature in SIGNATURES.items():
         letters, _, result = signature.partition(">")
         for name in {template.format(dtype) for dtype in NAMES.values()}:
+            if not hasattr(functions, name):  # flash.c is for some processors only
+                continue
             function = getattr(functions, name)
             function.argtypes = [TYPES[letter] for letter in letters]
             function.restype = TYPES.get(result)
