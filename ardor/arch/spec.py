@@ -120,7 +120,8 @@ class Attention:
     sinks: bool = False  # a trained score per head that takes weight and gives nothing
     alibi: tuple[float, ...] | None = None  # per head: added per position of distance
     qk_norm: QKNorm | None = None
-    clip: float | None = None  # queries, keys and values are cut to [-clip, clip]
+    # queries, keys and values are cut to [-clip, clip], after a norm over their whole width
+    clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -210,3 +211,4 @@ class Decoder:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    balance: float = 0.0  # times how unevenly experts are chosen, added to the loss in training

@@ -8,12 +8,23 @@ from ardor.errors import ConfigError
 from ardor.families.family import Family
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gpt2 import GPT2
+from ardor.families.granite_moe import GRANITE_MOE
 from ardor.families.llama import LLAMA
+from ardor.families.mixtral import MIXTRAL
+from ardor.families.olmoe import OLMOE
+from ardor.families.phimoe import PHIMOE
+from ardor.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gemma2": GEMMA2,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
+    "granitemoe": GRANITE_MOE,
+    "phimoe": PHIMOE,
 }
 
 

@@ -17,13 +17,15 @@ class Family:
     name_tensors: Callable[[Decoder], Rules]
     # None: its models are loaded and saved with the config that came with them, not made here
     write: Callable[[Decoder], dict[str, Any]] | None = None
+    # Python files in its repositories that compute the same; config.json may name them (auto_map)
+    code: tuple[str, ...] = ()
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf)
+        refuse_foreign(hf, self.code)
         spec = self.read(hf)
         hf.finish(HARMLESS)
         return spec
@@ -89,14 +91,23 @@ ACT_NAMES: dict[Act, str] = {
 }
 
 
-def refuse_foreign(hf: HFConfig) -> None:
+def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = ()) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     hf.require("quantization_config", None, "load the original weights, and quantize them here")
-    hf.require("auto_map", None, "it names Python code in the repository, which is never run")
+    if not _files_of(hf.take("auto_map", {})) <= {*code}:
+        hf.require("auto_map", None, "it names Python code in the repository, which is never run")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")
     hf.require("per_layer_config", None, "layers are all alike in this family")
+
+
+def _files_of(auto_map: Any) -> set[str]:
+    """The Python files, without their ending, that an auto_map takes classes of models from."""
+    if not isinstance(auto_map, Mapping):
+        return {repr(auto_map)}
+    named = {str(place) for kind, place in auto_map.items() if kind != "AutoTokenizer"}
+    return {place.rpartition("--")[2].partition(".")[0] for place in named}
 
 
 _NAMING = "says where the checkpoint is from, not what it computes"

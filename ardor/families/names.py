@@ -45,7 +45,14 @@ class AllExperts:
     bias: str = "_bias"  # added to the name
 
 
-Place = str | Joined | PerExpert | AllExperts
+@_value
+class Apart:
+    """A place of its own for each of several modules of ours: the alternative to a joined one."""
+
+    places: tuple["Place", ...]
+
+
+Place = str | Joined | PerExpert | AllExperts | Apart
 Table = Mapping[str | tuple[str, ...], Place | tuple[Place, ...]]
 """Our module (or several that are joined, or a bare parameter) -> its place under theirs.
 
@@ -106,6 +113,10 @@ class Names:
     ) -> Iterator[Rule | Stack]:
         first = next(iter(members.values()))
         names = tuple(members)
+        if isinstance(place, Apart):
+            for (name, module), own in zip(members.items(), place.places, strict=True):
+                yield from self._place(own, theirs, {name: module}, layer)
+            return
         if isinstance(place, str):
             transposed = self.transposed and first.outputs is not None
             yield from _alone(theirs + place, names[0], first, transposed)
