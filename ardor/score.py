@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ardor.arch.decoder import Decoder
+from ardor.arch.experts import Routing
 from ardor.arch.layout import Packed
 from ardor.data.batches import Batch
 from ardor.errors import ShapeError
@@ -71,10 +72,14 @@ def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
     return torch.cat(found).tolist()
 
 
-def document_loss(decoder: Decoder, batch: Batch) -> LossSum:
-    """Summed nats of a ragged row of documents; no position reads another document."""
+def document_loss(decoder: Decoder, batch: Batch, routings: list[Routing] | None = None) -> LossSum:
+    """Summed nats of a ragged row of documents; no position reads another document.
+
+    `routings` takes what each layer's router decided, for a loss of its own.
+    """
     device = decoder.device
-    hidden = decoder.hidden(batch.tokens.to(device), Packed((batch.lengths,)))
+    tokens, layout = batch.tokens.to(device), Packed((batch.lengths,))
+    hidden = decoder.hidden(tokens, layout, routings=routings)
     return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.head_parts())
 
 

@@ -87,10 +87,10 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T inner"], normalise: nn.Module | None, turn: Rotation | None
     ) -> Float[Tensor, "B H T d"]:
         spec, qk = self.spec, self.spec.qk_norm
-        if spec.clip is not None:
-            x = x.clamp(-spec.clip, spec.clip)
         if normalise is not None and qk is not None and qk.over == "width":
             x, normalise = normalise(x), None
+        if spec.clip is not None:
+            x = x.clamp(-spec.clip, spec.clip)
         x = x.unflatten(-1, (-1, spec.head_width))
         if normalise is not None and qk is not None and not qk.after_rope:
             x, normalise = normalise(x), None

@@ -134,7 +134,8 @@ class Attention:
     alibi_coarse: bool = False  # slope times key position, in bfloat16, before the scale (Falcon)
     qk_norm: QKNorm | None = None
     temperature: Temperature | None = None
-    clip: float | None = None  # queries, keys and values are cut to [-clip, clip]
+    # queries, keys and values are cut to [-clip, clip], after a norm over their whole width
+    clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -226,3 +227,4 @@ class Decoder:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    balance: float = 0.0  # times how unevenly experts are chosen, added to the loss in training

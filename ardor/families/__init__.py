@@ -23,16 +23,21 @@ from ardor.families.gpt_neox import GPT_NEOX
 from ardor.families.gpt_oss import GPT_OSS
 from ardor.families.gptj import GPTJ
 from ardor.families.granite import GRANITE
+from ardor.families.granite_moe import GRANITE_MOE
 from ardor.families.llama import LLAMA
 from ardor.families.llama4 import LLAMA4_TEXT
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT
 from ardor.families.nemotron import NEMOTRON
 from ardor.families.olmo import OLMO, OLMO2, OLMO3
+from ardor.families.olmoe import OLMOE
 from ardor.families.opt import OPT
 from ardor.families.phi import PHI
 from ardor.families.phi3 import PHI3
+from ardor.families.phimoe import PHIMOE
 from ardor.families.qwen import QWEN2, QWEN3
+from ardor.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from ardor.families.seed_oss import SEED_OSS
 from ardor.families.smollm3 import SMOLLM3
 from ardor.families.stablelm import STABLELM
@@ -80,6 +85,12 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": GPT_OSS,
     "llama4_text": LLAMA4_TEXT,
     "arcee": ARCEE,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": QWEN3_MOE,
+    "olmoe": OLMOE,
+    "granitemoe": GRANITE_MOE,
+    "phimoe": PHIMOE,
 }
 
 

@@ -56,7 +56,14 @@ class PackedExperts:
     order: Order = "parts"
 
 
-Place = str | Joined | PerExpert | AllExperts | PackedExperts
+@_value
+class Apart:
+    """A place of its own for each of several modules of ours: the alternative to a joined one."""
+
+    places: tuple["Place", ...]
+
+
+Place = str | Joined | PerExpert | AllExperts | PackedExperts | Apart
 Table = Mapping[str | tuple[str, ...], Place | tuple[Place, ...]]
 """Our module (or several that are joined, or a bare parameter) -> its place under theirs.
 
@@ -119,6 +126,10 @@ class Names:
     ) -> Iterator[Rule | Stack]:
         first = next(iter(members.values()))
         names = tuple(members)
+        if isinstance(place, Apart):
+            for (name, module), own in zip(members.items(), place.places, strict=True):
+                yield from self._place(own, theirs, {name: module}, layer)
+            return
         if isinstance(place, str):
             transposed = self.transposed and first.outputs is not None
             yield from _alone(theirs + place, names[0], first, transposed)

@@ -289,7 +289,8 @@ def disk_linears(rules: Rules) -> dict[str, DiskPart]:
         for rule in rules.plain
         if isinstance(rule, Rule) and rule.axis == 0
         for part, name in enumerate(rule.memory)
-        if name.endswith("_proj.weight") or name in ("lm_head.weight", "embed_tokens.weight")
+        if name.endswith(("_proj.weight", "shared_gate.weight"))
+        or name in ("lm_head.weight", "embed_tokens.weight")
     }
 
 

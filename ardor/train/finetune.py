@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
@@ -57,6 +58,7 @@ def prepare(config: Finetune) -> Run:
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            *_experts_note(model, config),
         ),
     )
     run.opening = _opening(rows[0])
@@ -203,3 +205,19 @@ def _described(model: Model, config: Finetune) -> str:
     held = sum(t.nbytes for t in (*parameters, *model.decoder.buffers()))
     text = f"{config.method}, {trained / 1e6:.2f} M trained parameters, {held / 2**20:.0f} MiB"
     return text + (f", base in {model.quantization}" if model.quantization else "")
+
+
+def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:
+    """What becomes of experts, where a model has any."""
+    modules = model.decoder.modules()
+    held = [p for m in modules if isinstance(m, ExpertLinear | Router) for p in m.parameters()]
+    if not held:
+        return ()
+    fate = {
+        "full": "trained",
+        "lora": "frozen: an adapter has no place on weights that are stacked",
+        "qlora": "frozen and not quantized: neither has a place on weights that are stacked",
+    }[config.method]
+    millions, balance = sum(p.numel() for p in held) / 1e6, model.decoder.spec.balance
+    added = f"; {balance:g} x their load-balancing loss is minimised with the rest"
+    return (f"experts: {millions:.2f} M parameters, {fate}" + (added if balance else ""),)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ardor.arch.decoder import Decoder
+from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.runs import newest_checkpoint
-from ardor.loss import IGNORE
+from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
@@ -191,8 +192,9 @@ class Trainer:
         targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         nats = 0.0
         for batch in batches:
-            loss = document_loss(self.decoder, batch)
-            (loss.nats / targets).backward()
+            routings: list[Routing] = []
+            loss = document_loss(self.decoder, batch, routings)
+            (self._minimised(loss, routings) / targets).backward()
             nats += float(loss.nats.detach())
         norm = self._clip()
         if not math.isfinite(nats) or not math.isfinite(norm):
@@ -224,6 +226,13 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
+
+    def _minimised(self, loss: LossSum, routings: list[Routing]) -> Tensor:
+        """The nats, and per target what an uneven choice of experts costs; only nats are told."""
+        share = self.decoder.spec.balance
+        if share == 0.0 or not routings:
+            return loss.nats
+        return loss.nats + share * load_balance(routings) * loss.targets
 
     def _diverged(self, what: str) -> Diverged:
         newest = newest_checkpoint(self.run)

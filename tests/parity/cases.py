@@ -7,6 +7,7 @@ from . import (
     cases_gemma,
     cases_llama,
     cases_llamas,
+    cases_moe,
     cases_olmo,
 )
 from .peer import Case
@@ -18,5 +19,6 @@ CASES: dict[str, Case] = {
     **cases_gemma.CASES,
     **cases_llama.CASES,
     **cases_llamas.CASES,
+    **cases_moe.CASES,
     **cases_olmo.CASES,
 }

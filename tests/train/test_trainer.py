@@ -589,8 +589,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(
     run = prepare(config)
     real = trainer_module.document_loss
 
-    def poisoned(decoder, batch):
-        loss = real(decoder, batch)
+    def poisoned(decoder, batch, routings):
+        loss = real(decoder, batch, routings)
         return loss._replace(nats=loss.nats * (math.nan if run.trainer.progress.step == 3 else 1))
 
     monkeypatch.setattr(trainer_module, "document_loss", poisoned)
