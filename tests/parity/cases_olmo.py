@@ -44,12 +44,13 @@ CASES = {
     "olmo3: yarn on full layers, as version 4 says": Case(
         "olmo3",
         {
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "num_key_value_heads": 1,
             "sliding_window": 5,
             "rope_scaling": {**YARN, "attention_factor": 1.2},
             "rope_theta": 500_000.0,  # theirs forgets another one on sliding layers
         },
+        matrix=0.1,  # each side is up to 0.8 of the tolerance from float64 at 0.15
     ),
     "olmo3: nested rotations": Case(
         "olmo3",
