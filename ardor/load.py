@@ -182,21 +182,32 @@ def _on_meta(
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
-    wanted = {name: tuple(held.shape) for name, held in state_of(decoder).items()}
+    _check_tensors(decoder, files, rules)
+    return raw, family, rules, decoder
+
+
+def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
+    """Raises: CheckpointError for a tensor whose shape or dtype is not the one there is to fill."""
+    wanted = state_of(decoder)
     for rule in rules.plain:
         disk = rule.names[0]
-        if (stored := files.dtype(disk)) not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
-                "Ardor does not read; load the checkpoint it was made from, and quantize that"
-            )
+        stored = files.dtype(disk)
         for name, shape in rule.shapes(files.shape).items():
-            if wanted[name] != shape:
+            place = wanted[name]
+            if place.is_floating_point() and stored not in WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
+                    "Ardor does not read; load the checkpoint it was made from, and quantize that"
+                )
+            if not place.is_floating_point() and stored != place.dtype:
+                raise CheckpointError(
+                    f"{files.file(disk)}: {disk} is stored as {stored}, expected {place.dtype}"
+                )
+            if tuple(place.shape) != shape:
                 raise CheckpointError(
                     f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, "
-                    f"but config.json makes it {list(wanted[name])}"
+                    f"but config.json makes it {list(place.shape)}"
                 )
-    return raw, family, rules, decoder
 
 
 def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
@@ -217,13 +228,10 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(owner)
-    packed = dict(module.named_buffers(recurse=False)).get(leaf)
-    if packed is None:
-        module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
-    elif tensor.dtype != packed.dtype:
-        raise CheckpointError(f"{name} is stored as {tensor.dtype}, expected {packed.dtype}")
-    else:
+    if leaf in dict(module.named_buffers(recurse=False)):
         module.register_buffer(leaf, tensor.contiguous())
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
 def state_of(decoder: Decoder) -> dict[str, Tensor]:

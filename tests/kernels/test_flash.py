@@ -3,6 +3,7 @@ import torch
 
 from ardor.arch import attention
 from ardor.arch.attention import eager, sdpa
+from ardor.arch.blocked import Scores
 from ardor.arch.layout import Packed
 from ardor.kernels.flash import flash, takes
 from ardor.kernels.native import library
@@ -45,7 +46,7 @@ def test_flash_equals_the_reference_in_value_and_gradients(shape):
     layout = Packed.whole(*shape[:2])
     found = with_gradients(lambda q, k, v: flash(q, k, v, scale=0.2), *inputs)
     exact = with_gradients(
-        lambda q, k, v: eager(q, k, v, layout, scale=0.2), *(x.double() for x in inputs)
+        lambda q, k, v: eager(q, k, v, layout, Scores(0.2)), *(x.double() for x in inputs)
     )
     for mine, reference in zip(found, exact, strict=True):
         assert mine.dtype == torch.bfloat16 and mine.shape == reference.shape
@@ -53,7 +54,7 @@ def test_flash_equals_the_reference_in_value_and_gradients(shape):
         size = max(reference.norm(), 0.1)
         assert (mine.double() - reference).norm() <= RELATIVE * size
     if shape[1] > 1:
-        wrong = eager(*(x.double() for x in inputs[:3]), layout, scale=0.25)
+        wrong = eager(*(x.double() for x in inputs[:3]), layout, Scores(0.25))
         assert (wrong - exact[0]).norm() > 4 * RELATIVE * exact[0].norm()
 
 
@@ -63,9 +64,9 @@ def test_documents_of_any_length_equal_the_reference(monkeypatch):
     monkeypatch.setattr(attention, "flash", lambda *a, **o: taken.append(1) or flash(*a, **o))
     layout = Packed(((70, 70, 20), (33, 127)))
     inputs = case(2, 160, 4, 2, 64)
-    found = with_gradients(lambda q, k, v: sdpa(q, k, v, layout, scale=0.2), *inputs)
+    found = with_gradients(lambda q, k, v: sdpa(q, k, v, layout, Scores(0.2)), *inputs)
     exact = with_gradients(
-        lambda q, k, v: eager(q, k, v, layout, scale=0.2), *(x.double() for x in inputs)
+        lambda q, k, v: eager(q, k, v, layout, Scores(0.2)), *(x.double() for x in inputs)
     )
     assert len(taken) == 3  # not the document of 20
     for mine, reference in zip(found, exact, strict=True):
@@ -91,7 +92,7 @@ def test_the_future_cannot_leak(cut):
 def test_large_scores_do_not_overflow():
     q, k, v, upstream = case(1, 100, 2, 2, 64)
     found = with_gradients(lambda *a: flash(*a, scale=1.0), 1e3 * q, k, v, upstream)
-    exact = eager(1e3 * q.double(), k.double(), v.double(), Packed.whole(1, 100), scale=1.0)
+    exact = eager(1e3 * q.double(), k.double(), v.double(), Packed.whole(1, 100), Scores(1.0))
     assert all(x.isfinite().all() for x in found)
     assert (found[0].double() - exact).norm() <= RELATIVE * exact.norm()
 

@@ -107,7 +107,7 @@ def test_blocks_of_another_kind_are_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj_scales"
     save_file({**weights, name: weights[name].float()}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"down_proj.scales is stored as torch.float32"):
+    with pytest.raises(CheckpointError, match=r"down_proj_scales is stored as torch.float32"):
         ardor.load(folder)
 
 
