@@ -97,7 +97,7 @@ class Attention(nn.Module):
         x = x.transpose(1, 2)
         if turn is not None:
             x = rotate(x, turn)
-        return x if normalise is None else normalise(x)
+        return x if normalise is None else normalise(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _qk_norm(spec: specs.QKNorm | None, heads: int, width: int) -> nn.Module | None:

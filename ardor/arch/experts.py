@@ -34,18 +34,18 @@ class Router(nn.Module):
         self.correction = nn.Parameter(torch.empty(count)) if spec.correction else None
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
-        """Scores are float32; wide and sigmoid routers multiply in it too, as DeepSeek's do."""
-        spec = self.spec
-        wide = x.float() if spec.wide or spec.score == "sigmoid" else x
+        """Scores are at least float32; wide and sigmoid routers multiply in it too (DeepSeek)."""
+        spec, work = self.spec, torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(work) if spec.wide or spec.score == "sigmoid" else x
         bias = None if self.bias is None else self.bias.to(wide.dtype)
-        logits = linear(wide, self.weight.to(wide.dtype), bias).float()
+        logits = linear(wide, self.weight.to(wide.dtype), bias).to(work)
         if spec.score == "sparsemixer":
             return self._sparsemixer(logits)
         if spec.score == "chosen":
             best, chosen = logits.topk(spec.per_token, -1)
             return Routing(best.softmax(-1), chosen, logits.softmax(-1))
         scores = logits.sigmoid() if spec.score == "sigmoid" else logits.softmax(-1)
-        ranked = scores if self.correction is None else scores + self.correction.float()
+        ranked = scores if self.correction is None else scores + self.correction.to(work)
         if spec.groups > 1:
             ranked = self._within_groups(ranked)
         chosen = ranked.topk(spec.per_token, -1).indices

@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         if weight is None:
             weight = x.new_ones(x.shape[-1])
         elif spec.weight == "one_plus":
-            weight = 1.0 + weight.float()
+            weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
         if spec.late_cast and x.dtype != torch.float32:
             return rms_norm(x, weight, spec.eps, late_cast=True)
         if torch.is_grad_enabled():
