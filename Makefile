@@ -32,7 +32,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_budget.py
 
-check: lint test
+check: lint
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not sweep"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

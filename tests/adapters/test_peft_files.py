@@ -141,6 +141,7 @@ PEFT_CONFIGS = {
 
 
 @pytest.mark.parametrize("settings", PEFT_CONFIGS.values(), ids=PEFT_CONFIGS)
+@pytest.mark.sweep
 def test_we_compute_the_same_with_what_peft_saved(pair, settings, tmp_path):
     fused = pair.kind == "gpt2"
     some = ["c_attn", "c_fc"] if fused else ["q_proj", "up_proj"]

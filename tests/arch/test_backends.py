@@ -46,6 +46,7 @@ EVERY = [f"{layout}/{scores}" for layout in LAYOUTS for scores in SCORES]
         pytest.param(EVERY, id="every", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sweep
 def test_flex_equals_the_reference(pairs):
     """In a process of its own: PyTorch traces the code, and cannot trace our checks of types."""
     command = [sys.executable, "-c", FLEX, *pairs]

@@ -171,6 +171,7 @@ FORMATS = {
         ("qlora", "alpaca"),
     ],
 )
+@pytest.mark.sweep
 def test_finetune_learns_each_format_with_each_method(world, say, tmp_path, method, format):
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     pairs = zip(sentences(22, 1), sentences(22, 2), strict=True)
@@ -304,6 +305,7 @@ def test_quickstart_refuses_before_it_writes(refused, tmp_path):
     assert refused("quickstart", "-o", folder) == f"{folder} is a file; choose a folder with -o"
 
 
+@pytest.mark.sweep
 def test_quickstart_in_json_is_json_alone(say, tmp_path, monkeypatch):
     pairs = [Pair(f"What is {text}?", text, "words") for text in sentences(12)]
     texts = [Document(" ".join(sentences(9, seed)), "words") for seed in range(20)]
@@ -357,6 +359,7 @@ def test_the_saved_settings_of_a_run_take_it_up_again(world, say, refused, tmp_p
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.sweep
 def test_a_tuning_is_taken_up_again_from_its_saved_settings(world, say, tmp_path, method):
     args = ["finetune", world.base, world.pairs, *TUNE, "--method", method]
     args += ["--save-steps", 2, "--lora-dropout", 0.2]

@@ -176,6 +176,7 @@ many = settings(
 
 @many
 @given(specs, seeds, st.integers(1, T - 1))
+@pytest.mark.sweep
 def test_later_tokens_cannot_change_earlier_logits(spec, seed, border):
     decoder, ids = decoder_of(spec, seed), some_ids()
     changed = ids.clone()
@@ -187,6 +188,7 @@ def test_later_tokens_cannot_change_earlier_logits(spec, seed, border):
 
 @many
 @given(specs, seeds, st.integers(1, T - 1))
+@pytest.mark.sweep
 def test_a_cache_changes_nothing(spec, seed, border):
     decoder, ids = decoder_of(spec, seed), some_ids()
     cache = KVCache(decoder.spec, rows=2, capacity=T, dtype=torch.float64)
@@ -199,6 +201,7 @@ def test_a_cache_changes_nothing(spec, seed, border):
 
 @many
 @given(specs, seeds, st.integers(1, T - 1), st.integers(1, T - 1))
+@pytest.mark.sweep
 def test_packed_documents_are_separate_ones(spec, seed, first, second):
     decoder, ids = decoder_of(spec, seed), some_ids()
     borders = (first, second)

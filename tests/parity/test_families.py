@@ -16,11 +16,21 @@ from ardor.files.json import read_json
 from .cases import CASES
 from .peer import CLOSE, Case, T, contents, logits, peer, reloaded, saved, tokens
 
+FIRST = {case.model_type: name for name, case in reversed(CASES.items())}.values()
+sweep = pytest.mark.sweep
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+both = pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=sweep)])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@every_case
+@both
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[] if name in FIRST else sweep)
+        for name, case in CASES.items()
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, case, attn):
     theirs = peer(case)
     expected = logits(theirs, tokens())
@@ -29,6 +39,7 @@ def test_logits_are_those_of_transformers(tmp_path, case, attn):
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
+@sweep
 @torch.no_grad()
 @every_case
 def test_one_token_at_a_time_gives_the_logits_of_the_whole_text_so_far(tmp_path, case):
@@ -46,6 +57,7 @@ def test_one_token_at_a_time_gives_the_logits_of_the_whole_text_so_far(tmp_path,
         torch.testing.assert_close(found, logits(theirs, ids[:, :stop])[:, -1], **CLOSE)
 
 
+@sweep
 @every_case
 def test_left_padded_rows_there_are_plain_rows_here(tmp_path, case):
     if not case.batched:
@@ -64,8 +76,9 @@ def test_left_padded_rows_there_are_plain_rows_here(tmp_path, case):
         torch.testing.assert_close(ours[0], expected[row, T - length :], **CLOSE)
 
 
+@sweep
 @torch.no_grad()
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@both
 @every_case
 def test_packed_documents_are_separate_ones(tmp_path, case, attn):
     theirs, ids = peer(case), tokens(2)
@@ -81,6 +94,7 @@ def test_packed_documents_are_separate_ones(tmp_path, case, attn):
             start += length
 
 
+@sweep
 @every_case
 def test_gradients_of_all_parameters_are_those_of_transformers(tmp_path, case):
     theirs, ids = peer(case), tokens()
@@ -113,6 +127,7 @@ def test_gradients_of_all_parameters_are_those_of_transformers(tmp_path, case):
     assert largest > 0.1  # an error would show
 
 
+@sweep
 @every_case
 def test_what_is_loaded_is_saved_bit_for_bit(tmp_path, case):
     theirs = peer(case).bfloat16() if case.in_bfloat16 else peer(case)

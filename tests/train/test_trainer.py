@@ -455,6 +455,7 @@ TUNINGS = {
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.sweep
 def test_a_resumed_tuning_is_bitwise_the_uninterrupted_one(base, pairs, tmp_path, tuning):
     family, settings = TUNINGS[tuning]
     config = tune_config(base(family), pairs, tmp_path / "whole", **settings)
