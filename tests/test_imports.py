@@ -57,6 +57,7 @@ def test_a_public_name_is_what_its_module_defines(name):
 
 
 @pytest.mark.parametrize("first", ["import ardor.load", "from ardor.lm import LM", "pass"])
+@pytest.mark.sweep
 def test_load_stays_a_function_whatever_was_imported_before(first):
     """Python binds a submodule on its package, and ours has the name of the function."""
     modules_after(f"import ardor\n{first}\nassert type(ardor.load).__name__ == 'function'")

@@ -15,6 +15,8 @@ from ardor.data.stdlib import (
 )
 from ardor.errors import DataError
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(scope="module")
 def pairs():
@@ -43,7 +45,6 @@ def test_a_known_function_is_among_them(pairs):
     assert dedent.row.values == {"messages": list(dedent.messages)}
 
 
-@pytest.mark.sweep
 def test_parsing_again_gives_the_same_pairs_and_imports_nothing(pairs, monkeypatch):
     monkeypatch.delitem(sys.modules, "antigravity", raising=False)  # importing it opens a browser
     stdlib._modules.cache_clear()

@@ -395,6 +395,7 @@ def test_starcoder_as_released():
 @pytest.mark.parametrize(
     "raw", [OPT_125M, OPT_350M, GPTJ_6B, PYTHIA, STARCODER], ids=lambda raw: raw["model_type"]
 )
+@pytest.mark.sweep
 def test_the_first_files_hold_masks_and_may_lack_the_prefix(raw):
     rules = family_of(raw).rules(read(raw))
     masks = {"gptj": "h.0.attn.masked_bias", "gpt_neox": "layers.0.attention.bias"}

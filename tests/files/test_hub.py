@@ -142,6 +142,7 @@ def hub():
         (500, "", "owner/model"),
     ],
 )
+@pytest.mark.sweep
 def test_each_refusal_of_the_hub_says_what_to_do(tmp_path, hub, status, code, says):
     hub.status, hub.code = status, code
     assert says in ask(hub.url, tmp_path, revision="v2")

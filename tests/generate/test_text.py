@@ -122,6 +122,7 @@ def test_of_several_stop_strings_the_first_in_the_text_ends_it(model, write):
     assert whole.text == "one"
 
 
+@pytest.mark.sweep
 def test_stop_strings_and_streams_agree_on_random_texts(model, write):
     chosen = random.Random(0)
     for _ in range(25):
@@ -193,6 +194,7 @@ def test_the_vocabulary_ends_with_the_tokenizer(model):
     assert max(tokens) >= known
 
 
+@pytest.mark.sweep
 def test_a_seed_repeats_and_greedy_needs_none(model):
     lm = LM(model)
     assert lm.generate("the", temperature=1.0, seed=3) == lm.generate(

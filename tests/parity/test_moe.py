@@ -12,6 +12,8 @@ from ardor.files.weights import open_weights
 from .cases_moe import CASES
 from .peer import CLOSE, contents, logits, peer, saved, tokens
 
+pytestmark = pytest.mark.sweep
+
 ONE_EACH = {name.split(":")[0]: case for name, case in CASES.items()}
 
 

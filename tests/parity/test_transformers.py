@@ -22,6 +22,8 @@ from ardor.families.hf_config import HFConfig
 from ardor.files.json import read_json, write_json
 from ardor.files.weights import open_weights, write_weights
 
+pytestmark = pytest.mark.sweep
+
 V, T = 53, 24
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

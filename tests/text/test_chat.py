@@ -254,6 +254,7 @@ def test_the_opening_of_the_next_turn_is_no_terminator(tokenizer: Tokenizer, tem
 
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations())
+@pytest.mark.sweep
 def test_training_sees_exactly_what_inference_is_given(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
 ):
@@ -269,6 +270,7 @@ def test_training_sees_exactly_what_inference_is_given(
 
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations())
+@pytest.mark.sweep
 def test_the_trained_tokens_are_the_answers_and_their_stop_token(
     tokenizer: Tokenizer, template: Templates, messages: list[dict[str, str]]
 ):

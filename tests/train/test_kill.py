@@ -23,6 +23,8 @@ from ardor.load import load_model
 from ardor.train.checkpoint import read_checkpoint
 from ardor.train.report import read_metrics
 
+pytestmark = pytest.mark.sweep
+
 STEPS = 8
 
 
@@ -120,7 +122,6 @@ def assert_same_end(run: Path, whole: Path) -> None:
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.sweep
 def test_a_run_killed_again_and_again_ends_as_if_it_never_was(worker, command, whole, tmp_path):
     run, chosen, killed = tmp_path / "run", random.Random(0), 0
     began = time.monotonic()
@@ -151,7 +152,6 @@ def killed_at(change: int, worker: Worker, command: Any, run: Path) -> str:
     return "\n".join(left)
 
 
-@pytest.mark.sweep
 def test_a_run_killed_while_it_writes_goes_on(worker, command, whole, tmp_path):
     changes = whole[1].changes
     assert changes > 100

@@ -34,6 +34,8 @@ from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document
 from ..tiny import SIZES, sentences, write_rows
 from .conftest import finish
 
+pytestmark = pytest.mark.sweep
+
 # --- one step ---
 
 
@@ -455,7 +457,6 @@ TUNINGS = {
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.sweep
 def test_a_resumed_tuning_is_bitwise_the_uninterrupted_one(base, pairs, tmp_path, tuning):
     family, settings = TUNINGS[tuning]
     config = tune_config(base(family), pairs, tmp_path / "whole", **settings)
