@@ -135,7 +135,7 @@ def test_a_full_disk_is_recognised_under_another_error(ending):
 
 
 def test_a_forbidden_place_is_not_a_bug_but_another_oserror_is(ending):
-    assert ending(raises(PermissionError(errno.EACCES, "Permission denied", "/root/x")))[0] == 2
+    assert ending(raises(PermissionError(errno.EACCES, "Permission denied", "/locked/x")))[0] == 2
     assert ending(raises(OSError(errno.EIO, "Input/output error")))[0] == 1
 
 
