@@ -153,7 +153,10 @@ def layers_by_type(
             f"{hf.path}: layer_types has sliding_attention, but no window is in use; "
             "set sliding_window, and use_sliding_window where the family has it"
         )
-    return tuple(windowed(layer, window if kind == "sliding_attention" else None) for kind in kinds)
+    return tuple(
+        with_attention(layer, window=window if kind == "sliding_attention" else None)
+        for kind in kinds
+    )
 
 
 def read_windows(hf: HFConfig, kinds: tuple[str, ...], default: int) -> tuple[int | None, ...]:
@@ -174,11 +177,6 @@ def with_attention(layer: Layer, **keys: Any) -> Layer:
     """The same layer with other values of its attention."""
     assert isinstance(layer.mixer, Attention)
     return replace(layer, mixer=replace(layer.mixer, **keys))
-
-
-def windowed(layer: Layer, window: int | None) -> Layer:
-    """The same layer with another window."""
-    return with_attention(layer, window=window)
 
 
 class Uniform(NamedTuple):

@@ -17,7 +17,7 @@ from ardor.families.blocks import (
     read_heads,
     read_layer_types,
     read_mlp,
-    windowed,
+    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -62,7 +62,7 @@ def _read_cohere2(hf: HFConfig) -> Decoder:
 def _as(layer: Layer, kind: str, window: int) -> Layer:
     """Layers that slide rotate; those that read all positions know of none."""
     if kind == "sliding_attention":
-        return windowed(layer, window)
+        return with_attention(layer, window=window)
     assert isinstance(layer.mixer, Attention)
     return replace(layer, mixer=replace(layer.mixer, rope=None))
 

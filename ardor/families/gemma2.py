@@ -16,7 +16,7 @@ from ardor.families.blocks import (
     read_mlp,
     read_windows,
     rms,
-    windowed,
+    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -62,7 +62,7 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(
         hf,
         found,
-        tuple(windowed(layer, window) for window in read_windows(hf, kinds, 4096)),
+        tuple(with_attention(layer, window=window) for window in read_windows(hf, kinds, 4096)),
         max_positions=max_positions,
         tied=True,
         embed_scale=found.width**0.5,

@@ -17,7 +17,7 @@ from ardor.families.blocks import (
     read_heads,
     read_layer_types,
     rms,
-    windowed,
+    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -94,7 +94,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(
         hf,
         found,
-        tuple(windowed(layer, window if kind == "sliding_attention" else None) for kind in kinds),
+        tuple(
+            with_attention(layer, window=window if kind == "sliding_attention" else None)
+            for kind in kinds
+        ),
         max_positions=max_positions,
     )
 

@@ -20,7 +20,7 @@ from ardor.families.blocks import (
     read_layer_types,
     read_mlp,
     rms,
-    windowed,
+    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -66,7 +66,7 @@ def _read_qwen2(hf: HFConfig) -> Decoder:
         )
     mixer = {"qkv_bias": hf.flag("qkv_bias", True)}
     layers = tuple(
-        windowed(layer, window if kind == "sliding_attention" else None)
+        with_attention(layer, window=window if kind == "sliding_attention" else None)
         for layer, kind in zip(_layers(hf, found, mixer, mlp, experts), kinds, strict=True)
     )
     return _decoder(hf, found, layers)
