@@ -11,7 +11,9 @@ from benchmarks.shapes import MODELS
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("task", choices=["decode", "prefill", "train"])
-    parser.add_argument("--model", choices=list(MODELS), default="tinyllama", help="of what is read")
+    parser.add_argument(
+        "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (median)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

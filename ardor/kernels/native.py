@@ -32,10 +32,10 @@ SIGNATURES = {
     "silu_gate_{}": "pppni",
     "silu_gate_backward_{}": "pppppni",
     "attend_last_scratch": "nnn>n",
-    "attend_last_{}": "ppppppnnnnnnnnfi",
+    "attend_last_{}": "pppppppppnnnnnnnnffi",
     "flash_scratch": "nn>n",
-    "flash_forward": "ppppppnnnnnfi",
-    "flash_backward": "ppppppppppnnnnnfi",
+    "flash_forward": "ppppppppnnnnnnnffi",
+    "flash_backward": "ppppppppppppnnnnnnnffi",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
