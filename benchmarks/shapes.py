@@ -1,7 +1,9 @@
-"""What is measured: the same numbers for us and for the peer. No imports: both sides read it."""
+"""What is measured: the same numbers for us and for the peer. Both sides read it."""
+
+from typing import Any
 
 # The 13.8 M-parameter Llama of shared/PEERS.md.
-TRAIN = {
+TRAIN: dict[str, Any] = {
     "model_type": "llama",
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -17,7 +19,7 @@ TRAIN = {
 BATCH, LENGTH = 8, 512
 
 # What is read: random weights, as speed does not depend on them. config.json's own keys.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     # TinyLlama-1.1B
     "tinyllama": {
         "model_type": "llama",

@@ -14,8 +14,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -24,8 +22,14 @@ from benchmarks import shapes
 from benchmarks.worker import serve, timed
 
 
+def _model(shape: dict[str, Any], attn: str) -> Any:
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**shape), dtype=torch.float32, attn_implementation=attn
+    )
+
+
 def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
-    model = LlamaForCausalLM(LlamaConfig(**shapes.TRAIN))
+    model = _model(shapes.TRAIN, "sdpa")
     model.train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(
@@ -57,12 +61,9 @@ class Clock(StoppingCriteria):
 
 
 def _read(model: str, dtype: str) -> Any:
-    """The model at its best here: sdpa where it has it, and the faster of its experts' codes."""
-    config = AutoConfig.for_model(**shapes.MODELS[model])
+    """The model at its best here: sdpa where it has that, and its default code for experts."""
     attn = "eager" if model == "gemma2" else "sdpa"  # there is no soft cap in its sdpa
-    return AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, dtype), attn_implementation=attn
-    ).eval()
+    return _model(shapes.MODELS[model], attn).to(getattr(torch, dtype)).eval()
 
 
 def _generate(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> None:

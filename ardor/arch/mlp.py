@@ -1,35 +1,24 @@
 """Axes: D model width, F ffn width."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ardor.arch import spec as specs
-from ardor.arch.gate import gated
+from ardor.arch.gate import ACTIVATIONS, gated
 from ardor.arch.linear import Linear
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 def activated(
     spec: specs.Mlp, gate: Float[Tensor, "*rows F"] | None, up: Float[Tensor, "*rows F"]
 ) -> Float[Tensor, "*rows F"]:
     """act(gate) * up when gated, act(up) when not; with the spec's limits and shift."""
-    act = ACTIVATIONS[spec.act]
     if gate is None:
-        return act(up)
+        return ACTIVATIONS[spec.act](up)
     if spec.limit is not None:
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
     if spec.shift:
         up = up + spec.shift
-    return gated(act, gate, up)
+    return gated(spec.act, gate, up)
 
 
 class Mlp(nn.Module):

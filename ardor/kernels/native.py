@@ -28,9 +28,13 @@ OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 SIGNATURES = {
     "matvec_bfloat16": "ppppnni",
     "rms_norm_{}": "ppppnnfi",
+    "rms_norm_late_bfloat16": "ppppnnfi",
     "rms_norm_backward_{}": "ppppppnni",
+    "rms_norm_backward_late_bfloat16": "ppppppnni",
     "silu_gate_{}": "pppni",
     "silu_gate_backward_{}": "pppppni",
+    "gelu_gate_{}": "pppni",
+    "gelu_gate_backward_{}": "pppppni",
     "attend_last_scratch": "nnn>n",
     "attend_last_{}": "pppppppppnnnnnnnnffi",
     "flash_scratch": "nn>n",
