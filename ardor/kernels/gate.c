@@ -1,17 +1,5 @@
-/* act(gate) * up, and its gradient from gate and up alone; rounded where the reference rounds.
- *
- * Both activations are x times the sigmoid of a polynomial: of x itself for silu, and for the gelu
- * by tanh, as tanh y = 2 sigmoid(2y) - 1, of 2 sqrt(2 / pi) (x + 0.044715 x^3).
- */
-#include "scalar.h"
-
-#define GELU 1.5957691216f
-#define CUBE 0.044715f
-
-static inline float silu_inner(float x) { return x; }
-static inline float silu_slope(float x) { return (void)x, 1.0f; }
-static inline float gelu_inner(float x) { return GELU * (x + CUBE * x * x * x); }
-static inline float gelu_slope(float x) { return GELU * (1.0f + 3.0f * CUBE * x * x); }
+/* act(gate) * up, and its gradient from gate and up alone; rounded where the reference rounds. */
+#include "gate.h"
 
 #define DEFINE(ACT, TYPE, T, LOAD, STORE)                                                       \
     void ACT##_gate_##TYPE(const T *gate, const T *up, T *y, int64_t count, int threads) {      \

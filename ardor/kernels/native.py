@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HEADERS = ("scalar.h",)
-SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "norm.c", "rotate.c")
+HEADERS = ("gate.h", "scalar.h")
+SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "mlp.c", "norm.c", "rotate.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 
@@ -40,6 +40,8 @@ SIGNATURES = {
     "flash_scratch": "nn>n",
     "flash_forward": "ppppppppnnnnnnnffi",
     "flash_backward": "ppppppppppppnnnnnnnffi",
+    "gated_mlp_scratch": "nnn>n",
+    "gated_mlp": "pppppppppnnnii",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
