@@ -105,10 +105,11 @@ class _Reader:
 
     def decoder(self, data: Mapping[str, Any]) -> Decoder:
         self.known(Decoder, data, "")
-        layers = data.get("layers", ...)
-        if layers is ...:
-            raise self.missing(Decoder, "layers", "")
-        expanded = tuple(self.layers(layers, "layers", data))
+        for name in ("width", "layers"):
+            if name not in data:
+                raise self.missing(Decoder, name, "")
+        self.scalar(int, data["width"], "width")  # first, as widths of heads follow from it
+        expanded = tuple(self.layers(data["layers"], "layers", data))
         return self.build(Decoder, data, "", {"layers": expanded})
 
     def layers(self, value: Any, path: str, decoder: Mapping[str, Any]) -> Iterator[Layer]:

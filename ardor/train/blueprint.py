@@ -134,11 +134,7 @@ def _of_family(
             f"{source}: model_type={model_type!r} is not trained from scratch; its decoder is that "
             f"of {_RENAMED[model_type]!r}, so write it as that"
         )
-    changes = {
-        next((key for key in keys if key in raw), keys[0]): value
-        for setting, keys in SIZES.items()
-        if (value := getattr(config, setting)) is not None
-    }
+    changes = _changes(raw, config)
     where = source
     if changes:
         where += f" with {', '.join(f'--{s}'.replace('_', '-') for s in _given(config))}"
@@ -158,6 +154,19 @@ def _of_family(
         init=config.init or init or INITS.get(family.model_type, "normal"),
         std=std(key, STDS.get(family.model_type, STD)),
     )
+
+
+def _changes(raw: Mapping[str, Any], config: Train) -> dict[str, Any]:
+    """What the flags say, under the names that `raw` has for it."""
+    found = {
+        next((key for key in keys if key in raw), keys[0]): getattr(config, setting)
+        for setting, keys in SIZES.items()
+        if getattr(config, setting) is not None
+    }
+    shared, heads = "num_key_value_heads", "num_attention_heads"
+    if heads in found and shared in raw and raw[shared] == raw.get(heads):
+        return {shared: found[heads], **found}  # each head keeps keys of its own, unless told
+    return found
 
 
 def _given(config: Train) -> list[str]:
