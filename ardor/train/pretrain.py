@@ -60,13 +60,9 @@ def prepare(
     tokenizer = _tokenizer(config, blueprint, rows, checkpoint)
     blueprint = blueprint.with_rows(_embedding_rows(config, blueprint, tokenizer))
     limit = min(config.max_length, blueprint.spec.max_positions)
-    data, held = (
-        None
-        if part is None
-        else Dataset.build(part, tokenizer, max_length=limit, over_length=config.over_length)
-        for part in (rows, heldout)
-    )
-    assert data is not None
+    cut = {"max_length": limit, "over_length": config.over_length}
+    data = Dataset.build(rows, tokenizer, **cut)
+    held = None if heldout is None else Dataset.build(heldout, tokenizer, **cut)
     train, held = split(config, data, held)
     size = fitting(count_parameters(blueprint.spec), device)
     notes = (*blueprint.notes(), f"{size}; {blueprint.spec.vocab:,} embedding rows")

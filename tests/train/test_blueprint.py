@@ -173,6 +173,17 @@ def test_a_file_that_is_no_model_says_where(file, text, message):
         blueprint(file(text))
 
 
+def test_the_guide_shows_a_spec_that_works_and_the_error_it_quotes(file):
+    text = (Path(__file__).parents[2] / "docs" / "TRAINING.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    found = blueprint(file(shown))
+    assert len(found.spec.layers) == 12 and found.family is FAMILIES["ardor"]
+    quoted = "layers[0].layers[1].ffn.router.per_token is 9, more than count=8 experts"
+    assert quoted in text
+    with pytest.raises(ConfigError, match=re.escape(quoted)):
+        blueprint(file(shown.replace("per_token: 2", "per_token: 9")))
+
+
 # --- initial weights ---
 
 
@@ -195,6 +206,7 @@ def test_a_model_starts_as_its_authors_did_unless_told(model, flags, expected):
     assert (found.init, found.std) == expected
 
 
+@pytest.mark.sweep
 def test_the_initializer_range_of_a_file_is_honoured(base, file):
     config = {**PRESETS["llama-15m"].config, "num_hidden_layers": 1, "initializer_range": 0.5}
     path = file(json.dumps(config), "config.json")

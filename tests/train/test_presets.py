@@ -60,6 +60,11 @@ def test_help_and_the_guide_list_every_preset():
     assert counts == {name: preset.parameters for name, preset in PRESETS.items()}
 
 
+def test_the_readme_says_how_many_there_are():
+    readme = (DOC.parent.parent / "README.md").read_text()
+    assert f"{len(PRESETS)} presets" in readme
+
+
 def test_the_guide_names_every_init_and_who_starts_so():
     text = DOC.read_text()
     text = text[text.index("## Initial weights") : text.index("## Presets")]
