@@ -50,9 +50,9 @@ def prepare(
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
     blueprint, device = read_blueprint(config), default_device()
-    fitting(
-        count_parameters(blueprint.spec), device
-    )  # before the data is read, which may take long
+    # Before the data is read, which may take long; the tokenizer's size is not known yet.
+    rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
+    fitting(count_parameters(rough.spec), device)
     rows = list(read_rows(config.data)) if rows is None else rows
     if heldout is None and config.eval_data is not None:
         heldout = list(read_rows(config.eval_data))
