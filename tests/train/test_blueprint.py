@@ -67,7 +67,7 @@ SMALL = {"hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
 
 
 def settings(model: str | Path | None, **keys) -> Train:
-    return Train(data="-", model=None if model is None else str(model), **keys)
+    return Train(data="-", model=None if model is None else str(model), dtype="float32", **keys)
 
 
 def blueprint(model: str | Path | None, **keys) -> Blueprint:
