@@ -85,6 +85,9 @@ def _write_weights(model: Model, directory: Path) -> None:
 def _write_json(model: Model, path: Path, value: dict[str, Any]) -> None:
     """Write `value`; byte for byte the file of that name that was read, if it says the same."""
     text = model.texts.get(path.name)
-    was = HFConfig({} if text is None else parse_json(text, path), path=path.name, text=text)
+    if text is None:  # a new file, in which a null may say something too
+        write_atomic(path, HFConfig(value, path=path.name).written({}))
+        return
+    was = HFConfig(parse_json(text, path), path=path.name, text=text)
     changes = {key: held for key, held in value.items() if was.raw.get(key, ...) != held}
     write_atomic(path, was.written(changes))

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ardor.arch.spec import Decoder
 from ardor.errors import ConfigError
 from ardor.families.arcee import ARCEE
 from ardor.families.bloom import BLOOM
@@ -29,6 +30,7 @@ from ardor.families.llama4 import LLAMA4_TEXT
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT
+from ardor.families.native import NATIVE
 from ardor.families.nemotron import NEMOTRON
 from ardor.families.olmo import OLMO, OLMO2, OLMO3
 from ardor.families.olmoe import OLMOE
@@ -91,6 +93,7 @@ FAMILIES: dict[str, Family] = {
     "olmoe": OLMOE,
     "granitemoe": GRANITE_MOE,
     "phimoe": PHIMOE,
+    "ardor": NATIVE,
 }
 
 
@@ -108,3 +111,16 @@ def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
         + (f" (like {near[0]!r})" if near else "")
         + f"; expected {' | '.join(FAMILIES)}"
     )
+
+
+def family_for(spec: Decoder) -> Family:
+    """The first family that can write `spec` so that others read it; else our own form of it."""
+    for family in FAMILIES.values():
+        if family.write is None or family is NATIVE:
+            continue
+        try:
+            family.config(spec)
+        except ConfigError:
+            continue
+        return family
+    return NATIVE

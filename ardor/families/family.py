@@ -84,13 +84,23 @@ ACTS: dict[str, Act] = {
     "relu": "relu",
     "relu2": "relu2",
 }
-ACT_NAMES: dict[Act, str] = {
+_ACT_NAMES: dict[Act, str] = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
     "relu2": "relu2",
 }
+
+
+def act_name(act: Act, family: str) -> str:
+    """What a config.json calls it.
+
+    Raises: ConfigError if it has no name there.
+    """
+    if act not in _ACT_NAMES:
+        raise ConfigError(f"the {family} family cannot express the activation {act}")
+    return _ACT_NAMES[act]
 
 
 def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
