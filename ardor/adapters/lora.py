@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -256,7 +257,7 @@ def select(
     """The linears of `decoder` that `targets` means, by our names, in the decoder's order."""
     linears = linear_names(decoder)
     if isinstance(targets, str):
-        return tuple(name for name in linears if name.startswith("layers."))
+        return tuple(name for name in linears if place_of(decoder, name) == "layers")
     both = {name: (name, names(name)) for name in linears}
     for target in targets:
         if not any(ends_with(full, target) for pair in both.values() for full in pair):
@@ -282,9 +283,13 @@ def linear_names(decoder: nn.Module) -> list[str]:
     """The linears of the layers and the head, adapted or not; not what is inside an adapter."""
     found: list[str] = []
     for name, module in decoder.named_modules():
-        placed = name == "lm_head" or name.startswith("layers.")
         inside = bool(found) and name.startswith(f"{found[-1]}.")
-        if placed and not inside and hasattr(module, "inputs") and hasattr(module, "outputs"):
+        if (
+            place_of(decoder, name)
+            and not inside
+            and hasattr(module, "inputs")
+            and hasattr(module, "outputs")
+        ):
             found.append(name)
     return found
 

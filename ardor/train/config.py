@@ -184,6 +184,9 @@ class Finetune(Optimisation):
     tokenizer has its control tokens, else plain headings."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Let transformers run a model that Ardor does not know, and code from its repository if it
+    names some. What will run is said first. Not remembered by the run."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
     stop_rate_samples: int = 0

@@ -17,7 +17,7 @@ from ardor.families import FAMILIES
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
-from ardor.load import Model, default_device, load_model, stops_of
+from ardor.load import Model, Native, default_device, load_model, stops_of
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Train
@@ -66,7 +66,7 @@ def prepare(config: Train, rows: list[Row] | None = None, heldout: list[Row] | N
         notes=(
             data_note(data, train, held, config.max_length),
             f"model: {config.family}, {count / 1e6:.1f} M parameters, "
-            f"{model.decoder.spec.vocab:,} embedding rows",
+            f"{model.decoder.facts.vocab:,} embedding rows",
             f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
         ),
     )
@@ -116,8 +116,7 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
     }
     return Model(
         decoder=decoder,
-        family=family,
-        rules=family.rules(spec),
+        form=Native(family, spec, family.rules(spec)),
         config=raw,
         generation_config=generation,
         tokenizer=tokenizer,
@@ -131,6 +130,7 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
 
 def _resumed(fresh: Model, checkpoint: Path) -> Model:
     """The model of a checkpoint, held as `fresh` is."""
+    assert isinstance(fresh.decoder, Decoder)
     model = load_model(
         checkpoint,
         dtype=fresh.precision.weights,
