@@ -19,7 +19,7 @@ from ardor.bridge.assemble import Bridged, bridge
 from ardor.bridge.foreign import Foreign
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
-from ardor.families.family import TRUST, Family
+from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
 from ardor.files.hub import CODE, PATTERNS, Resolved, resolve
@@ -214,8 +214,8 @@ def _require_trust(origin: Origin, given: bool) -> None:
     """Before anything of the base is downloaded."""
     if origin.needs_trust and not given:
         raise ConfigError(
-            f"{origin.adapter} is an adapter on {origin.base}, which is not implemented here and "
-            f"{TRUST}"
+            f"{origin.adapter} is an adapter on {origin.base}, which is not implemented here; "
+            f"{BRIDGE}"
         )
 
 

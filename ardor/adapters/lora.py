@@ -234,8 +234,14 @@ def add_token_rows(decoder: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> N
 
     The head of a tied decoder follows its embedding and takes no rows of its own.
 
-    Raises: ConfigError for ids that are no rows, or rows of a head that the decoder has not.
+    Raises: ConfigError for ids that are no rows, rows of a head that the decoder has not, or a
+        decoder whose embedding is not ours.
     """
+    if rows and not hasattr(decoder, "embed_tokens"):
+        raise ConfigError(
+            "the rows of single tokens cannot be trained in a model that transformers runs; set "
+            "train_control_tokens to no (--train-control-tokens no)"
+        )
     tied = getattr(decoder, "lm_head", None) is None
     if tied and "lm_head" in rows:
         raise ConfigError(

@@ -221,9 +221,10 @@ class Foreign(CausalLM):
         given = {
             "use_cache": True,
             reading.name: reading.start() if past == 0 else slot.state,
-            "attention_mask": torch.ones(1, total, dtype=torch.long, device=ids.device),
             "position_ids": torch.arange(past, total, device=ids.device)[None],
         }
+        if reading.masked:
+            given["attention_mask"] = torch.ones(1, total, dtype=torch.long, device=ids.device)
         out = self._call(ids, given)
         slot.state = out[reading.name]
         return _logits_of(out)
@@ -285,16 +286,18 @@ class _Reading:
 
     name: str
     start: Callable[[], Any]
+    masked: bool = True  # whether the mask of all that was read is given, as `generate` does
 
 
 def _readings(takes: set[str]) -> Iterator[_Reading]:
     from transformers import DynamicCache
 
-    for name in STATES:
-        if name in takes:
-            yield _Reading(name, lambda: None)
-    if STATES[0] in takes:
-        yield _Reading(STATES[0], DynamicCache)
+    for masked in (True, False):
+        for name in STATES:
+            if name in takes:
+                yield _Reading(name, lambda: None, masked)
+        if STATES[0] in takes:
+            yield _Reading(STATES[0], DynamicCache, masked)
 
 
 def _parameters(forward: Callable[..., Any]) -> set[str]:

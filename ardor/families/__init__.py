@@ -12,7 +12,7 @@ from ardor.families.deepseek_v2 import DEEPSEEK_V2
 from ardor.families.deepseek_v3 import DEEPSEEK_V3
 from ardor.families.exaone4 import EXAONE4
 from ardor.families.falcon import FALCON
-from ardor.families.family import TRUST, Family
+from ardor.families.family import BRIDGE, Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
@@ -112,5 +112,5 @@ def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
     raise ConfigError(
         f"{path}: model_type={model_type!r} is not implemented"
         + (f" (like {near[0]!r})" if near else "")
-        + f"; expected {' | '.join(FAMILIES)}. Other models are {TRUST}"
+        + f"; expected {' | '.join(FAMILIES)}; or {BRIDGE}"
     )

@@ -97,8 +97,8 @@ ACT_NAMES: dict[Act, str] = {
 }
 
 
-TRUST = (
-    "never run without trust_remote_code=True (--trust-remote-code), and then by transformers: "
+BRIDGE = (
+    "give trust_remote_code=True (--trust-remote-code) to have transformers run it, with "
     "pip install 'ardor[transformers]'"
 )
 
@@ -112,7 +112,7 @@ def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, 
     else:
         hf.require("quantization_config", None, "load the original weights, and quantize them here")
     if not _files_of(hf.take("auto_map", {})) <= {*code}:
-        hf.require("auto_map", None, f"it names Python code in the repository, which is {TRUST}")
+        hf.require("auto_map", None, f"it names Python code, which is never run unasked; {BRIDGE}")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")
