@@ -104,7 +104,10 @@ class Foreign(CausalLM):
         config = foreign.config.get_text_config()
         stated = getattr(config, "vocab_size", None)
         self._probe = (torch.arange(1, PROBE + 1) % (stated or PROBE + 1))[None]
+        versions = self._versions()
         logits = self._check_causality()
+        self._restless = self._versions() != versions
+        self.settle()  # before a linear is replaced, while its weight is as it is on disk
         self._facts = ForeignFacts(stated or logits, _limit(config))
 
     @property
@@ -170,6 +173,8 @@ class Foreign(CausalLM):
         Some code (RWKV's) changes its weights for evaluation, in the first call after `eval`, and
         back in the first after `train`.
         """
+        if not self._restless:
+            return
         before = self.training
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), torch.no_grad():  # dropout draws, and is undone
@@ -272,6 +277,10 @@ class Foreign(CausalLM):
         except Exception:  # noqa: BLE001 (not our code: it may fail in any way, and another is left)
             return False
         return _close(torch.cat(found, 1), whole)
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was written to."""
+        return [parameter._version for parameter in self.parameters()]
 
     def _tied(self) -> bool:
         head = self.get_submodule(self._head) if self._head else None
