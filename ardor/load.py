@@ -149,6 +149,7 @@ def load_model(
     if origin.adapter is not None:
         lora = load_adapter(origin.adapter, decoder, disk_names=form.disk_linears())
         decoder.requires_grad_(False).to(device)
+    decoder.verify()
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text)
     generation = _optional_json(text / GENERATION)

@@ -263,7 +263,10 @@ def select(
     """The linears of `decoder` that `targets` means, by our names, in the decoder's order."""
     linears = linear_names(decoder)
     if isinstance(targets, str):
-        return tuple(name for name in linears if place_of(decoder, name) == "layers")
+        found = tuple(name for name in linears if place_of(decoder, name) == "layers")
+        if not found:
+            raise ConfigError("this model has no linear maps in its layers that could be adapted")
+        return found
     both = {name: (name, names(name)) for name in linears}
     for target in targets:
         if not any(ends_with(full, target) for pair in both.values() for full in pair):

@@ -55,6 +55,12 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def verify(self) -> None:
+        """Raise ConfigError if the model, as it is held now, is no causal language model.
+
+        Nothing to do for one that is right by construction.
+        """
+
     def new_cache(self, *, rows: int, capacity: int) -> Cache:
         """An empty cache of `rows` rows that hold up to `capacity` positions each."""
         raise NotImplementedError

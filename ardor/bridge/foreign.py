@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing
 from ardor.arch.layout import Layout, Packed
-from ardor.errors import ConfigError, ShapeError
+from ardor.errors import ArdorError, ConfigError, ShapeError
 
 FOREIGN = "foreign"
 # How a forward of transformers takes and returns what it has read.
@@ -85,7 +85,10 @@ class Foreign(CausalLM):
     Activations have the dtype of the weights; another `compute` is torch's autocast. In training
     the dropout of the model's own config acts, as it does in transformers.
 
-    Raises: ConfigError if a position of its output depends on what follows it.
+    Nothing is run when it is made: what code keeps from its first call stays on the device of that
+    call. `verify` runs it first, once it is where it will stay.
+
+    Raises: ConfigError if neither config nor code says how many token ids there are.
     """
 
     foreign: Any
@@ -102,17 +105,36 @@ class Foreign(CausalLM):
         self._reading_chosen = False  # when the first cache is made
         _mark_linears(foreign)
         config = foreign.config.get_text_config()
-        stated = getattr(config, "vocab_size", None)
-        self._probe = (torch.arange(1, PROBE + 1) % (stated or PROBE + 1))[None]
-        versions = self._versions()
-        logits = self._check_causality()
-        self._restless = self._versions() != versions
-        self.settle()  # before a linear is replaced, while its weight is as it is on disk
-        self._facts = ForeignFacts(stated or logits, _limit(config))
+        self._facts = ForeignFacts(_vocab(foreign, config), _limit(config))
+        self._probe = (torch.arange(1, PROBE + 1) % self._facts.vocab)[None]
+        self._restless = False  # whether its code writes to its weights
 
     @property
     def facts(self) -> ForeignFacts:
         return self._facts
+
+    def verify(self) -> None:
+        """Run a few tokens.
+
+        Raises: ConfigError if the code fails, or what it says of a position depends on later ones.
+        """
+        versions = self._versions()
+        try:
+            causal = self._causal()
+        except ArdorError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{type(self.foreign).__name__} cannot be run by transformers: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._restless = self._versions() != versions
+        if not causal:
+            raise ConfigError(
+                f"{type(self.foreign).__name__} is no causal language model as it is configured: "
+                "what it says after a token depends on later tokens (for BERT and its kin "
+                "is_decoder must be true in config.json)"
+            )
 
     def place_of(self, name: str) -> Literal["layers", "head"] | None:
         """See `ardor.arch.linear.place_of`. A head tied to the embedding is neither."""
@@ -206,12 +228,14 @@ class Foreign(CausalLM):
             try:
                 return self.foreign(input_ids=ids.clone(), **taken)
             except AttributeError as error:
-                if (replaced := type(error.obj).__name__) not in ("LoraLinear", "QuantizedLinear"):
+                replaced = type(error.obj).__name__
+                if replaced not in ("LoraLinear", "QuantizedLinear"):
                     raise
+                names = (name for name, module in self.named_modules() if module is error.obj)
                 raise ConfigError(
-                    f"the code of {type(self.foreign).__name__} reads {error.name!r} of a linear "
-                    f"that is a {replaced} now; leave that linear out of target_modules, and "
-                    "quantization out"
+                    f"the code of {type(self.foreign).__name__} reads {error.name!r} of "
+                    f"{next(names).removeprefix(f'{FOREIGN}.')}, which is a {replaced} now; name "
+                    "target_modules without it, and leave quantization out"
                 ) from error
 
     def _continued(
@@ -237,19 +261,12 @@ class Foreign(CausalLM):
     # --- what is not taken on trust ---
 
     @torch.no_grad()
-    def _check_causality(self) -> int:
-        """How many logits there are; see the class for what is raised."""
+    def _causal(self) -> bool:
+        """Whether earlier logits stay as they are when the last token of the probe changes."""
         ids = self._probe.to(self.device)
         other = ids.clone()
         other[:, -1] = ids[:, 0]
-        logits = self._logits(ids)
-        if not _close(self._logits(other)[:, :-1], logits[:, :-1]):
-            raise ConfigError(
-                f"{type(self.foreign).__name__} is no causal language model as it is configured: "
-                "what it says after a token depends on later tokens (for BERT and its kin "
-                "is_decoder must be true in config.json)"
-            )
-        return logits.shape[-1]
+        return _close(self._logits(other)[:, :-1], self._logits(ids)[:, :-1])
 
     @torch.no_grad()
     def _choose_reading(self) -> "_Reading | None":
@@ -322,6 +339,19 @@ def _logits_of(out: Any) -> Float[Tensor, "B T V"]:
 def _close(found: Tensor, wanted: Tensor) -> bool:
     share = TOLERANCE.get(wanted.dtype, COARSE)
     return bool((found - wanted).abs().max() <= share * wanted.abs().max())
+
+
+def _vocab(foreign: nn.Module, config: Any) -> int:
+    stated = getattr(config, "vocab_size", None)
+    weight = getattr(_part(foreign, "get_input_embeddings"), "weight", None)
+    if stated:
+        return stated
+    if weight is None:
+        raise ConfigError(
+            f"the config of {type(foreign).__name__} has no vocab_size, and its code names no "
+            "embedding; set vocab_size in config.json"
+        )
+    return len(weight)
 
 
 def _limit(config: Any) -> int:

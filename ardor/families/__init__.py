@@ -106,8 +106,8 @@ def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
     Raises: ConfigError if its model_type is missing or unknown (with the list of what is known).
     """
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if (family := FAMILIES.get(str(model_type))) is not None:
+        return family
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.8)
     raise ConfigError(
         f"{path}: model_type={model_type!r} is not implemented"

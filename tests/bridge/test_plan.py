@@ -145,6 +145,7 @@ def test_without_transformers_the_extra_is_named(fresh, monkeypatch):
         ),
         ({"auto_map": "modeling_odd.Odd"}, "auto_map is 'modeling_odd.Odd', expected names"),
         ({"auto_map": {"AutoModel": "modeling_odd.Odd"}}, "not known to transformers .* either"),
+        ({"model_type": ["odd"], "auto_map": None}, r"model_type=\['odd'\] is not known to"),
         ({"auto_map": None}, "model_type='odd' is not known to transformers .* either"),
         ({"auto_map": AUTO_MAP | {"AutoConfig": "gone.Config"}}, "gone.py does not exist"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not supported"),
