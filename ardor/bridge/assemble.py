@@ -1,6 +1,5 @@
 """A checkpoint that we do not implement -> transformers' model of it, and back into files."""
 
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ardor.bridge.foreign import Foreign
 from ardor.bridge.plan import Plan, announce, plan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.families.rules import DiskPart
+from ardor.files.atomic import write_atomic
 from ardor.files.hub import Resolved
 from ardor.precision import dtype_of
 
@@ -24,16 +24,16 @@ ATTENTION = {"flex": "flex_attention"}  # their names for it, where they differ
 class Bridged:
     """How a model of transformers lies in files: as its own classes write it."""
 
-    directory: Path  # that it was read from
-    plan: Plan
     places: Mapping[str, DiskPart]  # of all its modules
+    # What it runs, by name. In memory: a resumed run drops the checkpoint that it began from.
+    code: Mapping[str, bytes]
 
     needs_trust = True
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of files beside the usual ones that belong to the checkpoint."""
-        return tuple(str(path.relative_to(self.directory)) for path in self.plan.files)
+        return tuple(self.code)
 
     def disk_linears(self) -> Mapping[str, DiskPart]:
         """Where transformers has each module: all of them, as no target may match another."""
@@ -49,9 +49,8 @@ class Bridged:
             "generation_config.json",
         ):  # the caller has those that were read
             (directory / name).unlink(missing_ok=True)
-        for name in self.files:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.directory / name, directory / name)
+        for name, source in self.code.items():
+            write_atomic(directory / name, source)
 
 
 def bridge(
@@ -71,6 +70,7 @@ def bridge(
     for whatever the code itself fails with.
     """
     what = plan(found.path, config)
+    code = {str(path.relative_to(found.path)): path.read_bytes() for path in what.files}
     announce(what, source, found.revision)
     try:
         decoder = Foreign(_loaded(found.path, what, dtype, attn_implementation))
@@ -82,7 +82,7 @@ def bridge(
             f"{type(error).__name__}: {error}"
         ) from error
     places = {ours: DiskPart(theirs, 0, 1, t) for ours, theirs, t in decoder.modules_on_disk()}
-    return decoder, Bridged(found.path, what, places)
+    return decoder, Bridged(places, code)
 
 
 def _loaded(

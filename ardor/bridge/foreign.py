@@ -81,7 +81,8 @@ class Foreign(CausalLM):
     """`foreign`, a causal language model of transformers, with Decoder's surface.
 
     `hidden` is the logits themselves and `head` the identity: code that is not ours may do anything
-    between its last layer and its logits. So the loss holds the logits of a whole micro-batch.
+    between its last layer and its logits. So the loss holds the logits of a whole micro-batch, and
+    generating those of a whole prompt.
     Activations have the dtype of the weights; another `compute` is torch's autocast. In training
     the dropout of the model's own config acts, as it does in transformers.
 
@@ -116,7 +117,7 @@ class Foreign(CausalLM):
     def verify(self) -> None:
         """Run a few tokens.
 
-        Raises: ConfigError if the code fails, or what it says of a position depends on later ones.
+        Raises: ConfigError if the code fails, gives NaN, or lets a position depend on later ones.
         """
         versions = self._versions()
         try:
@@ -266,7 +267,13 @@ class Foreign(CausalLM):
         ids = self._probe.to(self.device)
         other = ids.clone()
         other[:, -1] = ids[:, 0]
-        return _close(self._logits(other)[:, :-1], self._logits(ids)[:, :-1])
+        logits = self._logits(ids)
+        if logits.isnan().any():
+            raise ConfigError(
+                f"{type(self.foreign).__name__} gives NaN in {self.compute}; load it with "
+                "dtype='float32', or look for NaN in its weights"
+            )
+        return _close(self._logits(other)[:, :-1], logits[:, :-1])
 
     @torch.no_grad()
     def _choose_reading(self) -> "_Reading | None":
@@ -337,7 +344,10 @@ def _logits_of(out: Any) -> Float[Tensor, "B T V"]:
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
-    share = TOLERANCE.get(wanted.dtype, COARSE)
+    finite, share = wanted.isfinite(), TOLERANCE.get(wanted.dtype, COARSE)
+    if not torch.equal(found[~finite], wanted[~finite]):  # -inf is for ids that are never meant
+        return False
+    found, wanted = found[finite], wanted[finite]
     return bool((found - wanted).abs().max() <= share * wanted.abs().max())
 
 

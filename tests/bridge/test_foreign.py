@@ -103,6 +103,28 @@ def test_a_model_that_looks_ahead_is_refused(tokenizer, tmp_path):
     assert load(path, trust_remote_code=True)
 
 
+def test_a_model_that_gives_nan_is_told_apart_from_one_that_looks_ahead(tokenizer, tmp_path):
+    path = write_odd(tmp_path / "nan", tokenizer)
+    file = path / "model.safetensors"
+    whole = load_file(file)
+    whole["unembed.weight"][0] = torch.nan
+    save_file(whole, file, {"format": "pt"})
+    with pytest.raises((ConfigError, CheckpointError), match=r"gives NaN in torch\.float32"):
+        load(path, trust_remote_code=True)
+
+
+def test_minus_infinity_for_ids_that_are_never_meant_is_no_leak(tokenizer, tmp_path):
+    def masked(source):
+        return source.replace(
+            "return Causal", "logits[..., -2:] = float('-inf')\n        return Causal"
+        )
+
+    path = write_odd(tmp_path / "masked", tokenizer, masked)
+    lm = load(path, trust_remote_code=True)
+    assert lm.generate("the cat", max_new_tokens=2).tokens
+    assert lm.model.decoder._reading is not None
+
+
 def test_no_weight_stays_as_it_was_initialised(tokenizer, tmp_path, capsys):
     path = write_odd(tmp_path / "partial", tokenizer)
     file = path / "model.safetensors"

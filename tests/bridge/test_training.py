@@ -141,7 +141,8 @@ def test_the_adapter_of_a_stranger_does_not_bring_trust_either(tokenizer, tmp_pa
 def test_a_resumed_run_is_the_uninterrupted_one_bitwise(tokenizer, rows, tmp_path, method):
     # Its own dropout acts in training: the random numbers must go on too.
     path = write_odd(tmp_path / "odd", tokenizer, dropout=0.2)
-    given = {"method": method, "save_steps": 2, "eval_steps": 100}
+    # The checkpoint that it goes on from is dropped on the way, with the code in it.
+    given = {"method": method, "save_steps": 2, "eval_steps": 100, "save_total_limit": 1}
     whole = losses(tune(path, rows, tmp_path / "whole", max_steps=4, **given))
     config = Finetune(
         model=str(path), data=str(rows), output=tmp_path / "cut", max_steps=4, lora_r=2,
