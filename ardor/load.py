@@ -1,25 +1,31 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
-from ardor.adapters.peft_files import ADAPTER_CONFIG, load_adapter
+from ardor.adapters.peft_files import ADAPTER_CONFIG, DiskLinear, load_adapter
+from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
+from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
+from ardor.bridge.assemble import Bridged, bridge
+from ardor.bridge.foreign import Foreign
 from ardor.errors import CheckpointError, ConfigError
-from ardor.families import family_of
-from ardor.families.family import Family
+from ardor.families import family_of, implemented
+from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
-from ardor.files.hub import resolve
+from ardor.files.hub import CODE, PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights
+from ardor.files.weights import WeightFiles, open_weights, write_weights
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
@@ -37,13 +43,47 @@ WEIGHT_DTYPES = (
 )  # as values, not codes
 
 
+@runtime_checkable
+class Form(Protocol):
+    """How a model lies in the files that other tools read."""
+
+    @property
+    def needs_trust(self) -> bool: ...  # whether it is loaded with trust_remote_code only
+    @property
+    def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
+    def disk_linears(self) -> Mapping[str, DiskLinear]: ...
+    def write(self, decoder: CausalLM, directory: Path) -> None: ...  # all but the JSON files
+
+
+@dataclass(frozen=True)
+class Native:
+    """The form of a model that we implement."""
+
+    family: Family
+    spec: specs.Decoder
+    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
+
+    needs_trust = False
+    files = ()
+
+    def disk_linears(self) -> Mapping[str, DiskLinear]:
+        """Where transformers, and so PEFT, has each linear map."""
+        return self.family.disk_linears(self.spec)
+
+    def write(self, decoder: CausalLM, directory: Path) -> None:
+        """Every tensor under the name and in the shape that it was read with."""
+        state = state_of(decoder)
+        ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
+        write_weights(directory, chain(ours, self.kept.items()))
+
+
 @dataclass
 class Model:
     """A decoder with everything its checkpoint says about it. Nothing in it requires gradients."""
 
-    decoder: Decoder
-    family: Family
-    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
+    decoder: CausalLM
+    form: Form
     config: dict[str, Any]  # config.json as it was read
     generation_config: dict[str, Any]
     tokenizer: Tokenizer | None
@@ -54,7 +94,6 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
-    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -66,6 +105,7 @@ class Origin:
     adapter: Path | None
     quantization: str | None  # of the base while the adapter was trained
     revision: str | None = None  # of a base on the hub, that the adapter was trained on
+    needs_trust: bool = False  # whether that base is run by code that is not ours
 
 
 def load_model(
@@ -77,6 +117,7 @@ def load_model(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
@@ -85,34 +126,36 @@ def load_model(
     An adapter's base is found through its own files and quantized as it was when the adapter was
     trained, unless said otherwise.
 
+    A model that we do not implement is run by transformers, and by code in its repository if it
+    names some, with `trust_remote_code` only; a line on stderr says what runs before it does.
+
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
     origin = _origin(Path(name), str(name), adapter)
     quantization = quantization or origin.quantization
+    _require_trust(origin, trust_remote_code)
     found = resolve(origin.base, revision or origin.revision)
     files = open_weights(found.path)
-    attn = backend_for(attn_implementation, torch.device(device))
-    raw, family, rules, decoder = _on_meta(found.path, files, attn)
-    _fill(decoder, files, rules)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(dtype, stored, torch.device(device))
+    raw = read_object(found.path / CONFIG)
+    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    theirs = trust_remote_code and not implemented(raw)
+    decoder, form, precision = _bridged(held) if theirs else _implemented(held)
     if quantization is not None and quantization != "none":
-        quantize_decoder(decoder, quantization)
-    decoder.compute = precision.compute
+        _quantize(decoder, quantization, origin.base)
     # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
     lora = None
     if origin.adapter is not None:
-        lora = load_adapter(origin.adapter, decoder, disk_names=family.disk_linears(decoder.spec))
+        lora = load_adapter(origin.adapter, decoder, disk_names=form.disk_linears())
         decoder.requires_grad_(False).to(device)
+    decoder.verify()
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
-        family=family,
-        rules=rules,
+        form=form,
         config=raw,
         generation_config=generation,
         tokenizer=tokenizer,
@@ -123,7 +166,6 @@ def load_model(
         revision=found.revision,
         quantization=None if quantization == "none" else quantization,
         adapter=lora,
-        kept={name: files.read(name) for name in rules.kept(files.names())},
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -164,15 +206,75 @@ def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
         )
     if base_path.is_dir():
         revision = None
-    quantization = _optional_json(directory / ORIGIN).get("quantization")
-    return Origin(base, directory, quantization, revision)
+    said = _optional_json(directory / ORIGIN)
+    needs_trust = said.get("needs_trust_remote_code", False)
+    return Origin(base, directory, said.get("quantization"), revision, needs_trust)
+
+
+def _require_trust(origin: Origin, given: bool) -> None:
+    """Before anything of the base is downloaded."""
+    if origin.needs_trust and not given:
+        raise ConfigError(
+            f"{origin.adapter} is an adapter on {origin.base}, which is not implemented here; "
+            f"{BRIDGE}"
+        )
+
+
+def _quantize(decoder: CausalLM, format: str, source: str) -> None:
+    if not quantize_decoder(decoder, format):
+        raise ConfigError(
+            f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A checkpoint that is found, and how it is asked to be held."""
+
+    found: Resolved
+    source: str
+    config: dict[str, Any]
+    files: WeightFiles
+    dtype: str | torch.dtype
+    device: torch.device
+    attn_implementation: str | None
+
+
+def _implemented(held: _Held) -> tuple[Decoder, Native, Precision]:
+    """Our own decoder, with its weights."""
+    files = held.files
+    attn = backend_for(held.attn_implementation, held.device)
+    family, rules, decoder = _on_meta(held.config, held.found.path, files, attn)
+    _fill(decoder, files, rules)
+    stored = decoder.embed_tokens.weight.dtype
+    precision = resolve_precision(held.dtype, stored, held.device)
+    decoder.compute = precision.compute
+    kept = {name: files.read(name) for name in rules.kept(files.names())}
+    return decoder, Native(family, decoder.spec, rules, kept), precision
+
+
+def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+    """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    found = held.found
+    if found.revision is not None and held.config.get("auto_map"):
+        found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
+    if held.attn_implementation is not None:
+        backend_for(held.attn_implementation, held.device)
+    decoder, form = bridge(
+        found,
+        held.source,
+        held.config,
+        dtype=held.dtype,
+        attn_implementation=held.attn_implementation,
+    )
+    why = "as stored" if held.dtype == "auto" else "as asked"
+    return decoder, form, Precision(decoder.stored, decoder.compute, why)
 
 
 def _on_meta(
-    path: Path, files: WeightFiles, attn: str
-) -> tuple[dict[str, Any], Family, Rules, Decoder]:
+    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
-    raw = read_object(path / CONFIG)
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
@@ -183,7 +285,7 @@ def _on_meta(
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
     _check_tensors(decoder, files, rules)
-    return raw, family, rules, decoder
+    return family, rules, decoder
 
 
 def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
@@ -234,7 +336,7 @@ def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
-def state_of(decoder: Decoder) -> dict[str, Tensor]:
+def state_of(decoder: nn.Module) -> dict[str, Tensor]:
     """Everything that comes from files, by name: the parameters, and what is stored packed."""
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
 

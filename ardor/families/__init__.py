@@ -13,7 +13,7 @@ from ardor.families.deepseek_v2 import DEEPSEEK_V2
 from ardor.families.deepseek_v3 import DEEPSEEK_V3
 from ardor.families.exaone4 import EXAONE4
 from ardor.families.falcon import FALCON
-from ardor.families.family import Family
+from ardor.families.family import BRIDGE, Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
@@ -97,19 +97,25 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def implemented(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is for one of our families, and needs no code of its own."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.computes(config)
+
+
 def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
     """The family of a parsed config.json.
 
     Raises: ConfigError if its model_type is missing or unknown (with the list of what is known).
     """
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if (family := FAMILIES.get(str(model_type))) is not None:
+        return family
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.8)
     raise ConfigError(
         f"{path}: model_type={model_type!r} is not implemented"
         + (f" (like {near[0]!r})" if near else "")
-        + f"; expected {' | '.join(FAMILIES)}"
+        + f"; expected {' | '.join(FAMILIES)}; or {BRIDGE}"
     )
 
 

@@ -32,6 +32,10 @@ class Family:
         hf.finish(HARMLESS)
         return spec
 
+    def computes(self, config: Mapping[str, Any]) -> bool:
+        """Whether no code is needed for a config.json but ours: what it names computes the same."""
+        return _files_of(config.get("auto_map") or {}) <= {*self.code}
+
     def rules(self, spec: Decoder) -> Rules:
         """Where each tensor of a decoder is in a checkpoint; `.bind` fits them to its names."""
         return self.name_tensors(spec)
@@ -103,6 +107,12 @@ def act_name(act: Act, family: str) -> str:
     return _ACT_NAMES[act]
 
 
+BRIDGE = (
+    "give trust_remote_code=True (--trust-remote-code) to have transformers run it, with "
+    "pip install 'ardor[transformers]'"
+)
+
+
 def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     section = hf.section("quantization_config")
@@ -112,7 +122,7 @@ def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, 
     else:
         hf.require("quantization_config", None, "load the original weights, and quantize them here")
     if not _files_of(hf.take("auto_map", {})) <= {*code}:
-        hf.require("auto_map", None, "it names Python code in the repository, which is never run")
+        hf.require("auto_map", None, f"it names Python code, which is never run unasked; {BRIDGE}")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")

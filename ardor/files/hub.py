@@ -29,6 +29,9 @@ PATTERNS = (
     "adapter_model.safetensors",
 )
 
+# What such a model may come with, for those who have said that they trust it.
+CODE = ("*.py",)
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

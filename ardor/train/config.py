@@ -97,8 +97,8 @@ class Optimisation:
     """Gradients are clipped to this global norm; 0: not clipped."""
     dtype: str = "auto"
     """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
-    attn_implementation: str = "sdpa"
-    """Attention backend: sdpa, eager (the reference), or on a GPU flex or flash_attention_2."""
+    attn_implementation: str | None = None
+    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: sdpa."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
     eval_data: str | None = None
@@ -213,6 +213,9 @@ class Finetune(Optimisation):
     tokenizer has its control tokens, else plain headings."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Let transformers run a model that Ardor does not know, and code from its repository if it
+    names some. What will run is said first. Not remembered by the run."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
     stop_rate_samples: int = 0

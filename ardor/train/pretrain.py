@@ -18,7 +18,7 @@ from ardor.files.atomic import write_atomic
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
-from ardor.load import Model, default_device, load_model, stops_of
+from ardor.load import Model, Native, default_device, load_model, stops_of
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
@@ -163,8 +163,7 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
     }
     return Model(
         decoder=decoder,
-        family=blueprint.family,
-        rules=blueprint.family.rules(blueprint.spec),
+        form=Native(blueprint.family, blueprint.spec, blueprint.family.rules(blueprint.spec)),
         config=raw,
         generation_config=generation,
         tokenizer=tokenizer,
