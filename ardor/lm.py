@@ -93,12 +93,14 @@ def load(
     trust_remote_code: bool = False,
     low_cpu_mem_usage: bool = True,
     use_cache: bool = True,
+    use_safetensors: bool = True,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
     `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0", 0);
     `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
-    `low_cpu_mem_usage` and `use_cache` are accepted.
+    `low_cpu_mem_usage` and `use_cache` are accepted. use_safetensors=False reads the weights from
+    pickles (.bin), which are refused otherwise, with torch's restricted reader.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
@@ -120,6 +122,7 @@ def load(
             quantization=quantization or ("nf4" if load_in_4bit else None),
             adapter=adapter,
             revision=revision,
+            use_safetensors=use_safetensors,
         )
     )
 

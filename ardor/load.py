@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
-from ardor.adapters.peft_files import ADAPTER_CONFIG, load_adapter
+from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.errors import CheckpointError, ConfigError
@@ -16,10 +16,11 @@ from ardor.families import family_of
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
-from ardor.files.hub import resolve
+from ardor.files.finite import not_finite
+from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights
+from ardor.files.weights import WeightFiles, open_weights, read_tensors
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
@@ -77,23 +78,27 @@ def load_model(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    use_safetensors: bool = True,
+    check_finite: bool = False,
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
     Weights are mapped from their files and copied only where the dtype or device asks for it; with
     dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
     An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise.
+    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
+    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
     origin = _origin(Path(name), str(name), adapter)
     quantization = quantization or origin.quantization
-    found = resolve(origin.base, revision or origin.revision)
-    files = open_weights(found.path)
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    found = resolve(origin.base, revision or origin.revision, patterns=patterns)
+    files = _weights(found, use_safetensors=use_safetensors)
     attn = backend_for(attn_implementation, torch.device(device))
     raw, family, rules, decoder = _on_meta(found.path, files, attn)
-    _fill(decoder, files, rules)
+    _fill(decoder, files, rules, check_finite=check_finite)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(dtype, stored, torch.device(device))
     if quantization is not None and quantization != "none":
@@ -102,12 +107,9 @@ def load_model(
     # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
-    lora = None
-    if origin.adapter is not None:
-        lora = load_adapter(origin.adapter, decoder, disk_names=family.disk_linears(decoder.spec))
-        decoder.requires_grad_(False).to(device)
+    lora = _adapted(decoder, origin.adapter, family, check_finite=check_finite)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text)
+    tokenizer, template = _text(text, decoder.spec.vocab)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -168,6 +170,18 @@ def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     return Origin(base, directory, quantization, revision)
 
 
+def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
+    try:
+        return open_weights(found.path, use_safetensors=use_safetensors)
+    except CheckpointError as error:
+        if use_safetensors and found.revision is not None:
+            error.add_note(
+                "pickles are not downloaded unless asked for: if the repository has no other "
+                "weights, give use_safetensors=False (--no-use-safetensors)"
+            )
+        raise
+
+
 def _on_meta(
     path: Path, files: WeightFiles, attn: str
 ) -> tuple[dict[str, Any], Family, Rules, Decoder]:
@@ -205,14 +219,21 @@ def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
                 )
             if tuple(place.shape) != shape:
                 raise CheckpointError(
-                    f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, "
-                    f"but config.json makes it {list(place.shape)}"
+                    f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, but "
+                    f"config.json makes it {list(place.shape)}; the weights do not belong to this "
+                    "config.json: take both from the same place"
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
+def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+    def read(disk: str) -> Tensor:
+        tensor = files.read(disk)
+        if check_finite:
+            _check_finite(tensor, disk, files.file(disk))
+        return tensor
+
     for rule in rules.plain:
-        for name, tensor in rule.to_memory(files.read).items():
+        for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)
@@ -223,6 +244,29 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
             )
     left = [name for name, held in state_of(decoder).items() if held.is_meta]
     assert not left, f"no rule fills {left}"
+
+
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    if problem := not_finite(tensor):
+        raise CheckpointError(
+            f"{file}: {name} holds {problem}, which training would spread to every weight; "
+            "take an earlier checkpoint, or download it again"
+        )
+
+
+def _adapted(
+    decoder: Decoder, adapter: Path | None, family: Family, *, check_finite: bool
+) -> LoraConfig | None:
+    """Put the adapter, if there is one, on a decoder that is where it will stay."""
+    if adapter is None:
+        return None
+    lora = load_adapter(adapter, decoder, disk_names=family.disk_linears(decoder.spec))
+    decoder.requires_grad_(False).to(decoder.device)
+    if check_finite:
+        weights = adapter / ADAPTER_WEIGHTS
+        for name, tensor in read_tensors(weights).items():
+            _check_finite(tensor, name, weights)
+    return lora
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
@@ -244,10 +288,36 @@ def _text_home(adapter: Path, base: Path) -> Path:
     return adapter if (adapter / "tokenizer.json").exists() else base
 
 
-def _text(path: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not (path / "tokenizer.json").exists():
         return None, None
-    return Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
+    tokenizer = Tokenizer.from_directory(path)
+    if problem := lacks_rows(tokenizer, rows):
+        raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
+    return tokenizer, ChatTemplate.from_directory(path)
+
+
+def lacks_rows(tokenizer: Tokenizer, rows: int) -> str | None:
+    """Why an embedding of so many rows is too small for a tokenizer; None if it is not.
+
+    It must hold what any text can become and what begins or ends one. A further added token may
+    lie beyond it, as the image token of Gemma 3's text models does: it is refused where it occurs.
+    """
+    remedy = (
+        "take the tokenizer that belongs to these weights, or let transformers' "
+        "resize_token_embeddings make room and save the model again"
+    )
+    if tokenizer.base_rows > rows:
+        return (
+            f"its vocabulary has {tokenizer.base_rows} ids, but the embedding only {rows} rows; "
+            + remedy
+        )
+    special = {"BOS": tokenizer.special.bos, "EOS": tokenizer.special.eos}
+    special |= {f"the start {id!r}": id for id in tokenizer.prefix}
+    for name, id in special.items():
+        if id is not None and id >= rows:
+            return f"{name} is token {id}, but the embedding has only {rows} rows; {remedy}"
+    return None
 
 
 def stops_of(

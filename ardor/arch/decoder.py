@@ -4,7 +4,7 @@ Axes: B batch rows, T new positions, D model width, H query heads, K kv heads, d
 F ffn width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +208,15 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raises: ShapeError for a token id that has no row in the embedding."""
+        for id in ids:
+            if not 0 <= id < self.spec.vocab:
+                raise ShapeError(
+                    f"token id {id} is not one of the model's {self.spec.vocab} ids, 0 to "
+                    f"{self.spec.vocab - 1}; take that token out of the text"
+                )
 
     def hidden(
         self,

@@ -27,6 +27,8 @@ class ModelFlags:
     """sdpa, eager (the reference), flex or flash_attention_2. Default: sdpa."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    use_safetensors: bool = True
+    """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
 
     def load(self, name: str) -> LM:
         """The model, with one line on stderr that says how it is held."""
@@ -41,6 +43,7 @@ class ModelFlags:
             adapter=self.adapter,
             attn_implementation=self.attn_implementation,
             revision=self.revision,
+            use_safetensors=self.use_safetensors,
         )
         model = lm.model
         held = model.quantization or str(model.precision.weights).removeprefix("torch.")

@@ -184,6 +184,8 @@ class Finetune(Optimisation):
     tokenizer has its control tokens, else plain headings."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    use_safetensors: bool = True
+    """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
     stop_rate_samples: int = 0

@@ -136,6 +136,7 @@ def _resumed(fresh: Model, checkpoint: Path) -> Model:
         dtype=fresh.precision.weights,
         device=fresh.decoder.device,
         attn_implementation=fresh.decoder.attn,
+        check_finite=True,
     )
     return replace(model, source=fresh.source, precision=fresh.precision)
 
