@@ -1,5 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
 from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.errors import CheckpointError, ConfigError
@@ -97,7 +99,7 @@ def load_model(
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     attn = backend_for(attn_implementation, torch.device(device))
-    raw, family, rules, decoder = _on_meta(found.path, files, attn)
+    raw, family, rules, decoder = _described(found.path, files, attn)
     _fill(decoder, files, rules, check_finite=check_finite)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(dtype, stored, torch.device(device))
@@ -182,7 +184,7 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
         raise
 
 
-def _on_meta(
+def _described(
     path: Path, files: WeightFiles, attn: str
 ) -> tuple[dict[str, Any], Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
@@ -191,37 +193,42 @@ def _on_meta(
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
     rules.check(files.names(), str(path))
+    decoder = on_meta(spec, files, rules, attn)
+    for problem in tensor_problems(decoder, files, rules):
+        raise CheckpointError(problem)
+    return raw, family, rules, decoder
+
+
+def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
+    """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
         decoder = Decoder(spec, attn=attn)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
-    _check_tensors(decoder, files, rules)
-    return raw, family, rules, decoder
+    return decoder
 
 
-def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
-    """Raises: CheckpointError for a tensor whose shape or dtype is not the one there is to fill."""
+def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Iterator[str]:
+    """What of each stored tensor's shape or dtype is not as it must be to fill its place."""
     wanted = state_of(decoder)
     for rule in rules.plain:
         disk = rule.names[0]
-        stored = files.dtype(disk)
+        stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
             if place.is_floating_point() and stored not in WEIGHT_DTYPES:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
-                    "Ardor does not read; load the checkpoint it was made from, and quantize that"
+                yield (
+                    f"{where} is {stored}, in a quantized format that Ardor does not read; load "
+                    "the checkpoint it was made from, and quantize that"
                 )
-            if not place.is_floating_point() and stored != place.dtype:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} is stored as {stored}, expected {place.dtype}"
-                )
-            if tuple(place.shape) != shape:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, but "
-                    f"config.json makes it {list(place.shape)}; the weights do not belong to this "
-                    "config.json: take both from the same place"
+            elif not place.is_floating_point() and stored != place.dtype:
+                yield f"{where} is stored as {stored}, expected {place.dtype}"
+            elif tuple(place.shape) != shape:
+                yield (
+                    f"{where} gives {name} the shape {list(shape)}, but config.json makes it "
+                    f"{list(place.shape)}; the weights do not belong to this config.json: take "
+                    "both from the same place"
                 )
 
 

@@ -27,10 +27,17 @@ class Family:
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code, self.packed)
-        spec = self.read(hf)
+        spec = self.translate(hf)
         hf.finish(HARMLESS)
         return spec
+
+    def translate(self, hf: HFConfig) -> Decoder:
+        """`spec` without the account of keys, which stays in `hf`: for whoever reports on it.
+
+        Raises: ConfigError for a value that we cannot honour exactly.
+        """
+        refuse_foreign(hf, self.code, self.packed)
+        return self.read(hf)
 
     def rules(self, spec: Decoder) -> Rules:
         """Where each tensor of a decoder is in a checkpoint; `.bind` fits them to its names."""

@@ -3,6 +3,7 @@
 They are written as safetensors, and read so unless pickles are asked for.
 """
 
+import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,10 @@ class WeightFiles:
             )
         return _DTYPES[code]
 
+    def size(self, name: str) -> int:
+        """In bytes."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, in the dtype it is stored in."""
         path = self.file(name)
@@ -114,6 +119,16 @@ def open_weights(directory: str | Path, *, use_safetensors: bool = True) -> Weig
     # A tensor the index forgot is still in the checkpoint: whoever accounts for names must see it.
     forgotten = {name: path for path, names in held.items() for name in sorted(names - {*homes})}
     return WeightFiles(directory, homes | forgotten, handles)
+
+
+def open_file(path: str | Path) -> WeightFiles:
+    """Open one safetensors file, whatever its name.
+
+    Raises: CheckpointError if it is missing or damaged.
+    """
+    path = Path(path)
+    handle = _open(path)
+    return WeightFiles(path.parent, dict.fromkeys(handle.keys(), path), {path: handle})
 
 
 def write_weights(
