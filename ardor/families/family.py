@@ -15,6 +15,8 @@ class Family:
     model_type: str
     read: Callable[[HFConfig], Decoder]
     name_tensors: Callable[[Decoder], Rules]
+    models: str = ""  # published ones, for docs/FAMILIES.md
+    unlike: str = ""  # in what they are not plain Llama
     # None: its models are loaded and saved with the config that came with them, not made here
     write: Callable[[Decoder], dict[str, Any]] | None = None
     # Python files in its repositories that compute the same; config.json may name them (auto_map)
