@@ -14,7 +14,7 @@ INSTALL = $(1)/bin/python -m pip install --quiet -c constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all lint check format bench-peers clean
+.PHONY: quickstart test test-all lint check format docs bench-peers clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -38,6 +38,9 @@ check: lint
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m tests.parity.docs
 
 bench-peers: $(PEERS)/.installed
 

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ardor.doctor import doctor
     from ardor.errors import (
         ArdorError,
         CheckpointError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "load": "ardor.lm",
     "LM": "ardor.lm",
+    "doctor": "ardor.doctor",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -38,6 +40,7 @@ __all__ = [
     "DataError",
     "ShapeError",
     "TextError",
+    "doctor",
     "load",
 ]
 

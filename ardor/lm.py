@@ -94,6 +94,7 @@ def load(
     trust_remote_code: bool = False,
     low_cpu_mem_usage: bool = True,
     use_cache: bool = True,
+    use_safetensors: bool = True,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
@@ -101,7 +102,8 @@ def load(
     `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
     `low_cpu_mem_usage` and `use_cache` are accepted. A model that we do not implement is run by
     transformers, with `trust_remote_code` only, as is code in its repository if it names some;
-    a line on stderr says what runs, of which revision, before it does.
+    a line on stderr says what runs, of which revision, before it does. use_safetensors=False reads
+    the weights from pickles (.bin), which are refused otherwise, with torch's restricted reader.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
@@ -123,6 +125,7 @@ def load(
             adapter=adapter,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            use_safetensors=use_safetensors,
         )
     )
 

@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
-from ardor.adapters.peft_files import ADAPTER_CONFIG, DiskLinear, load_adapter
+from ardor.adapters.peft_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DiskLinear,
+    load_adapter,
+)
 from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
@@ -22,10 +27,11 @@ from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
-from ardor.files.hub import CODE, PATTERNS, Resolved, resolve
+from ardor.files.finite import not_finite
+from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, write_weights
+from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
@@ -118,13 +124,16 @@ def load_model(
     adapter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    use_safetensors: bool = True,
+    check_finite: bool = False,
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
     Weights are mapped from their files and copied only where the dtype or device asks for it; with
     dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
     An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise.
+    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
+    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB.
 
     A model that we do not implement is run by transformers, and by code in its repository if it
     names some, with `trust_remote_code` only; a line on stderr says what runs before it does.
@@ -134,24 +143,22 @@ def load_model(
     origin = _origin(Path(name), str(name), adapter)
     quantization = quantization or origin.quantization
     _require_trust(origin, trust_remote_code)
-    found = resolve(origin.base, revision or origin.revision)
-    files = open_weights(found.path)
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    found = resolve(origin.base, revision or origin.revision, patterns=patterns)
+    files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
     held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision = _bridged(held) if theirs else _implemented(held)
+    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
     if quantization is not None and quantization != "none":
         _quantize(decoder, quantization, origin.base)
     # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
-    lora = None
-    if origin.adapter is not None:
-        lora = load_adapter(origin.adapter, decoder, disk_names=form.disk_linears())
-        decoder.requires_grad_(False).to(device)
+    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
     decoder.verify()
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text)
+    tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -240,12 +247,12 @@ class _Held:
     attn_implementation: str | None
 
 
-def _implemented(held: _Held) -> tuple[Decoder, Native, Precision]:
+def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
     """Our own decoder, with its weights."""
     files = held.files
     attn = backend_for(held.attn_implementation, held.device)
-    family, rules, decoder = _on_meta(held.config, held.found.path, files, attn)
-    _fill(decoder, files, rules)
+    family, rules, decoder = _described(held.config, held.found.path, files, attn)
+    _fill(decoder, files, rules, check_finite=check_finite)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(held.dtype, stored, held.device)
     decoder.compute = precision.compute
@@ -271,7 +278,19 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
     return decoder, form, Precision(decoder.stored, decoder.compute, why)
 
 
-def _on_meta(
+def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
+    try:
+        return open_weights(found.path, use_safetensors=use_safetensors)
+    except CheckpointError as error:
+        if use_safetensors and found.revision is not None:
+            error.add_note(
+                "pickles are not downloaded unless asked for: if the repository has no other "
+                "weights, give use_safetensors=False (--no-use-safetensors)"
+            )
+        raise
+
+
+def _described(
     raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
 ) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
@@ -279,42 +298,54 @@ def _on_meta(
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
     rules.check(files.names(), str(path))
+    decoder = on_meta(spec, files, rules, attn)
+    for problem in tensor_problems(decoder, files, rules):
+        raise CheckpointError(problem)
+    return family, rules, decoder
+
+
+def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
+    """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
         decoder = Decoder(spec, attn=attn)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
-    _check_tensors(decoder, files, rules)
-    return family, rules, decoder
+    return decoder
 
 
-def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
-    """Raises: CheckpointError for a tensor whose shape or dtype is not the one there is to fill."""
+def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Iterator[str]:
+    """What of each stored tensor's shape or dtype is not as it must be to fill its place."""
     wanted = state_of(decoder)
     for rule in rules.plain:
         disk = rule.names[0]
-        stored = files.dtype(disk)
+        stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
             if place.is_floating_point() and stored not in WEIGHT_DTYPES:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
-                    "Ardor does not read; load the checkpoint it was made from, and quantize that"
+                yield (
+                    f"{where} is {stored}, in a quantized format that Ardor does not read; load "
+                    "the checkpoint it was made from, and quantize that"
                 )
-            if not place.is_floating_point() and stored != place.dtype:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} is stored as {stored}, expected {place.dtype}"
-                )
-            if tuple(place.shape) != shape:
-                raise CheckpointError(
-                    f"{files.file(disk)}: {disk} gives {name} the shape {list(shape)}, "
-                    f"but config.json makes it {list(place.shape)}"
+            elif not place.is_floating_point() and stored != place.dtype:
+                yield f"{where} is stored as {stored}, expected {place.dtype}"
+            elif tuple(place.shape) != shape:
+                yield (
+                    f"{where} gives {name} the shape {list(shape)}, but config.json makes it "
+                    f"{list(place.shape)}; the weights do not belong to this config.json: take "
+                    "both from the same place"
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
+def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+    def read(disk: str) -> Tensor:
+        tensor = files.read(disk)
+        if check_finite:
+            _check_finite(tensor, disk, files.file(disk))
+        return tensor
+
     for rule in rules.plain:
-        for name, tensor in rule.to_memory(files.read).items():
+        for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)
@@ -325,6 +356,29 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
             )
     left = [name for name, held in state_of(decoder).items() if held.is_meta]
     assert not left, f"no rule fills {left}"
+
+
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    if problem := not_finite(tensor):
+        raise CheckpointError(
+            f"{file}: {name} holds {problem}, which training would spread to every weight; "
+            "take an earlier checkpoint, or download it again"
+        )
+
+
+def _adapted(
+    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
+) -> LoraConfig | None:
+    """Put the adapter, if there is one, on a decoder that is where it will stay."""
+    if adapter is None:
+        return None
+    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
+    decoder.requires_grad_(False).to(decoder.device)
+    if check_finite:
+        weights = adapter / ADAPTER_WEIGHTS
+        for name, tensor in read_tensors(weights).items():
+            _check_finite(tensor, name, weights)
+    return lora
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
@@ -346,10 +400,36 @@ def _text_home(adapter: Path, base: Path) -> Path:
     return adapter if (adapter / "tokenizer.json").exists() else base
 
 
-def _text(path: Path) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not (path / "tokenizer.json").exists():
         return None, None
-    return Tokenizer.from_directory(path), ChatTemplate.from_directory(path)
+    tokenizer = Tokenizer.from_directory(path)
+    if problem := lacks_rows(tokenizer, rows):
+        raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
+    return tokenizer, ChatTemplate.from_directory(path)
+
+
+def lacks_rows(tokenizer: Tokenizer, rows: int) -> str | None:
+    """Why an embedding of so many rows is too small for a tokenizer; None if it is not.
+
+    It must hold what any text can become and what begins or ends one. A further added token may
+    lie beyond it, as the image token of Gemma 3's text models does: it is refused where it occurs.
+    """
+    remedy = (
+        "take the tokenizer that belongs to these weights, or let transformers' "
+        "resize_token_embeddings make room and save the model again"
+    )
+    if tokenizer.base_rows > rows:
+        return (
+            f"its vocabulary has {tokenizer.base_rows} ids, but the embedding only {rows} rows; "
+            + remedy
+        )
+    special = {"BOS": tokenizer.special.bos, "EOS": tokenizer.special.eos}
+    special |= {f"the start {id!r}": id for id in tokenizer.prefix}
+    for name, id in special.items():
+        if id is not None and id >= rows:
+            return f"{name} is token {id}, but the embedding has only {rows} rows; {remedy}"
+    return None
 
 
 def stops_of(

@@ -55,13 +55,15 @@ class Score:
 def token_logprobs(decoder: CausalLM, tokens: Sequence[int]) -> list[float]:
     """log p(tokens[i] | tokens[:i]) for i = 1 .. len(tokens) - 1, in nats.
 
-    Raises: ShapeError if there are fewer than two tokens or more than the model's context.
+    Raises: ShapeError if there are fewer than two tokens or more than the model's context, or an id
+    that the model lacks.
     """
     if not 2 <= len(tokens) <= decoder.facts.max_positions:
         raise ShapeError(
             f"{len(tokens)} tokens cannot be scored: at least 2 are needed, and the model's "
             f"context holds {decoder.facts.max_positions}; give a longer text or split it"
         )
+    decoder.check_ids(tokens)
     row = torch.tensor([list(tokens)], device=decoder.device)
     hidden, wanted = decoder.hidden(row[:, :-1]), row[:, 1:]
     found = []

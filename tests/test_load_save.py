@@ -93,7 +93,7 @@ def test_an_adapter_asks_the_hub_for_the_revision_it_was_trained_on(world, tmp_p
     )
     asked = []
 
-    def resolve(name, revision=None):
+    def resolve(name, revision=None, patterns=()):
         asked.append((name, revision))
         return Resolved(base, revision)
 

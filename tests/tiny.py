@@ -42,16 +42,26 @@ class World:
     qlora: Path
 
 
-def make_world(folder: Path) -> World:
-    from ardor.train import finetune, pretrain  # later: after pytest has hooked into imports
-    from ardor.train.config import Finetune, Train
+def make_base(folder: Path) -> Path:
+    """The folder of a run, from scratch."""
+    from ardor.train import pretrain  # later: after pytest has hooked into imports
+    from ardor.train.config import Train
 
-    world = World(*(folder / name for name in ("texts.jsonl", "pairs.jsonl", "b", "l", "q")))
-    write_rows(world.texts, [{"text": text} for text in sentences(25)])
+    texts = write_rows(folder / "texts.jsonl", [{"text": text} for text in sentences(25)])
+    config = Train(data=str(texts), output=folder / "b", max_steps=3, **SIZES)
+    list(pretrain.prepare(config).events())
+    return folder / "b"
+
+
+def make_world(folder: Path) -> World:
+    from ardor.train import finetune  # later, as above
+    from ardor.train.config import Finetune
+
+    base = make_base(folder)
+    names = ("texts.jsonl", "pairs.jsonl", base.name, "l", "q")
+    world = World(*(folder / name for name in names))
     pairs = zip(sentences(22, 1), sentences(22, 2), strict=True)
     write_rows(world.pairs, [{"prompt": p, "completion": c} for p, c in pairs])
-    config = Train(data=str(world.texts), output=world.base, max_steps=3, **SIZES)
-    list(pretrain.prepare(config).events())
     for method, output in (("lora", world.lora), ("qlora", world.qlora)):
         config = Finetune(
             model=str(world.base),

@@ -3,7 +3,7 @@
 Axes: B batch rows, T new positions, D what a position's state holds, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ardor.arch.experts import Routing
 from ardor.arch.layout import Layout
+from ardor.errors import ShapeError
 
 
 @runtime_checkable
@@ -54,6 +55,15 @@ class CausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raises: ShapeError for a token id that has no row in the embedding."""
+        for id in ids:
+            if not 0 <= id < self.facts.vocab:
+                raise ShapeError(
+                    f"token id {id} is not one of the model's {self.facts.vocab} ids, 0 to "
+                    f"{self.facts.vocab - 1}; take that token out of the text"
+                )
 
     def verify(self) -> None:
         """Raise ConfigError if the model, as it is held now, is no causal language model.

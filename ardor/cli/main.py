@@ -1,6 +1,7 @@
 """`ardor VERB ...`: finds the verb, and turns whatever happens into one message and an exit code.
 
 0 success, 2 a mistake the user can correct, 1 a bug of ours, 130 interrupted, 141 closed pipe.
+`ardor doctor` answers 0, 1 or 2 by itself: clean, warnings, errors.
 """
 
 import errno
@@ -23,6 +24,7 @@ VERBS = {
     "generate": ("ardor.cli.generate", "continue a prompt"),
     "chat": ("ardor.cli.chat", "talk with a model or a run"),
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),
+    "doctor": ("ardor.cli.doctor", "what is wrong with a checkpoint, and what to do about it"),
 }
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

@@ -30,6 +30,8 @@ class ModelFlags:
     trust_remote_code: bool = False
     """Let transformers run a model that Ardor does not know, and code from its repository if it
     names some. What will run is said first."""
+    use_safetensors: bool = True
+    """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
 
     def load(self, name: str) -> LM:
         """The model, with one line on stderr that says how it is held."""
@@ -45,6 +47,7 @@ class ModelFlags:
             attn_implementation=self.attn_implementation,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            use_safetensors=self.use_safetensors,
         )
         model = lm.model
         held = model.quantization or str(model.precision.weights).removeprefix("torch.")

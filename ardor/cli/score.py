@@ -83,6 +83,7 @@ def _score_dataset(config: Config) -> int:
         lm.model.template,
         max_length=context if config.max_length is None else min(config.max_length, context),
         over_length="truncate",
+        vocab=lm.spec.vocab,
     )
     found = evaluate(lm.model, dataset)
     figures = {key: found[key] for key in ("loss", "perplexity", "targets")}

@@ -119,6 +119,7 @@ class Dataset:
         *,
         max_length: int | None = None,
         over_length: OverLength = "drop",
+        vocab: int | None = None,
         progress: Progress | None = None,
     ) -> "Dataset":
         """The examples of `rows`, none longer than `max_length` tokens (None: no limit).
@@ -133,9 +134,11 @@ class Dataset:
           its stop token; where that leaves no prompt token the example is dropped and counted.
         - "error": refused, naming the row.
 
-        Examples with no target are left out and counted.
+        Examples with no target are left out and counted. A tokenizer may know added tokens that
+        the model lacks: `vocab` are the ids that it has.
 
-        Raises: DataError naming the row that cannot be read, or if nothing is left to train on.
+        Raises: DataError naming the row that cannot be read or holds other ids, or if nothing is
+        left to train on.
         """
         builder = _Builder(max_length, over_length, tokenizer.special.bos)
         first_of_file: dict[str, tuple[Format, str]] = {}
@@ -151,6 +154,11 @@ class Dataset:
             examples = examples_of(row, tokenizer, template)
             builder.counts["empty"] += not examples
             for example in examples:
+                if vocab is not None and (high := max(example.tokens, default=0)) >= vocab:
+                    raise DataError(
+                        f"{row.where} holds token {tokenizer.token(high)!r}, id {high}, but the "
+                        f"model has only {vocab} ids; take it out of the data"
+                    )
                 if format.name == "text":
                     builder.add_document(example, row.where)
                 else:

@@ -25,4 +25,6 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-ARCEE = Family(model_type="arcee", read=_read, name_tensors=NAMES.rules)
+ARCEE = Family(
+    model_type="arcee", models="AFM", unlike="squared ReLU", read=_read, name_tensors=NAMES.rules
+)

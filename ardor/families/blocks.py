@@ -40,7 +40,7 @@ def read_heads(
     if heads % shared:
         raise ConfigError(
             f"{hf.path}: num_attention_heads={heads} is not a multiple of "
-            f"num_key_value_heads={shared}"
+            f"num_key_value_heads={shared}; correct one of them"
         )
     if hf.take("head_dim", head_width) is None and width % heads:
         raise ConfigError(

@@ -68,4 +68,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-BLOOM = Family(model_type="bloom", read=_read, name_tensors=NAMES.rules)
+BLOOM = Family(
+    model_type="bloom",
+    models="BLOOM, BLOOMZ",
+    unlike="ALiBi, normed embedding",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

@@ -105,8 +105,16 @@ def _read_layers(
 
 COHERE = Family(
     model_type="cohere",
+    models="Command R, R+",
+    unlike="parallel, norms per head, logit scale",
     read=_read,
     name_tensors=NAMES.rules,
     code=("configuration_cohere", "modeling_cohere"),
 )
-COHERE2 = Family(model_type="cohere2", read=_read_cohere2, name_tensors=NAMES.rules)
+COHERE2 = Family(
+    model_type="cohere2",
+    models="Command R7B, Command A",
+    unlike="parallel, windows, full layers that do not turn",
+    read=_read_cohere2,
+    name_tensors=NAMES.rules,
+)

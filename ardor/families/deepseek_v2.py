@@ -35,6 +35,8 @@ def _router(hf: HFConfig) -> Router:
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
+    models="DeepSeek V2 (bfloat16 files)",
+    unlike="latent attention, grouped routing",
     read=_read,
     name_tensors=NAMES.rules,
     code=("configuration_deepseek", "modeling_deepseek"),

@@ -119,6 +119,8 @@ def _rules(spec: Decoder) -> Rules:
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
+    models="DeepSeek V3, R1, Moonlight (bfloat16 files)",
+    unlike="latent attention, grouped sigmoid routing",
     read=_read,
     name_tensors=_rules,
     code=("configuration_deepseek", "modeling_deepseek"),

@@ -54,4 +54,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-EXAONE4 = Family(model_type="exaone4", read=_read, name_tensors=POST_NORM_NAMES.rules)
+EXAONE4 = Family(
+    model_type="exaone4",
+    models="EXAONE 4",
+    unlike="norms after, no rotation on full layers",
+    read=_read,
+    name_tensors=POST_NORM_NAMES.rules,
+)

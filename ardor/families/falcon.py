@@ -111,6 +111,8 @@ def _read(hf: HFConfig) -> Decoder:
 
 FALCON = Family(
     model_type="falcon",
+    models="Falcon 7B, 40B, 180B, RW",
+    unlike="multi-query or grouped, parallel, ALiBi in bfloat16 (RW)",
     read=_read,
     name_tensors=_rules,
     code=("configuration_falcon", "modeling_falcon", "configuration_RW", "modelling_RW"),

@@ -15,6 +15,8 @@ class Family:
     model_type: str
     read: Callable[[HFConfig], Decoder]
     name_tensors: Callable[[Decoder], Rules]
+    models: str = ""  # published ones, for docs/FAMILIES.md
+    unlike: str = ""  # in what they are not plain Llama
     # None: its models are loaded and saved with the config that came with them, not made here
     write: Callable[[Decoder], dict[str, Any]] | None = None
     # Python files in its repositories that compute the same; config.json may name them (auto_map)
@@ -27,14 +29,21 @@ class Family:
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code, self.packed)
-        spec = self.read(hf)
+        spec = self.translate(hf)
         hf.finish(HARMLESS)
         return spec
 
     def computes(self, config: Mapping[str, Any]) -> bool:
         """Whether no code is needed for a config.json but ours: what it names computes the same."""
         return _files_of(config.get("auto_map") or {}) <= {*self.code}
+
+    def translate(self, hf: HFConfig) -> Decoder:
+        """`spec` without the account of keys, which stays in `hf`: for whoever reports on it.
+
+        Raises: ConfigError for a value that we cannot honour exactly.
+        """
+        refuse_foreign(hf, self.code, self.packed)
+        return self.read(hf)
 
     def rules(self, spec: Decoder) -> Rules:
         """Where each tensor of a decoder is in a checkpoint; `.bind` fits them to its names."""

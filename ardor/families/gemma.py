@@ -52,4 +52,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GEMMA = Family(model_type="gemma", read=_read, name_tensors=NAMES.rules)
+GEMMA = Family(
+    model_type="gemma",
+    models="Gemma 1",
+    unlike="1 + w norms, scaled embedding",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

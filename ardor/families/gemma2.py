@@ -70,4 +70,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GEMMA2 = Family(model_type="gemma2", read=_read, name_tensors=NAMES.rules)
+GEMMA2 = Family(
+    model_type="gemma2",
+    models="Gemma 2",
+    unlike="1 + w sandwich norms, caps, windows",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

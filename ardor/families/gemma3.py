@@ -71,7 +71,13 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GEMMA3_TEXT = Family(model_type="gemma3_text", read=_read, name_tensors=NAMES.rules)
+GEMMA3_TEXT = Family(
+    model_type="gemma3_text",
+    models="Gemma 3 270M, 1B",
+    unlike="1 + w sandwich norms, windows, two rotations",
+    read=_read,
+    name_tensors=NAMES.rules,
+)
 
 # The text_config of published files relies on these.
 _TEXT_DEFAULTS = {
@@ -121,4 +127,10 @@ MULTIMODAL_NAMES: Names = replace(
     ),
 )
 
-GEMMA3 = Family(model_type="gemma3", read=_read_multimodal, name_tensors=MULTIMODAL_NAMES.rules)
+GEMMA3 = Family(
+    model_type="gemma3",
+    models="Gemma 3 4B, 12B, 27B, text",
+    unlike="as `gemma3_text`; the image tensors are kept unread",
+    read=_read_multimodal,
+    name_tensors=MULTIMODAL_NAMES.rules,
+)

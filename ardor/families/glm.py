@@ -62,5 +62,17 @@ def _read_glm4(hf: HFConfig) -> Decoder:
     return replace(spec, layers=layers)
 
 
-GLM = Family(model_type="glm", read=_read, name_tensors=NAMES.rules)
-GLM4 = Family(model_type="glm4", read=_read_glm4, name_tensors=NAMES.rules)
+GLM = Family(
+    model_type="glm",
+    models="GLM-4 9B",
+    unlike="half rotation of neighbours, fused maps",
+    read=_read,
+    name_tensors=NAMES.rules,
+)
+GLM4 = Family(
+    model_type="glm4",
+    models="GLM-4 0414",
+    unlike="as `glm`, with sandwich norms",
+    read=_read_glm4,
+    name_tensors=NAMES.rules,
+)

@@ -92,4 +92,11 @@ NAMES = Names(
     ignorable=(CAUSAL_MASKS,),
 )
 
-GPT2 = Family(model_type="gpt2", read=_read, name_tensors=NAMES.rules, write=_write)
+GPT2 = Family(
+    model_type="gpt2",
+    models="GPT-2, DistilGPT2, DialoGPT",
+    unlike="learned positions, fused Conv1D",
+    read=_read,
+    name_tensors=NAMES.rules,
+    write=_write,
+)

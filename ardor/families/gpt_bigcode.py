@@ -73,4 +73,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GPT_BIGCODE = Family(model_type="gpt_bigcode", read=_read, name_tensors=NAMES.rules)
+GPT_BIGCODE = Family(
+    model_type="gpt_bigcode",
+    models="StarCoder 1, SantaCoder",
+    unlike="learned positions, multi-query",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

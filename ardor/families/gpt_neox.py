@@ -69,4 +69,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-GPT_NEOX = Family(model_type="gpt_neox", read=_read, name_tensors=NAMES.rules)
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    models="GPT-NeoX, Pythia, Dolly, RedPajama",
+    unlike="parallel, partial rotation",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

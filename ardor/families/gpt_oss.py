@@ -108,4 +108,11 @@ def _rope(hf: HFConfig, head_width: int, max_positions: int) -> Rope:
     return replace(rope, scaling=_UNSAID) if unsaid else rope
 
 
-GPT_OSS = Family(model_type="gpt_oss", read=_read, name_tensors=NAMES.rules, packed=("mxfp4",))
+GPT_OSS = Family(
+    model_type="gpt_oss",
+    models="gpt-oss 20b, 120b",
+    unlike="sinks, windows, experts in bfloat16 or MXFP4",
+    read=_read,
+    name_tensors=NAMES.rules,
+    packed=("mxfp4",),
+)

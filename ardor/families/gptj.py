@@ -66,4 +66,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GPTJ = Family(model_type="gptj", read=_read, name_tensors=NAMES.rules)
+GPTJ = Family(
+    model_type="gptj",
+    models="GPT-J",
+    unlike="parallel, neighbouring pairs, biased head",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

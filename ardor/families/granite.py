@@ -38,4 +38,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GRANITE = Family(model_type="granite", read=_read, name_tensors=NAMES.rules)
+GRANITE = Family(
+    model_type="granite",
+    models="Granite 3",
+    unlike="multipliers",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

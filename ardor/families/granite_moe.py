@@ -70,4 +70,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-GRANITE_MOE = Family(model_type="granitemoe", read=_read, name_tensors=NAMES.rules)
+GRANITE_MOE = Family(
+    model_type="granitemoe",
+    models="Granite 3 MoE",
+    unlike="multipliers, experts",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

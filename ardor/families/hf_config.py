@@ -111,9 +111,13 @@ class HFConfig:
             raise ConfigError(f"{self.path}: dtype={value!r} is not the name of a dtype")
         return value.removeprefix("torch.")
 
+    def unread(self, harmless: Mapping[str, str]) -> list[str]:
+        """The keys that nothing read, and that are not `harmless`."""
+        return sorted(self._unread - set(harmless))
+
     def finish(self, harmless: Mapping[str, str]) -> None:
         """Check that every key was read, or is in `harmless` (key -> why it changes no result)."""
-        if not (unread := sorted(self._unread - set(harmless))):
+        if not (unread := self.unread(harmless)):
             return
         known = {*self.raw, *harmless} - {*unread}
         names = []

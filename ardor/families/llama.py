@@ -59,4 +59,10 @@ def _write(spec: Decoder) -> dict[str, Any]:
     }
 
 
-LLAMA = Family(model_type="llama", read=_read, name_tensors=NAMES.rules, write=_write)
+LLAMA = Family(
+    model_type="llama",
+    models="Llama 1 to 3.3, TinyLlama, SmolLM 1 and 2",
+    read=_read,
+    name_tensors=NAMES.rules,
+    write=_write,
+)

@@ -128,4 +128,10 @@ def _feed_forwards(hf: HFConfig) -> tuple[Mlp, Experts]:
     )
 
 
-LLAMA4_TEXT = Family(model_type="llama4_text", read=_read, name_tensors=NAMES.rules)
+LLAMA4_TEXT = Family(
+    model_type="llama4_text",
+    models="Llama 4, text",
+    unlike="chunks, experts, growing queries",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

@@ -85,6 +85,25 @@ def _write(spec: Decoder) -> dict[str, Any]:
     return {"architectures": ["MistralForCausalLM"], **written}
 
 
-MISTRAL = Family(model_type="mistral", read=_read, name_tensors=NAMES.rules, write=_write)
-MINISTRAL3 = Family(model_type="ministral3", read=_read_ministral3, name_tensors=NAMES.rules)
-MINISTRAL = Family(model_type="ministral", read=_read, name_tensors=NAMES.rules)
+MISTRAL = Family(
+    model_type="mistral",
+    models="Mistral, Mistral Nemo",
+    unlike="windows",
+    read=_read,
+    name_tensors=NAMES.rules,
+    write=_write,
+)
+MINISTRAL3 = Family(
+    model_type="ministral3",
+    models="Ministral 3",
+    unlike="queries that grow with position",
+    read=_read_ministral3,
+    name_tensors=NAMES.rules,
+)
+MINISTRAL = Family(
+    model_type="ministral",
+    models="Ministral 8B",
+    unlike="windows on some layers",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

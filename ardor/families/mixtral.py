@@ -49,4 +49,6 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions, balance=read_balance(hf))
 
 
-MIXTRAL = Family(model_type="mixtral", read=_read, name_tensors=NAMES.rules)
+MIXTRAL = Family(
+    model_type="mixtral", models="Mixtral", unlike="experts", read=_read, name_tensors=NAMES.rules
+)

@@ -83,6 +83,8 @@ def _read_attention(hf: HFConfig, found: Heads) -> Attention:
 
 MPT = Family(
     model_type="mpt",
+    models="MPT",
+    unlike="ALiBi, `clip_qkv`",
     read=_read,
     name_tensors=NAMES.rules,
     code=("configuration_mpt", "modeling_mpt"),

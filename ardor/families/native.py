@@ -42,4 +42,9 @@ def _rules(spec: Decoder) -> Rules:
     return Rules(rules=tuple(rules), tied_head=tied if spec.tied else None)
 
 
-NATIVE = Family(model_type="ardor", read=_read, name_tensors=_rules, write=_write)
+NATIVE = Family(
+    model_type="ardor",
+    read=_read,
+    name_tensors=_rules,
+    write=_write,
+)

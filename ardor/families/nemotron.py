@@ -42,4 +42,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-NEMOTRON = Family(model_type="nemotron", read=_read, name_tensors=NAMES.rules)
+NEMOTRON = Family(
+    model_type="nemotron",
+    models="Nemotron, Minitron",
+    unlike="LayerNorm1P, squared ReLU",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

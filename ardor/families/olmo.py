@@ -98,6 +98,24 @@ def _read_olmo3(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layers, max_positions=max_positions)
 
 
-OLMO = Family(model_type="olmo", read=_read_olmo, name_tensors=NAMES.rules)
-OLMO2 = Family(model_type="olmo2", read=_read_olmo2, name_tensors=POST_NORM_NAMES.rules)
-OLMO3 = Family(model_type="olmo3", read=_read_olmo3, name_tensors=POST_NORM_NAMES.rules)
+OLMO = Family(
+    model_type="olmo",
+    models="OLMo 1",
+    unlike="norms without weights, `clip_qkv`",
+    read=_read_olmo,
+    name_tensors=NAMES.rules,
+)
+OLMO2 = Family(
+    model_type="olmo2",
+    models="OLMo 2",
+    unlike="norms after, queries and keys normed over their width",
+    read=_read_olmo2,
+    name_tensors=POST_NORM_NAMES.rules,
+)
+OLMO3 = Family(
+    model_type="olmo3",
+    models="OLMo 3",
+    unlike="as `olmo2`, with windows",
+    read=_read_olmo3,
+    name_tensors=POST_NORM_NAMES.rules,
+)

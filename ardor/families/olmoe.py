@@ -62,4 +62,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions, balance=balance)
 
 
-OLMOE = Family(model_type="olmoe", read=_read, name_tensors=NAMES.rules)
+OLMOE = Family(
+    model_type="olmoe",
+    models="OLMoE",
+    unlike="experts, queries and keys normed over their width",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

@@ -72,4 +72,10 @@ def _read(hf: HFConfig) -> Decoder:
     )
 
 
-OPT = Family(model_type="opt", read=_read, name_tensors=NAMES.rules)
+OPT = Family(
+    model_type="opt",
+    models="OPT, Galactica",
+    unlike="positions from 2, norms after (350m), projected embedding",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

@@ -60,4 +60,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions, head_bias=True)
 
 
-PHI = Family(model_type="phi", read=_read, name_tensors=NAMES.rules)
+PHI = Family(
+    model_type="phi",
+    models="Phi-1, 1.5, 2",
+    unlike="parallel, partial rotation, biases",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

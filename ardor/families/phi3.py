@@ -56,6 +56,8 @@ def _read(hf: HFConfig) -> Decoder:
 
 PHI3 = Family(
     model_type="phi3",
+    models="Phi-3, 3.5, 4, 4-mini",
+    unlike="fused maps, LongRoPE",
     read=_read,
     name_tensors=NAMES.rules,
     code=("configuration_phi3", "modeling_phi3"),

@@ -75,6 +75,8 @@ def _read(hf: HFConfig) -> Decoder:
 
 PHIMOE = Family(
     model_type="phimoe",
+    models="Phi-3.5-MoE",
+    unlike="experts by sparsemixer, LongRoPE",
     read=_read,
     name_tensors=NAMES.rules,
     code=("configuration_phimoe", "modeling_phimoe"),

@@ -76,5 +76,19 @@ def _write_qwen3(spec: Decoder) -> dict[str, Any]:
     }
 
 
-QWEN2 = Family(model_type="qwen2", read=_read_qwen2, name_tensors=NAMES.rules, write=_write_qwen2)
-QWEN3 = Family(model_type="qwen3", read=_read_qwen3, name_tensors=NAMES.rules, write=_write_qwen3)
+QWEN2 = Family(
+    model_type="qwen2",
+    models="Qwen 2, 2.5, R1-Distill-Qwen",
+    unlike="biases, windows on the last layers",
+    read=_read_qwen2,
+    name_tensors=NAMES.rules,
+    write=_write_qwen2,
+)
+QWEN3 = Family(
+    model_type="qwen3",
+    models="Qwen 3",
+    unlike="normed queries and keys",
+    read=_read_qwen3,
+    name_tensors=NAMES.rules,
+    write=_write_qwen3,
+)

@@ -121,5 +121,17 @@ def _max_positions(hf: HFConfig) -> int:
     return hf.count("max_position_embeddings", 32768)
 
 
-QWEN2_MOE = Family(model_type="qwen2_moe", read=_read_qwen2, name_tensors=NAMES.rules)
-QWEN3_MOE = Family(model_type="qwen3_moe", read=_read_qwen3, name_tensors=NAMES.rules)
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    models="Qwen 1.5 and 2 MoE",
+    unlike="experts, a gated shared expert",
+    read=_read_qwen2,
+    name_tensors=NAMES.rules,
+)
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    models="Qwen 3 MoE",
+    unlike="experts, normed queries and keys",
+    read=_read_qwen3,
+    name_tensors=NAMES.rules,
+)

@@ -27,4 +27,6 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-SEED_OSS = Family(model_type="seed_oss", read=_read, name_tensors=NAMES.rules)
+SEED_OSS = Family(
+    model_type="seed_oss", models="Seed-OSS", unlike="biases", read=_read, name_tensors=NAMES.rules
+)

@@ -64,4 +64,10 @@ def _unturned(layer: Layer) -> Layer:
     return replace(layer, mixer=replace(layer.mixer, rope=None))
 
 
-SMOLLM3 = Family(model_type="smollm3", read=_read, name_tensors=NAMES.rules)
+SMOLLM3 = Family(
+    model_type="smollm3",
+    models="SmolLM 3",
+    unlike="layers without rotation",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

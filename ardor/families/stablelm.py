@@ -55,4 +55,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions)
 
 
-STABLELM = Family(model_type="stablelm", read=_read, name_tensors=NAMES.rules)
+STABLELM = Family(
+    model_type="stablelm",
+    models="StableLM 3B, 1.6B, 12B",
+    unlike="LayerNorm, norms per head",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

@@ -60,4 +60,10 @@ def _read(hf: HFConfig) -> Decoder:
     return read_decoder(hf, found, layer, max_positions=max_positions, tied=True)
 
 
-STARCODER2 = Family(model_type="starcoder2", read=_read, name_tensors=NAMES.rules)
+STARCODER2 = Family(
+    model_type="starcoder2",
+    models="StarCoder 2",
+    unlike="LayerNorm, biases, windows",
+    read=_read,
+    name_tensors=NAMES.rules,
+)

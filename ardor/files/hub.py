@@ -32,6 +32,14 @@ PATTERNS = (
 # What such a model may come with, for those who have said that they trust it.
 CODE = ("*.py",)
 
+# The same with pickled weights, for whoever asks for them.
+PICKLE_PATTERNS = (
+    *(name for name in PATTERNS if not name.startswith("model")),
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+)
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

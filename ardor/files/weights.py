@@ -1,5 +1,9 @@
-"""Weights as safetensors files: names, shapes and dtypes without reading, tensors by memory map."""
+"""Weights in files: names, shapes and dtypes without reading, tensors by memory map.
 
+They are written as safetensors, and read so unless pickles are asked for.
+"""
+
+import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ardor.errors import CheckpointError
+from ardor.files import pickles
 from ardor.files.atomic import explained
 from ardor.files.json import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (pickles.SINGLE, pickles.INDEX)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,6 +37,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class WeightFiles:
@@ -63,6 +70,10 @@ class WeightFiles:
             )
         return _DTYPES[code]
 
+    def size(self, name: str) -> int:
+        """In bytes."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, in the dtype it is stored in."""
         path = self.file(name)
@@ -75,32 +86,49 @@ class WeightFiles:
         return self._handles[self.file(name)].get_slice(name)
 
 
-def open_weights(directory: str | Path) -> WeightFiles:
+def open_weights(directory: str | Path, *, use_safetensors: bool = True) -> WeightFiles:
     """Open `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+    Without `use_safetensors` it is `pytorch_model.bin`, or its shards, that are opened.
 
     Raises: CheckpointError if there are none, one is damaged, a shard is missing, or the index
     names a tensor that its shard does not hold.
     """
     directory = Path(directory)
-    if (single := directory / SINGLE).exists():
-        handles = {single: _open(single)}
+    names, opened = ((SINGLE, INDEX), _open) if use_safetensors else (PICKLED, _open_pickle)
+    single, index = (directory / name for name in names)
+    if single.exists():
+        handles = {single: opened(single)}
         return WeightFiles(directory, dict.fromkeys(handles[single].keys(), single), handles)
-    if not (index := directory / INDEX).exists():
-        raise CheckpointError(_nothing(directory))
+    if not index.exists():
+        raise CheckpointError(_nothing(directory, *names))
     homes = _weight_map(index)
     if missing := sorted({path.name for path in homes.values() if not path.exists()}):
         raise CheckpointError(
             f"{index} lists {', '.join(missing)}, not found in {directory}; "
             "copy or download the missing shards"
         )
-    handles = {path: _open(path) for path in dict.fromkeys(homes.values())}
+    handles = {path: opened(path) for path in dict.fromkeys(homes.values())}
     held = {path: frozenset(handle.keys()) for path, handle in handles.items()}
     for name, path in homes.items():
         if name not in held[path]:
-            raise CheckpointError(f"{index} says that {path.name} holds {name}, but it does not")
+            raise CheckpointError(
+                f"{index} says that {path.name} holds {name}, but it does not; "
+                "download both again, from the same place"
+            )
     # A tensor the index forgot is still in the checkpoint: whoever accounts for names must see it.
     forgotten = {name: path for path, names in held.items() for name in sorted(names - {*homes})}
     return WeightFiles(directory, homes | forgotten, handles)
+
+
+def open_file(path: str | Path) -> WeightFiles:
+    """Open one safetensors file, whatever its name.
+
+    Raises: CheckpointError if it is missing or damaged.
+    """
+    path = Path(path)
+    handle = _open(path)
+    return WeightFiles(path.parent, dict.fromkeys(handle.keys(), path), {path: handle})
 
 
 def write_weights(
@@ -222,6 +250,10 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
 
 
+def _open_pickle(path: Path) -> Any:
+    return pickles.open_pickle(path, _CODES)
+
+
 @contextmanager
 def _explained_read(path: Path) -> Generator[None, None, None]:
     try:
@@ -248,14 +280,22 @@ def _weight_map(index: Path) -> dict[str, Path]:
     return {name: index.parent / file for name, file in homes.items()}
 
 
-def _nothing(directory: Path) -> str:
+def _nothing(directory: Path, single: str, index: str) -> str:
     if not directory.is_dir():
         return f"{directory} is not a directory"
     found = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-    text = f"no {SINGLE} or {INDEX} in {directory}; found {', '.join(found) or 'nothing'}"
+    text = f"no {single} or {index} in {directory}; found {', '.join(found) or 'nothing'}"
+    if single == pickles.SINGLE:
+        there = {SINGLE, INDEX} & {*found}
+        return f"{text}; leave use_safetensors=False (--no-use-safetensors) out" if there else text
+    if {*PICKLED} & {*found}:
+        return (
+            f"{text}; pickle files can run code, and are read only when asked for: give "
+            "use_safetensors=False (--no-use-safetensors), which reads tensors and refuses the rest"
+        )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
         text += (
-            "; pickle files can run code and are not loaded: convert them to safetensors first "
+            f"; of pickle files only {' and '.join(PICKLED)} are known: convert to safetensors "
             "(transformers' from_pretrained and save_pretrained do)"
         )
     return text

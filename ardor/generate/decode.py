@@ -58,7 +58,8 @@ def decode(
     Prompts may differ in length: each is read into its own row of the cache, so no padding exists.
     Rows that finish are dropped from the batch.
 
-    Raises: ShapeError for an empty prompt, or one that leaves no room in the model's context;
+    Raises: ShapeError for an empty prompt, one that leaves no room in the model's context, or an id
+    that the model lacks;
     ConfigError for a limit or penalty outside its range.
     """
     rows = [_row(decoder, i, prompt) for i, prompt in enumerate(prompts)]
@@ -99,6 +100,7 @@ def _row(decoder: CausalLM, index: int, prompt: Sequence[int]) -> _Row:
             f"prompt {index} has {len(prompt)} tokens, but the model's context holds "
             f"{decoder.facts.max_positions}; shorten it"
         )
+    decoder.check_ids(prompt)
     return _Row(index, list(prompt), room=room)
 
 

@@ -169,6 +169,11 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
+    def base_rows(self) -> int:
+        """The same without added tokens, which stand for one text each: what any text may need."""
+        return max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    @cached_property
     def prefix(self) -> tuple[int, ...]:
         """What the post-processor puts before a text: usually nothing or BOS."""
         found = self._backend.encode("a")

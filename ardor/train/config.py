@@ -216,6 +216,8 @@ class Finetune(Optimisation):
     trust_remote_code: bool = False
     """Let transformers run a model that Ardor does not know, and code from its repository if it
     names some. What will run is said first. Not remembered by the run."""
+    use_safetensors: bool = True
+    """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
     stop_rate_samples: int = 0

@@ -97,6 +97,7 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
         model.template,
         max_length=limit,
         over_length=config.over_length,
+        vocab=model.decoder.facts.vocab,
     )
 
 
@@ -117,6 +118,9 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
         adapter=None if full else checkpoint,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        # A checkpoint of the run is ours, and never a pickle.
+        use_safetensors=config.use_safetensors or (full and checkpoint is not None),
+        check_finite=True,
     )
     if model.adapter is not None and checkpoint is None:
         raise ConfigError(

@@ -184,6 +184,7 @@ def _resumed(config: Train, checkpoint: Path, folder: Path) -> Model:
         dtype=precision.weights,
         device=device,
         attn_implementation=config.attn_implementation,
+        check_finite=True,
     )
     return replace(model, source=str(folder.resolve()), precision=precision)
 

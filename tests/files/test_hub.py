@@ -51,13 +51,21 @@ def test_a_mistyped_directory_names_its_neighbours(tmp_path):
         resolve(str(tmp_path / "nowhere" / "checkpoint-10"))
 
 
-def ask(endpoint: str, cache, *, offline: bool = False, revision: str | None = None) -> str:
+def ask(
+    endpoint: str,
+    cache,
+    *,
+    offline: bool = False,
+    revision: str | None = None,
+    patterns: str = "PATTERNS",
+) -> str:
     """The commit and files, or the error, of a process whose hub is at `endpoint`."""
     script = f"""
         from ardor.errors import CheckpointError
-        from ardor.files.hub import resolve
+        from ardor.files import hub
         try:
-            path, commit = resolve("owner/model", revision={revision!r})
+            found = hub.resolve("owner/model", revision={revision!r}, patterns=hub.{patterns})
+            path, commit = found
             print(commit, *sorted(file.name for file in path.iterdir()))
         except CheckpointError as error:
             print(error)
@@ -156,6 +164,16 @@ def test_a_download_takes_what_a_model_needs_and_is_found_again_offline(tmp_path
     assert ask(hub.url, tmp_path).strip() == expected
     hub.files = {}
     assert ask(hub.url, tmp_path, offline=True).strip() == expected
+
+
+@pytest.mark.sweep
+def test_pickles_are_downloaded_when_asked_for_and_then_without_the_other_weights(tmp_path, hub):
+    shard = "pytorch_model-00001-of-00001.bin"
+    wanted = {"config.json", shard, "pytorch_model.bin.index.json", "tokenizer.json"}
+    unwanted = {"modeling.py", "model.safetensors", "training_args.bin", "optimizer.bin"}
+    hub.files = {name: name.encode() for name in wanted | unwanted}
+    found = ask(hub.url, tmp_path, patterns="PICKLE_PATTERNS")
+    assert found.strip() == " ".join([COMMIT, *sorted(wanted)])
 
 
 def test_no_connection_says_how_to_bring_the_files_over(tmp_path):

@@ -85,25 +85,29 @@ GPT2S: dict[str, dict[str, Any]] = {
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
     "upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
 }
+SIZES = {
+    "llama": {
+        "vocab_size": V,
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 3},
+}
 CASES = [("llama", name) for name in LLAMAS] + [("gpt2", name) for name in GPT2S]
 
 
 def peer(family: str, case: str = "plain", seed: int = 0, **keys: Any) -> nn.Module:
     """A model of transformers in evaluation mode, with random weights: norms and biases too."""
     if family == "llama":
-        sizes = {
-            "vocab_size": V,
-            "hidden_size": 24,
-            "intermediate_size": 20,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "max_position_embeddings": 64,
-        }
-        config = LlamaConfig(**{**sizes, **LLAMAS[case], **keys}, attn_implementation="eager")
+        config = LlamaConfig(
+            **{**SIZES["llama"], **LLAMAS[case], **keys}, attn_implementation="eager"
+        )
         model: nn.Module = LlamaForCausalLM(config)
     else:
-        sizes = {"vocab_size": V, "n_positions": 32, "n_embd": 24, "n_layer": 3, "n_head": 3}
-        config = GPT2Config(**{**sizes, **GPT2S[case], **keys}, attn_implementation="eager")
+        config = GPT2Config(**{**SIZES["gpt2"], **GPT2S[case], **keys}, attn_implementation="eager")
         model = GPT2LMHeadModel(config)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
