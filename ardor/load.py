@@ -133,10 +133,9 @@ def load_model(
     dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
     An adapter's base is found through its own files and quantized as it was when the adapter was
     trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB.
-
-    A model that we do not implement is run by transformers, and by code in its repository if it
-    names some, with `trust_remote_code` only; a line on stderr says what runs before it does.
+    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
+    not implement is run by transformers, and by code in its repository if it names some, with
+    `trust_remote_code` only; a line on stderr says what runs before it does.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
