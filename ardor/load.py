@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,18 +20,19 @@ from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
-from ardor.bridge.assemble import Bridged, bridge
-from ardor.bridge.foreign import Foreign
+from ardor.bridge.assemble import bridge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
-from ardor.families.rules import Rules
+from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
+from ardor.parallel.offload import Turns
+from ardor.place import Filling, Placement, Spread, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
@@ -100,6 +101,8 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
+    placement: Placement | None = None  # None: all on one device
+    turns: Turns | None = None  # what has a spread decoder compute
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -118,7 +121,7 @@ def load_model(
     name: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Spread = "cpu",
     attn_implementation: str | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -146,15 +149,18 @@ def load_model(
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    quantization = None if quantization == "none" else quantization
+    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantization)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    if quantization is not None and quantization != "none":
-        _quantize(decoder, quantization, origin.base)
-    # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
-    decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
-    decoder.requires_grad_(False).eval()
-    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
+    decoder, form, precision, placement = (
+        _bridged(held) if theirs else _implemented(held, check_finite)
+    )
+    spread = placement is not None
+    lora = _adapted(decoder, origin.adapter, form, spread=spread, check_finite=check_finite)
+    turns = None
+    if placement is not None:
+        assert isinstance(decoder, Decoder)
+        turns = placement.start(decoder)
     decoder.verify()
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text, decoder.facts.vocab)
@@ -170,8 +176,10 @@ def load_model(
         precision=precision,
         source=str(found.path.resolve()) if found.revision is None else origin.base,
         revision=found.revision,
-        quantization=None if quantization == "none" else quantization,
+        quantization=quantization,
         adapter=lora,
+        placement=placement,
+        turns=turns,
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -226,7 +234,7 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _quantize(decoder: CausalLM, format: str, source: str) -> None:
+def _quantize(decoder: nn.Module, format: str, source: str) -> None:
     if not quantize_decoder(decoder, format):
         raise ConfigError(
             f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
@@ -242,25 +250,83 @@ class _Held:
     config: dict[str, Any]
     files: WeightFiles
     dtype: str | torch.dtype
-    device: torch.device
+    place: str | torch.device | Spread
     attn_implementation: str | None
+    quantization: str | None
+
+    @property
+    def device(self) -> torch.device:
+        place = self.place
+        return place.device if isinstance(place, Spread) else torch.device(place)
+
+    def cast(self, precision: Precision) -> torch.dtype | None:
+        """What weights become: with "auto" nothing, as a file may hold several dtypes."""
+        return None if self.dtype == "auto" else precision.weights
+
+    def settle(self, decoder: CausalLM, precision: Precision) -> None:
+        """Quantize and move a filled decoder that lies on one device."""
+        if self.quantization is not None:
+            _quantize(decoder, self.quantization, self.source)
+        decoder.to(device=self.device, dtype=self.cast(precision))
+        decoder.requires_grad_(False).eval()
 
 
-def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
+Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _implemented(held: _Held, check_finite: bool) -> Assembled:
     """Our own decoder, with its weights."""
     files = held.files
     attn = backend_for(held.attn_implementation, held.device)
     family, rules, decoder = _described(held.config, held.found.path, files, attn)
-    _fill(decoder, files, rules, check_finite=check_finite)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(held.dtype, stored, held.device)
+    embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
+    precision = resolve_precision(held.dtype, files.dtype(embedding), held.device)
+    placement = None
+    if isinstance(held.place, Spread):
+        names = family.rules(decoder.spec)
+        placement = _spread(held.place, held, decoder, (rules, names), precision, check_finite)
+    else:
+        _fill(decoder, files, rules.plain, check_finite=check_finite)
+    _check_whole(decoder, files, rules, embedding)
+    if placement is None:
+        held.settle(decoder, precision)
     decoder.compute = precision.compute
     kept = {name: files.read(name) for name in rules.kept(files.names())}
-    return decoder, Native(family, decoder.spec, rules, kept), precision
+    return decoder, Native(family, decoder.spec, rules, kept), precision, placement
 
 
-def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+def _spread(
+    spread: Spread,
+    held: _Held,
+    decoder: Decoder,
+    rules: tuple[Rules, Rules],
+    precision: Precision,
+    check_finite: bool,
+) -> Placement:
+    """Fill a decoder whose parts lie in several places."""
+    format = held.quantization
+    filling = Filling(
+        decoder,
+        held.files,
+        *rules,
+        dtype=held.cast(precision),
+        fill=lambda some: _fill(decoder, held.files, some, check_finite=check_finite),
+        put=lambda name, tensor: _place(decoder, name, tensor),
+        quantize=None if format is None else lambda part: _quantize(part, format, held.source),
+        quantization=format,
+    )
+    placement = place(spread, filling)
+    decoder.requires_grad_(False).eval()
+    return placement
+
+
+def _bridged(held: _Held) -> Assembled:
     """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    if isinstance(held.place, Spread):
+        raise ConfigError(
+            f"{held.source} is run by transformers, and spread over devices only by it; "
+            "give one device as device_map"
+        )
     found = held.found
     if found.revision is not None and held.config.get("auto_map"):
         found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
@@ -274,7 +340,9 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
         attn_implementation=held.attn_implementation,
     )
     why = "as stored" if held.dtype == "auto" else "as asked"
-    return decoder, form, Precision(decoder.stored, decoder.compute, why)
+    precision = Precision(decoder.stored, decoder.compute, why)
+    held.settle(decoder, precision)
+    return decoder, form, precision, None
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -336,19 +404,24 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+def _fill(
+    decoder: Decoder, files: WeightFiles, rules: Sequence[Rule | Stack], *, check_finite: bool
+) -> None:
     def read(disk: str) -> Tensor:
         tensor = files.read(disk)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
-    for rule in rules.plain:
+    for rule in rules:
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
+
+
+def _check_whole(decoder: Decoder, files: WeightFiles, rules: Rules, embedding: str) -> None:
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)
-        if not torch.equal(copy, decoder.embed_tokens.weight):
+        if not torch.equal(copy, files.read(embedding)):
             raise CheckpointError(
                 f"{files.directory}: config.json ties the head to the embedding, but "
                 f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
@@ -366,13 +439,15 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
+    decoder: CausalLM, adapter: Path | None, form: Form, *, spread: bool, check_finite: bool
 ) -> LoraConfig | None:
     """Put the adapter, if there is one, on a decoder that is where it will stay."""
     if adapter is None:
         return None
     lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
-    decoder.requires_grad_(False).to(decoder.device)
+    decoder.requires_grad_(False)
+    if not spread:  # where it is, an adapter goes with the part that it is on
+        decoder.to(decoder.device)
     if check_finite:
         weights = adapter / ADAPTER_WEIGHTS
         for name, tensor in read_tensors(weights).items():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel")
-LAYER_3 = ("bridge", "load", "save", "data")
+LAYER_3 = ("bridge", "place", "load", "save", "data")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
 LAYER_5 = ("serve", "lm", "quickstart")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
@@ -31,7 +31,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "adapters": (*LAYER_0, "arch.linear", "kernels", "files"),
     "parallel": (*LAYER_0, "arch.linear", "kernels"),
     "bridge": BELOW_3,
-    "load": (*BELOW_3, "bridge"),
+    "place": BELOW_3,
+    "load": (*BELOW_3, "bridge", "place"),
     "save": (*BELOW_3, "load"),  # the Model that load assembled is what save takes apart
     "data": BELOW_3,
     "generate": BELOW_4,

@@ -212,9 +212,8 @@ class Decoder(CausalLM):
 
     def new_cache(self, *, rows: int, capacity: int) -> KVCache:
         """An empty cache of `rows` rows that hold up to `capacity` positions each."""
-        return KVCache(
-            self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=self.device
-        )
+        devices = self.device if self.devices is None else self.devices.layers
+        return KVCache(self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=devices)
 
     def hidden(
         self,

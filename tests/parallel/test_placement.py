@@ -7,20 +7,15 @@ from typing import Any
 
 import accelerate.utils.modeling as accelerate
 import pytest
-import torch
 import transformers.integrations.accelerate as transformers
 
-from ardor.errors import ConfigError
 from ardor.parallel.placement import (
     STRATEGIES,
     Node,
     allocate,
     allowance,
-    balanced,
     collapsed,
     device_map,
-    expanded,
-    parse_size,
 )
 
 from . import theirs
