@@ -152,16 +152,9 @@ def load_model(
     quantization = None if quantization == "none" else quantization
     held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantization)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision, placement = (
-        _bridged(held) if theirs else _implemented(held, check_finite)
-    )
-    spread = placement is not None
-    lora = _adapted(decoder, origin.adapter, form, spread=spread, check_finite=check_finite)
-    turns = None
-    if placement is not None:
-        assert isinstance(decoder, Decoder)
-        turns = placement.start(decoder)
-    decoder.verify()
+    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    decoder, form, precision, placement = assembled
+    lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
@@ -439,20 +432,24 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: CausalLM, adapter: Path | None, form: Form, *, spread: bool, check_finite: bool
-) -> LoraConfig | None:
-    """Put the adapter, if there is one, on a decoder that is where it will stay."""
-    if adapter is None:
-        return None
-    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
-    decoder.requires_grad_(False)
-    if not spread:  # where it is, an adapter goes with the part that it is on
+    assembled: Assembled, adapter: Path | None, *, check_finite: bool
+) -> tuple[LoraConfig | None, Turns | None]:
+    """Put the adapter, if there is one, on a decoder that lies where it will; begin its turns."""
+    decoder, form, _, placement = assembled
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
+        decoder.requires_grad_(False)
+        if check_finite:
+            weights = adapter / ADAPTER_WEIGHTS
+            for name, tensor in read_tensors(weights).items():
+                _check_finite(tensor, name, weights)
+    decoder.verify()
+    if placement is None:
         decoder.to(decoder.device)
-    if check_finite:
-        weights = adapter / ADAPTER_WEIGHTS
-        for name, tensor in read_tensors(weights).items():
-            _check_finite(tensor, name, weights)
-    return lora
+        return lora, None
+    assert isinstance(decoder, Decoder)
+    return lora, placement.start(decoder)
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:

@@ -37,6 +37,7 @@ from ardor.parallel.placement import (
 )
 
 KBIT = "kbit"
+RENAMED = {"embed_out": "lm_head"}  # modules that transformers 5 calls otherwise than their files
 Accelerators = Mapping[Device, torch.device]
 
 
@@ -47,6 +48,7 @@ class Spread:
     device_map: str | Mapping[str, Any]  # one of STRATEGIES, or devices by module
     max_memory: Mapping[Any, Any] | None = None
     offload_folder: Path | None = None
+    # What they are numbered by; a pretended topology gives other devices, as a test does.
     accelerators: Accelerators = field(default_factory=lambda: accelerators())
 
     @property
@@ -356,9 +358,11 @@ def module_names(rules: Rules) -> dict[str, str]:
         if part not in found:
             index = part.partition(".")[2]
             end = disk.index(index) + 1 if index else len(disk) - 1
-            found[part] = ".".join(disk[:end])
+            name = ".".join(disk[:end])
+            found[part] = RENAMED.get(name, name)
     if rules.tied_head is not None:
-        found[""] = rules.tied_head.disk.rpartition(".")[0]
+        name = rules.tied_head.disk.rpartition(".")[0]
+        found[""] = RENAMED.get(name, name)
     return found
 
 
@@ -366,8 +370,8 @@ def ties_of(rules: Rules) -> Ties:
     """The embedding and the head, where they are one."""
     if rules.tied_head is None:
         return ()
-    embedding = next(r.names[0] for r in rules.plain if part_of(r) == "embed_tokens")
-    return (frozenset((embedding, rules.tied_head.disk)),)
+    theirs = module_names(rules)
+    return (frozenset(f"{theirs[part]}.weight" for part in ("embed_tokens", "")),)
 
 
 def _layers(theirs: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ Set from outside, by hooks on its parts: the decoder itself names no device.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ardor.errors import ConfigError
 PAGE = 4096  # bytes; a larger page is only touched more often
 
 
+@runtime_checkable
 class Pages(Protocol):
     """Where in a file the bytes of a tensor are mapped from."""
 

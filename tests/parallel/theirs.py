@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ardor.parallel.placement import Node
 
@@ -18,9 +18,10 @@ DEVICES = (0, 1, 2, 3)
 
 
 def on_meta(keys: dict[str, Any], dtype: torch.dtype) -> Any:
-    if keys["model_type"] == "falcon":  # which derives it, and takes none
-        keys = {key: value for key, value in keys.items() if key != "head_dim"}
-    config = AutoConfig.for_model(**keys)
+    """A model of the keys that its family knows."""
+    kind = CONFIG_MAPPING[keys["model_type"]]
+    known = {*kind().to_dict(), *kind.attribute_map}
+    config = kind(**{key: value for key, value in keys.items() if key in known - {"model_type"}})
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -39,6 +40,8 @@ def random_keys(draw: random.Random) -> dict[str, Any]:
         "num_key_value_heads": draw.choice((1, heads)),
         "head_dim": width // heads,
         "num_local_experts": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "vocab_size": draw.choice((50, 300, 5000)),
         "max_position_embeddings": draw.choice((16, 256)),
         "tie_word_embeddings": draw.random() < 0.5,
