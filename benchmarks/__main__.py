@@ -1,4 +1,8 @@
-"""`python -m benchmarks decode|prefill|train`: us and a peer in turn, in one run, and the ratio."""
+"""`python -m benchmarks decode|prefill|train|offload|offload-load`: us and a peer in turn, in one run.
+
+offload is one token with all layers on disk, offload-load what comes before it; "tokens" are then
+such times.
+"""
 
 import argparse
 import json
@@ -7,10 +11,12 @@ import os
 from benchmarks.duel import duel
 from benchmarks.shapes import MODELS
 
+OFFLOAD = ("offload", "offload-load")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "prefill", "train"])
+    parser.add_argument("task", choices=["decode", "prefill", "train", *OFFLOAD])
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
@@ -27,6 +33,10 @@ def main() -> None:
         options["model"] = args.model
     if args.task == "decode":
         options["new_tokens"] = args.new_tokens
+    if args.task in OFFLOAD:
+        from benchmarks.checkpoint import checkpoint  # later: the others need no torch here
+
+        options["checkpoint"] = str(checkpoint(args.model, args.dtype))
     print(json.dumps(duel(args.task, args.rounds, options), indent=2))
 
 
