@@ -1,7 +1,6 @@
-"""`python -m benchmarks decode|prefill|train|offload|offload-load`: us and a peer in turn, in one run.
+"""`python -m benchmarks TASK`: us and a peer in turn, in one run, and the ratio.
 
-offload is one token with all layers on disk, offload-load what comes before it; "tokens" are then
-such times.
+offload: tokens/s with all layers on disk; offload-load: how often a second it can be loaded so.
 """
 
 import argparse
