@@ -25,8 +25,8 @@ from ardor.families.gptj import GPTJ
 from ardor.families.granite import GRANITE
 from ardor.families.granite_moe import GRANITE_MOE
 from ardor.families.llama import LLAMA
-from ardor.families.llama4 import LLAMA4_TEXT
-from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ardor.families.llama4 import LLAMA4, LLAMA4_TEXT
+from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL, MISTRAL3
 from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT
 from ardor.families.nemotron import NEMOTRON
@@ -38,6 +38,7 @@ from ardor.families.phi3 import PHI3
 from ardor.families.phimoe import PHIMOE
 from ardor.families.qwen import QWEN2, QWEN3
 from ardor.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from ardor.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from ardor.families.seed_oss import SEED_OSS
 from ardor.families.smollm3 import SMOLLM3
 from ardor.families.stablelm import STABLELM
@@ -58,8 +59,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
+    "mistral3": MISTRAL3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_vl": QWEN3_VL,
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
@@ -83,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v2": DEEPSEEK_V2,
     "gpt_oss": GPT_OSS,
+    "llama4": LLAMA4,
     "llama4_text": LLAMA4_TEXT,
     "arcee": ARCEE,
     "mixtral": MIXTRAL,

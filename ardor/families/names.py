@@ -76,7 +76,7 @@ there counts."""
 class Names:
     layer: str  # of layer {} of theirs, with the dot at its end
     modules: Table  # within a layer
-    outside: Mapping[str, str]  # beside the layers
+    outside: Mapping[str, str | tuple[str, ...]]  # beside the layers
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
     aliases: tuple[str, ...] = ()  # prefixes that checkpoints have instead
     transposed: bool = False  # linear weights in layers are [in, out]
@@ -88,13 +88,13 @@ class Names:
         outside = outside_modules(spec)
         for name, module in outside.items():
             if name not in ("norm", "embed_out_proj", "lm_head"):
-                found += _alone(self.outside[name], name, module, False)
+                found += self._outside(name, module)
         for index, layer in enumerate(spec.layers):
             found += self._layer(index, layer, spec.width)
         for name in ("norm", "embed_out_proj", "lm_head"):
             if name in outside:
-                found += _alone(self.outside[name], name, outside[name], False)
-        tied = Rule(f"{self.outside['lm_head']}.weight", ("embed_tokens.weight",))
+                found += self._outside(name, outside[name])
+        tied = Rule(f"{_options(self.outside['lm_head'])[0]}.weight", ("embed_tokens.weight",))
         return Rules(
             rules=tuple(found),
             prefix=self.prefix,
@@ -102,6 +102,14 @@ class Names:
             tied_head=tied if spec.tied else None,
             ignorable=self.ignorable,
         )
+
+    def _outside(self, name: str, module: "Module") -> Iterator[Rule | Either]:
+        options = _options(self.outside[name])
+        ways = tuple(tuple(_alone(place, name, module, False)) for place in options)
+        if len(ways) > 1:
+            yield Either(ways)
+        else:
+            yield from ways[0]
 
     def _layer(self, index: int, layer: Layer, width: int) -> Iterator[Rule | Stack | Either]:
         theirs, ours = self.layer.format(index), f"layers.{index}."
@@ -280,6 +288,10 @@ def _experts(ffn: Experts, width: int) -> dict[str, Module]:
     if ffn.shared_gated:
         found["ffn.shared_gate"] = Module(1)
     return found
+
+
+def _options(places: str | tuple[str, ...]) -> tuple[str, ...]:
+    return places if isinstance(places, tuple) else (places,)
 
 
 def _alone(disk: str, memory: str, module: Module, transposed: bool) -> Iterator[Rule]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ardor.files.weights import open_weights
 
@@ -45,6 +45,11 @@ class Case:
     # What their padded batch is given; without positions where these follow from the mask.
     padding: tuple[str, ...] = ("attention_mask", "position_ids")
 
+    @property
+    def auto(self) -> Any:
+        """What makes such models; that of images where there is a text model inside."""
+        return AutoModelForImageTextToText if "text_config" in self.keys else AutoModelForCausalLM
+
     def config(self) -> Any:
         keys = deepcopy({**self.sizes, **self.keys})  # theirs writes into what it is given
         return AutoConfig.for_model(self.model_type, **keys)
@@ -52,7 +57,7 @@ class Case:
 
 def peer(case: Case, seed: int = 0) -> nn.Module:
     """A model of transformers in evaluation mode, with random weights: norms and biases too."""
-    model = AutoModelForCausalLM.from_config(case.config(), attn_implementation=case.attn)
+    model = case.auto.from_config(case.config(), attn_implementation=case.attn)
     generator = torch.Generator().manual_seed(seed)
     held = model.state_dict()  # with the buffers that are trained, such as a router's correction
     shared = {tensor.data_ptr() for tensor in held.values()}
@@ -84,7 +89,7 @@ def logits(model: nn.Module, ids: Tensor, **keys: Any) -> Tensor:
 
 
 def reloaded(directory: Path, case: Case) -> nn.Module:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = case.auto.from_pretrained(
         directory, dtype="auto", attn_implementation=case.attn, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
