@@ -15,6 +15,7 @@ from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
+from ardor.families.packing import read_fp8
 from ardor.families.rules import Rules
 from ardor.files.hub import resolve
 from ardor.files.json import read_object, read_text
@@ -22,6 +23,7 @@ from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import WeightFiles, open_weights
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
+from ardor.quant.fp8 import hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
@@ -176,12 +178,17 @@ def _on_meta(
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
+    fp8 = read_fp8(HFConfig(raw, path=str(path / CONFIG)))
+    if fp8 is not None:
+        rules = rules.scaled(files.names(), fp8.block)
     rules.check(files.names(), str(path))
     with torch.device("meta"):
         decoder = Decoder(spec, attn=attn)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
+        if fp8 is not None and name.endswith(".packed"):
+            hold_fp8(decoder, name.removesuffix(".packed"), fp8.block)
     _check_tensors(decoder, files, rules)
     return raw, family, rules, decoder
 
@@ -194,12 +201,12 @@ def _check_tensors(decoder: Decoder, files: WeightFiles, rules: Rules) -> None:
         stored = files.dtype(disk)
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.is_floating_point() and stored not in WEIGHT_DTYPES:
+            if place.dtype in WEIGHT_DTYPES and stored not in WEIGHT_DTYPES:
                 raise CheckpointError(
                     f"{files.file(disk)}: {disk} is {stored}, in a quantized format that "
                     "Ardor does not read; load the checkpoint it was made from, and quantize that"
                 )
-            if not place.is_floating_point() and stored != place.dtype:
+            if place.dtype not in WEIGHT_DTYPES and stored != place.dtype:
                 raise CheckpointError(
                     f"{files.file(disk)}: {disk} is stored as {stored}, expected {place.dtype}"
                 )

@@ -5,16 +5,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ardor.adapters.lora import lora_parameters
 from ardor.adapters.peft_files import save_adapter
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families.hf_config import HFConfig
+from ardor.families.packing import read_fp8
 from ardor.files.atomic import atomic_directory, write_atomic
 from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import write_weights
 from ardor.load import CONFIG, GENERATION, Model, state_of
+from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs
 from ardor.quant.linear import QuantizedLinear
 
 
@@ -22,6 +27,7 @@ def save_model(model: Model, directory: str | Path) -> None:
     """Write `directory` as transformers reads it; an adapted model as PEFT does (adapter only).
 
     An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise.
+    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
 
     Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
     CheckpointError if the directory holds anything that is not part of a checkpoint.
@@ -71,11 +77,23 @@ def _write_weights(model: Model, directory: Path) -> None:
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
+    rules, kept, config = model.rules, model.kept, dict(model.config)
     state = state_of(model.decoder)
-    ours = model.rules.to_disk(lambda name: state[name].detach().cpu())
-    write_weights(directory, chain(ours, model.kept.items()))
+    fp8 = read_fp8(HFConfig(config, path=CONFIG))
+    if fp8 is not None and not {*state}.issuperset(chain.from_iterable(rules.memory)):
+        # An adapter was merged into weights that are FP8 no longer: nor can the others stay so.
+        rules, kept = rules.expanded(), expand_pairs(kept, fp8.block)
+        config["quantization_config"] = None
+
+    def read(name: str) -> Tensor:
+        if name in state:
+            return state[name].detach().cpu()
+        module = model.decoder.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(module, (FP8Linear, FP8Experts)), name
+        return module.dequantized(torch.bfloat16).cpu()
+
+    write_weights(directory, chain(rules.to_disk(read), kept.items()))
     dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
-    config = dict(model.config)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

@@ -7,6 +7,7 @@ from typing import Any
 from ardor.arch.spec import Act, Decoder
 from ardor.errors import ConfigError
 from ardor.families.hf_config import HFConfig
+from ardor.families.packing import read_fp8
 from ardor.families.rules import DiskPart, Rules, disk_linears
 
 
@@ -96,7 +97,9 @@ ACT_NAMES: dict[Act, str] = {
 def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     section = hf.section("quantization_config")
-    if section is not None and section.take("quant_method", None) in packed:
+    if read_fp8(hf) is not None:
+        pass  # a format that every family may come in
+    elif section is not None and section.take("quant_method", None) in packed:
         section.take("modules_to_not_convert", None)  # the names of the tensors tell
         section.finish({})
     else:
