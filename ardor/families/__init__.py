@@ -16,6 +16,7 @@ from ardor.families.family import Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from ardor.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from ardor.families.glm import GLM, GLM4
 from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
@@ -79,6 +80,8 @@ FAMILIES: dict[str, Family] = {
     "nemotron": NEMOTRON,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4_TEXT,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,

@@ -22,13 +22,14 @@ class Family:
     code: tuple[str, ...] = ()
     # ways of quantization in which its checkpoints may come (quant_method)
     packed: tuple[str, ...] = ()
+    uneven: bool = False  # it reads per_layer_config, what transformers writes of unlike layers
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
 
         Raises: ConfigError for a key that nothing reads, or a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code, self.packed)
+        refuse_foreign(hf, self.code, self.packed, uneven=self.uneven)
         spec = self.read(hf)
         hf.finish(HARMLESS)
         return spec
@@ -94,7 +95,9 @@ ACT_NAMES: dict[Act, str] = {
 }
 
 
-def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
+def refuse_foreign(
+    hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = (), *, uneven: bool = False
+) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     section = hf.section("quantization_config")
     if read_fp8(hf) is not None:
@@ -109,7 +112,8 @@ def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, 
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")
-    hf.require("per_layer_config", None, "layers are all alike in this family")
+    if not uneven:
+        hf.require("per_layer_config", None, "layers are all alike in this family")
 
 
 def _files_of(auto_map: Any) -> set[str]:

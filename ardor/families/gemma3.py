@@ -54,12 +54,13 @@ def _read(hf: HFConfig) -> Decoder:
     # Newer files keep the first key only as a note, with an underscore, beside layer_types.
     pattern = hf.count("sliding_window_pattern", hf.count("_sliding_window_pattern", 6))
     kinds = read_layer_types(hf, lambda i: (i + 1) % pattern != 0)
+    windows = read_windows(hf, kinds, hf.optional_count("sliding_window", 4096))
     return read_decoder(
         hf,
         found,
         tuple(
             with_attention(layer, rope=ropes[kind], window=window)
-            for kind, window in zip(kinds, read_windows(hf, kinds, 4096), strict=True)
+            for kind, window in zip(kinds, windows, strict=True)
         ),
         max_positions=max_positions,
         tied=True,

@@ -38,6 +38,7 @@ class Case:
     model_type: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     matrix: float = 0.15  # size of the weights of linear maps; the vocabulary's are 0.3
+    q_norm: float = 1.0  # size of its weights; small where nothing else scales the scores
     sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     attn: str = "eager"  # their attention, where the reference itself is odd
     in_bfloat16: bool = True  # saved so; False where a part of it must stay float32
@@ -69,6 +70,8 @@ def peer(case: Case, seed: int = 0) -> nn.Module:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim == 1 or "norm" in name:
                 tensor.add_(0.3 * noise)  # to ones, or to the zeros of biases and of 1 + w
+                if name.endswith("q_norm.weight"):
+                    tensor.mul_(case.q_norm)
             else:
                 tensor.copy_((0.3 if V in tensor.shape else case.matrix) * noise)
     return model.float().eval()
