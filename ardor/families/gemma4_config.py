@@ -78,7 +78,8 @@ def _mixer(hf: HFConfig, found: Heads, kinds: tuple[str, ...], index: int, norm:
     windows = read_windows(hf, kinds, hf.optional_count("sliding_window", 512))
     width, kv_heads = hf.count("global_head_dim", 512), hf.take("num_global_key_value_heads", None)
     if (layers := hf.section("per_layer_config")) is not None:  # as transformers 5 writes them
-        sections = [layers.section(str(i)) for i in range(len(kinds))]
+        known = {int(key): key for key in layers.raw if key.isdecimal()}  # "4", or "04"
+        sections = [layers.section(known.get(i, str(i))) for i in range(len(kinds))]
         layers.finish({})
         own = sections[index] or HFConfig({}, path=layers.path)
         found = found._replace(
