@@ -15,6 +15,7 @@ from ardor.errors import ConfigError
 from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
+from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
@@ -177,12 +178,17 @@ def _make_trainable(config: Finetune, model: Model, template_added: bool) -> Non
     _require_grad(config, model)
 
 
+# Modules whose weights are kept in the format of their file, and its name.
+_STORED: dict[type, str] = {MXFP4Experts: "MXFP4", FP8Experts: "FP8", FP8Linear: "FP8"}
+
+
 def _require_grad(config: Finetune, model: Model) -> None:
     if config.method == "full":
-        if any(isinstance(module, MXFP4Experts) for module in model.decoder.modules()):
+        kinds = {_STORED[type(m)] for m in model.decoder.modules() if type(m) in _STORED}
+        if kinds:
             raise ConfigError(
-                f"the experts of {config.model} are stored in MXFP4, which full fine-tuning cannot "
-                "change; use --method lora, or a checkpoint of bfloat16 weights"
+                f"weights of {config.model} are stored in {' and '.join(sorted(kinds))}, which "
+                "full fine-tuning cannot change; use --method lora, or a checkpoint in bfloat16"
             )
         for parameter in model.decoder.parameters():
             # What a file is mapped to must not be written to.
