@@ -27,7 +27,8 @@ from ardor.families.gptj import GPTJ
 from ardor.families.granite import GRANITE
 from ardor.families.granite_moe import GRANITE_MOE
 from ardor.families.llama import LLAMA
-from ardor.families.llama4 import LLAMA4, LLAMA4_TEXT
+from ardor.families.llama4 import LLAMA4_TEXT
+from ardor.families.llama4_images import LLAMA4
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL, MISTRAL3
 from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT

@@ -44,7 +44,7 @@ class Family:
 
         Raises: ConfigError for a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code, self.packed)
+        refuse_foreign(hf, self.code, self.packed, uneven=self.uneven)
         return self.read(hf)
 
     def rules(self, spec: Decoder) -> Rules:

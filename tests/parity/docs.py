@@ -68,9 +68,9 @@ accepted, but ours is what runs. Refused always: soft prompts, bidirectional att
 and whatever else a config.json asks for that nothing here honours exactly.
 
 Weights may come in FP8 (E4M3, with a scale for each block of 128 x 128, or for a whole matrix), as
-those of DeepSeek V3 and Qwen3-FP8 do, whatever the family. They are kept so, expanded to float32 for
-the moment of each product and rounded to its dtype, and saved bit for bit. Full fine-tuning cannot
-change them; once an adapter is merged into some, all are saved in bfloat16.
+those of DeepSeek V3 and Qwen3-FP8 do, whatever the family. They are kept so, expanded to float32
+for the moment of each product and rounded to its dtype, and saved bit for bit. Full fine-tuning
+cannot change them; once an adapter is merged into some, all are saved in bfloat16.
 
 `ardor` is one more: what `ardor train` makes of a spec that none of these can write. Anything in
 `ardor/arch/spec.py` can be in it, and only Ardor reads it.
