@@ -165,7 +165,7 @@ def read_windows(hf: HFConfig, kinds: tuple[str, ...], default: int) -> tuple[in
     Raises: ConfigError if there are some, but the window is null.
     """
     if "sliding_attention" not in kinds:
-        hf.take("sliding_window", default)
+        hf.optional_count("sliding_window", default)
         return (None,) * len(kinds)
     if hf.raw.get("sliding_window", default) is None:
         raise ConfigError(f"{hf.path}: some layer_types are sliding, but sliding_window is null")
