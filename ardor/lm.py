@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ardor.arch import spec as specs
+from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
@@ -27,8 +27,9 @@ class LM:
         self.model = model
 
     @property
-    def spec(self) -> specs.Decoder:
-        return self.model.decoder.spec
+    def spec(self) -> Facts:
+        """What is known of the model: the whole specs.Decoder for one that we implement."""
+        return self.model.decoder.facts
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -40,7 +41,7 @@ class LM:
         Raises: ShapeError unless the rows are equally long and hold ids below V.
         """
         decoder = self.model.decoder
-        ids = _rows(tokens, decoder.spec.vocab).to(decoder.device)
+        ids = _rows(tokens, decoder.facts.vocab).to(decoder.device)
         with torch.set_grad_enabled(any(p.requires_grad for p in decoder.parameters())):
             return decoder.logits(decoder.hidden(ids))
 
@@ -99,15 +100,16 @@ def load(
 
     `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0", 0);
     `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
-    `low_cpu_mem_usage` and `use_cache` are accepted. use_safetensors=False reads the weights from
-    pickles (.bin), which are refused otherwise, with torch's restricted reader.
+    `low_cpu_mem_usage` and `use_cache` are accepted. A model that we do not implement is run by
+    transformers, with `trust_remote_code` only, as is code in its repository if it names some;
+    a line on stderr says what runs, of which revision, before it does. use_safetensors=False reads
+    the weights from pickles (.bin), which are refused otherwise, with torch's restricted reader.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
     _refuse(
         load_in_8bit=load_in_8bit,
-        trust_remote_code=trust_remote_code,
         max_memory=max_memory,
         offload_folder=offload_folder,
     )
@@ -122,6 +124,7 @@ def load(
             quantization=quantization or ("nf4" if load_in_4bit else None),
             adapter=adapter,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             use_safetensors=use_safetensors,
         )
     )
@@ -129,7 +132,6 @@ def load(
 
 NOT_IMPLEMENTED = {
     "load_in_8bit": "4-bit weights are; give load_in_4bit=True, or quantization",
-    "trust_remote_code": "code from a checkpoint is never run; leave it out",
     "max_memory": "a model lies on one device; leave it out, or give quantization",
     "offload_folder": "a model lies on one device; leave it out, or give quantization",
 }

@@ -1,28 +1,37 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
-from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from ardor.adapters.peft_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DiskLinear,
+    load_adapter,
+)
 from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
+from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
+from ardor.bridge.assemble import Bridged, bridge
+from ardor.bridge.foreign import Foreign
 from ardor.errors import CheckpointError, ConfigError
-from ardor.families import family_of
-from ardor.families.family import Family
+from ardor.families import family_of, implemented
+from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
 from ardor.files.finite import not_finite
-from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, Resolved, resolve
+from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, read_tensors
+from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
@@ -40,13 +49,47 @@ WEIGHT_DTYPES = (
 )  # as values, not codes
 
 
+@runtime_checkable
+class Form(Protocol):
+    """How a model lies in the files that other tools read."""
+
+    @property
+    def needs_trust(self) -> bool: ...  # whether it is loaded with trust_remote_code only
+    @property
+    def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
+    def disk_linears(self) -> Mapping[str, DiskLinear]: ...
+    def write(self, decoder: CausalLM, directory: Path) -> None: ...  # all but the JSON files
+
+
+@dataclass(frozen=True)
+class Native:
+    """The form of a model that we implement."""
+
+    family: Family
+    spec: specs.Decoder
+    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
+    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
+
+    needs_trust = False
+    files = ()
+
+    def disk_linears(self) -> Mapping[str, DiskLinear]:
+        """Where transformers, and so PEFT, has each linear map."""
+        return self.family.disk_linears(self.spec)
+
+    def write(self, decoder: CausalLM, directory: Path) -> None:
+        """Every tensor under the name and in the shape that it was read with."""
+        state = state_of(decoder)
+        ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
+        write_weights(directory, chain(ours, self.kept.items()))
+
+
 @dataclass
 class Model:
     """A decoder with everything its checkpoint says about it. Nothing in it requires gradients."""
 
-    decoder: Decoder
-    family: Family
-    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
+    decoder: CausalLM
+    form: Form
     config: dict[str, Any]  # config.json as it was read
     generation_config: dict[str, Any]
     tokenizer: Tokenizer | None
@@ -57,7 +100,6 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
-    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -69,6 +111,7 @@ class Origin:
     adapter: Path | None
     quantization: str | None  # of the base while the adapter was trained
     revision: str | None = None  # of a base on the hub, that the adapter was trained on
+    needs_trust: bool = False  # whether that base is run by code that is not ours
 
 
 def load_model(
@@ -80,6 +123,7 @@ def load_model(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     use_safetensors: bool = True,
     check_finite: bool = False,
 ) -> Model:
@@ -89,34 +133,35 @@ def load_model(
     dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
     An adapter's base is found through its own files and quantized as it was when the adapter was
     trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB.
+    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
+    not implement is run by transformers, and by code in its repository if it names some, with
+    `trust_remote_code` only; a line on stderr says what runs before it does.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
     origin = _origin(Path(name), str(name), adapter)
     quantization = quantization or origin.quantization
+    _require_trust(origin, trust_remote_code)
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
-    attn = backend_for(attn_implementation, torch.device(device))
-    raw, family, rules, decoder = _described(found.path, files, attn)
-    _fill(decoder, files, rules, check_finite=check_finite)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(dtype, stored, torch.device(device))
+    raw = read_object(found.path / CONFIG)
+    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    theirs = trust_remote_code and not implemented(raw)
+    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
     if quantization is not None and quantization != "none":
-        quantize_decoder(decoder, quantization)
-    decoder.compute = precision.compute
+        _quantize(decoder, quantization, origin.base)
     # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
-    lora = _adapted(decoder, origin.adapter, family, check_finite=check_finite)
+    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
+    decoder.verify()
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text, decoder.spec.vocab)
+    tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
-        family=family,
-        rules=rules,
+        form=form,
         config=raw,
         generation_config=generation,
         tokenizer=tokenizer,
@@ -127,7 +172,6 @@ def load_model(
         revision=found.revision,
         quantization=None if quantization == "none" else quantization,
         adapter=lora,
-        kept={name: files.read(name) for name in rules.kept(files.names())},
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -168,8 +212,69 @@ def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
         )
     if base_path.is_dir():
         revision = None
-    quantization = _optional_json(directory / ORIGIN).get("quantization")
-    return Origin(base, directory, quantization, revision)
+    said = _optional_json(directory / ORIGIN)
+    needs_trust = said.get("needs_trust_remote_code", False)
+    return Origin(base, directory, said.get("quantization"), revision, needs_trust)
+
+
+def _require_trust(origin: Origin, given: bool) -> None:
+    """Before anything of the base is downloaded."""
+    if origin.needs_trust and not given:
+        raise ConfigError(
+            f"{origin.adapter} is an adapter on {origin.base}, which is not implemented here; "
+            f"{BRIDGE}"
+        )
+
+
+def _quantize(decoder: CausalLM, format: str, source: str) -> None:
+    if not quantize_decoder(decoder, format):
+        raise ConfigError(
+            f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A checkpoint that is found, and how it is asked to be held."""
+
+    found: Resolved
+    source: str
+    config: dict[str, Any]
+    files: WeightFiles
+    dtype: str | torch.dtype
+    device: torch.device
+    attn_implementation: str | None
+
+
+def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
+    """Our own decoder, with its weights."""
+    files = held.files
+    attn = backend_for(held.attn_implementation, held.device)
+    family, rules, decoder = _described(held.config, held.found.path, files, attn)
+    _fill(decoder, files, rules, check_finite=check_finite)
+    stored = decoder.embed_tokens.weight.dtype
+    precision = resolve_precision(held.dtype, stored, held.device)
+    decoder.compute = precision.compute
+    kept = {name: files.read(name) for name in rules.kept(files.names())}
+    return decoder, Native(family, decoder.spec, rules, kept), precision
+
+
+def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+    """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    found = held.found
+    if found.revision is not None and held.config.get("auto_map"):
+        found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
+    if held.attn_implementation is not None:
+        backend_for(held.attn_implementation, held.device)
+    decoder, form = bridge(
+        found,
+        held.source,
+        held.config,
+        dtype=held.dtype,
+        attn_implementation=held.attn_implementation,
+    )
+    why = "as stored" if held.dtype == "auto" else "as asked"
+    return decoder, form, Precision(decoder.stored, decoder.compute, why)
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -185,10 +290,9 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
 
 
 def _described(
-    path: Path, files: WeightFiles, attn: str
-) -> tuple[dict[str, Any], Family, Rules, Decoder]:
+    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
-    raw = read_object(path / CONFIG)
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
@@ -196,7 +300,7 @@ def _described(
     decoder = on_meta(spec, files, rules, attn)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
-    return raw, family, rules, decoder
+    return family, rules, decoder
 
 
 def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
@@ -262,12 +366,12 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: Decoder, adapter: Path | None, family: Family, *, check_finite: bool
+    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
 ) -> LoraConfig | None:
     """Put the adapter, if there is one, on a decoder that is where it will stay."""
     if adapter is None:
         return None
-    lora = load_adapter(adapter, decoder, disk_names=family.disk_linears(decoder.spec))
+    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
     decoder.requires_grad_(False).to(decoder.device)
     if check_finite:
         weights = adapter / ADAPTER_WEIGHTS
@@ -285,7 +389,7 @@ def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
-def state_of(decoder: Decoder) -> dict[str, Tensor]:
+def state_of(decoder: nn.Module) -> dict[str, Tensor]:
     """Everything that comes from files, by name: the parameters, and what is stored packed."""
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
 

@@ -1,7 +1,7 @@
 """A model back into the files it came from, whole or not at all."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatch
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from ardor.files.atomic import atomic_directory, write_atomic
 from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
-from ardor.files.weights import write_weights
-from ardor.load import CONFIG, GENERATION, Model, state_of
+from ardor.load import CONFIG, GENERATION, Model
 from ardor.quant.linear import QuantizedLinear
 
 
@@ -26,14 +25,14 @@ def save_model(model: Model, directory: str | Path) -> None:
     Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
     CheckpointError if the directory holds anything that is not part of a checkpoint.
     """
-    _refuse_to_remove(Path(directory))
+    _refuse_to_remove(Path(directory), model.form.files)
     with atomic_directory(directory) as partial:
         write_files(model, partial)
 
 
-def _refuse_to_remove(directory: Path) -> None:
+def _refuse_to_remove(directory: Path, own: Iterable[str]) -> None:
     """Replacing a directory removes what is in it: that may only be an earlier checkpoint."""
-    known = (*PATTERNS, ORIGIN)
+    known = (*PATTERNS, ORIGIN, *(name.partition("/")[0] for name in own))
     held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     others = [name for name in held if not any(fnmatch(name, pattern) for pattern in known)]
     if others:
@@ -51,11 +50,13 @@ def write_files(model: Model, directory: Path) -> None:
             directory,
             model.decoder,
             model.adapter,
-            disk_names=model.family.disk_linears(model.decoder.spec),
+            disk_names=model.form.disk_linears(),
             base_model=model.source,
             revision=model.revision,
         )
-        write_json(directory / ORIGIN, {"quantization": model.quantization or "none"})
+        origin = {"quantization": model.quantization or "none"}
+        needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
+        write_json(directory / ORIGIN, origin | needs)
     else:
         _write_weights(model, directory)
     if model.generation_config:
@@ -71,10 +72,8 @@ def _write_weights(model: Model, directory: Path) -> None:
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
-    state = state_of(model.decoder)
-    ours = model.rules.to_disk(lambda name: state[name].detach().cpu())
-    write_weights(directory, chain(ours, model.kept.items()))
-    dtype = str(model.decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    model.form.write(model.decoder, directory)
+    dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
     config = dict(model.config)
     for key in ("dtype", "torch_dtype"):
         if key in config:
@@ -85,6 +84,9 @@ def _write_weights(model: Model, directory: Path) -> None:
 def _write_json(model: Model, path: Path, value: dict[str, Any]) -> None:
     """Write `value`; byte for byte the file of that name that was read, if it says the same."""
     text = model.texts.get(path.name)
-    was = HFConfig({} if text is None else parse_json(text, path), path=path.name, text=text)
+    if text is None:  # a new file, in which a null may say something too
+        write_atomic(path, HFConfig(value, path=path.name).written({}))
+        return
+    was = HFConfig(parse_json(text, path), path=path.name, text=text)
     changes = {key: held for key, held in value.items() if was.raw.get(key, ...) != held}
     write_atomic(path, was.written(changes))

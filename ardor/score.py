@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ardor.arch.decoder import Decoder
+from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing
 from ardor.arch.layout import Packed
 from ardor.data.batches import Batch
@@ -52,16 +52,16 @@ class Score:
 
 
 @torch.inference_mode()
-def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
+def token_logprobs(decoder: CausalLM, tokens: Sequence[int]) -> list[float]:
     """log p(tokens[i] | tokens[:i]) for i = 1 .. len(tokens) - 1, in nats.
 
     Raises: ShapeError if there are fewer than two tokens or more than the model's context, or an id
     that the model lacks.
     """
-    if not 2 <= len(tokens) <= decoder.spec.max_positions:
+    if not 2 <= len(tokens) <= decoder.facts.max_positions:
         raise ShapeError(
             f"{len(tokens)} tokens cannot be scored: at least 2 are needed, and the model's "
-            f"context holds {decoder.spec.max_positions}; give a longer text or split it"
+            f"context holds {decoder.facts.max_positions}; give a longer text or split it"
         )
     decoder.check_ids(tokens)
     row = torch.tensor([list(tokens)], device=decoder.device)
@@ -74,7 +74,9 @@ def token_logprobs(decoder: Decoder, tokens: Sequence[int]) -> list[float]:
     return torch.cat(found).tolist()
 
 
-def document_loss(decoder: Decoder, batch: Batch, routings: list[Routing] | None = None) -> LossSum:
+def document_loss(
+    decoder: CausalLM, batch: Batch, routings: list[Routing] | None = None
+) -> LossSum:
     """Summed nats of a ragged row of documents; no position reads another document.
 
     `routings` takes what each layer's router decided, for a loss of its own.
@@ -86,7 +88,7 @@ def document_loss(decoder: Decoder, batch: Batch, routings: list[Routing] | None
 
 
 @torch.inference_mode()
-def heldout_loss(decoder: Decoder, batches: Iterable[Batch]) -> LossSum:
+def heldout_loss(decoder: CausalLM, batches: Iterable[Batch]) -> LossSum:
     """Summed nats and counted targets of a dataset, whatever its division into batches."""
     device = decoder.device
     nats = torch.zeros((), dtype=torch.float64, device=device)

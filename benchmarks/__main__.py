@@ -1,15 +1,19 @@
-"""`python -m benchmarks decode|train`: us and a peer in turn, in one run, and the ratio."""
+"""`python -m benchmarks decode|prefill|train`: us and a peer in turn, in one run, and the ratio."""
 
 import argparse
 import json
 import os
 
 from benchmarks.duel import duel
+from benchmarks.shapes import MODELS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "train"])
+    parser.add_argument("task", choices=["decode", "prefill", "train"])
+    parser.add_argument(
+        "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (median)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -17,10 +21,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     args = parser.parse_args()
     options = {"dtype": args.dtype, "threads": args.threads}
+    if args.task == "train":
+        options["compiled"] = args.compile
+    else:
+        options["model"] = args.model
     if args.task == "decode":
         options["new_tokens"] = args.new_tokens
-    else:
-        options["compiled"] = args.compile
     print(json.dumps(duel(args.task, args.rounds, options), indent=2))
 
 

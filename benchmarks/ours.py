@@ -21,8 +21,8 @@ from benchmarks.worker import after_the_first, serve, timed
 
 
 def _decoder(shape: Mapping[str, object], compute: torch.dtype) -> Decoder:
-    raw = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, **shape}
-    spec = FAMILIES["llama"].spec(HFConfig(raw, path="benchmarks/shapes.py"))
+    family = FAMILIES[str(shape["model_type"])]
+    spec = family.spec(HFConfig(dict(shape), path="benchmarks/shapes.py"))
     decoder = Decoder(spec, compute=compute)
     initialise(decoder, torch.Generator().manual_seed(0))
     return decoder
@@ -62,10 +62,15 @@ def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
     return timed(step)
 
 
-def generate(dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
+def _read(model: str, dtype: str) -> Decoder:
+    decoder = _decoder(shapes.MODELS[model], dtype_of(dtype))
+    return decoder.to(dtype_of(dtype)).requires_grad_(False)
+
+
+def generate(model: str, dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
     """Greedy decoding after one prompt."""
-    decoder = _decoder(shapes.DECODE, dtype_of(dtype)).to(dtype_of(dtype)).requires_grad_(False)
-    prompt = list(range(1, shapes.PROMPT + 1))
+    decoder = _read(model, dtype)
+    prompt = list(range(1, shapes.DECODE_PROMPT + 1))
 
     def rounds() -> tuple[int, float]:
         return after_the_first(decode(decoder, [prompt], Request(max_new_tokens=new_tokens)))
@@ -73,9 +78,24 @@ def generate(dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
     return rounds
 
 
+def prefill(model: str, dtype: str) -> Callable[[], tuple[int, float]]:
+    """A prompt up to its first token."""
+    decoder = _read(model, dtype)
+    prompt = list(range(1, shapes.PREFILL_PROMPT + 1))
+
+    def first() -> int:
+        assert len(list(decode(decoder, [prompt], Request(max_new_tokens=1)))) == 1
+        return len(prompt)
+
+    return timed(first)
+
+
+TASKS = {"train": train, "decode": generate, "prefill": prefill}
+
+
 def main(task: str, options: dict[str, object]) -> None:
     torch.set_num_threads(int(options.pop("threads")))  # type: ignore[call-overload]
-    rounds = {"train": train, "decode": generate}[task](**options)  # type: ignore[operator]
+    rounds = TASKS[task](**options)  # type: ignore[operator]
     serve(rounds, about=f"ardor, torch {torch.__version__}")
 
 

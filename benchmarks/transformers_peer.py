@@ -11,14 +11,25 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from benchmarks import shapes
 from benchmarks.worker import serve, timed
 
 
+def _model(shape: dict[str, Any], attn: str) -> Any:
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**shape), dtype=torch.float32, attn_implementation=attn
+    )
+
+
 def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
-    model = LlamaForCausalLM(LlamaConfig(**shapes.TRAIN))
+    model = _model(shapes.TRAIN, "sdpa")
     model.train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(
@@ -49,32 +60,56 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-def generate(dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
-    model: Any = LlamaForCausalLM(LlamaConfig(**shapes.DECODE)).to(getattr(torch, dtype)).eval()
-    prompt = torch.arange(1, shapes.PROMPT + 1)[None]
-    mask = torch.ones_like(prompt)
+def _read(model: str, dtype: str) -> Any:
+    """The model at its best here: sdpa where it has that, and its default code for experts."""
+    attn = "eager" if model == "gemma2" else "sdpa"  # there is no soft cap in its sdpa
+    return _model(shapes.MODELS[model], attn).to(getattr(torch, dtype)).eval()
+
+
+def _generate(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> None:
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+
+
+def generate(model: str, dtype: str, new_tokens: int) -> Callable[[], tuple[int, float]]:
+    held = _read(model, dtype)
+    prompt = torch.arange(1, shapes.DECODE_PROMPT + 1)[None]
 
     @torch.inference_mode()
     def rounds() -> tuple[int, float]:
         clock = Clock()
-        model.generate(
-            prompt,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
+        _generate(held, prompt, new_tokens, clock)
         return len(clock.times) - 1, clock.times[-1] - clock.times[0]
 
     return rounds
 
 
+def prefill(model: str, dtype: str) -> Callable[[], tuple[int, float]]:
+    held = _read(model, dtype)
+    prompt = torch.arange(1, shapes.PREFILL_PROMPT + 1)[None]
+
+    @torch.inference_mode()
+    def first() -> int:
+        _generate(held, prompt, 1, Clock())
+        return prompt.numel()
+
+    return timed(first)
+
+
+TASKS = {"train": train, "decode": generate, "prefill": prefill}
+
+
 def main(task: str, options: dict[str, object]) -> None:
     torch.set_num_threads(int(options.pop("threads")))  # type: ignore[call-overload]
     transformers.logging.set_verbosity_error()
-    rounds = {"train": train, "decode": generate}[task](**options)  # type: ignore[operator]
+    rounds = TASKS[task](**options)  # type: ignore[operator]
     serve(rounds, about=f"transformers {transformers.__version__}, torch {torch.__version__}")
 
 

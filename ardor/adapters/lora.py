@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -233,8 +234,14 @@ def add_token_rows(decoder: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> N
 
     The head of a tied decoder follows its embedding and takes no rows of its own.
 
-    Raises: ConfigError for ids that are no rows, or rows of a head that the decoder has not.
+    Raises: ConfigError for ids that are no rows, rows of a head that the decoder has not, or a
+        decoder whose embedding is not ours.
     """
+    if rows and not hasattr(decoder, "embed_tokens"):
+        raise ConfigError(
+            "the rows of single tokens cannot be trained in a model that transformers runs; set "
+            "train_control_tokens to no (--train-control-tokens no)"
+        )
     tied = getattr(decoder, "lm_head", None) is None
     if tied and "lm_head" in rows:
         raise ConfigError(
@@ -256,7 +263,10 @@ def select(
     """The linears of `decoder` that `targets` means, by our names, in the decoder's order."""
     linears = linear_names(decoder)
     if isinstance(targets, str):
-        return tuple(name for name in linears if name.startswith("layers."))
+        found = tuple(name for name in linears if place_of(decoder, name) == "layers")
+        if not found:
+            raise ConfigError("this model has no linear maps in its layers that could be adapted")
+        return found
     both = {name: (name, names(name)) for name in linears}
     for target in targets:
         if not any(ends_with(full, target) for pair in both.values() for full in pair):
@@ -282,9 +292,13 @@ def linear_names(decoder: nn.Module) -> list[str]:
     """The linears of the layers and the head, adapted or not; not what is inside an adapter."""
     found: list[str] = []
     for name, module in decoder.named_modules():
-        placed = name == "lm_head" or name.startswith("layers.")
         inside = bool(found) and name.startswith(f"{found[-1]}.")
-        if placed and not inside and hasattr(module, "inputs") and hasattr(module, "outputs"):
+        if (
+            place_of(decoder, name)
+            and not inside
+            and hasattr(module, "inputs")
+            and hasattr(module, "outputs")
+        ):
             found.append(name)
     return found
 

@@ -30,6 +30,8 @@ def merge(decoder: nn.Module, dtype: torch.dtype | None = None) -> tuple[str, ..
 def _merged(name: str, adapted: LoraLinear, dtype: torch.dtype | None) -> Linear:
     base = adapted.base
     dequantized = getattr(base, "dequantized", None)  # a quantized linear, of whatever format
+    if dequantized is None and not isinstance(base, Linear | nn.Linear):
+        raise ConfigError(f"{name} is a {type(base).__name__}, into which nothing can be merged")
     if dequantized is None:
         weight = base.get_parameter("weight")
         exact, target = weight.float(), weight.dtype
@@ -51,7 +53,7 @@ def _merged(name: str, adapted: LoraLinear, dtype: torch.dtype | None) -> Linear
 
 def _merge_rows(decoder: nn.Module) -> list[str]:
     names = []
-    embedding, head = decoder.get_submodule("embed_tokens"), getattr(decoder, "lm_head", None)
+    embedding, head = (getattr(decoder, name, None) for name in ("embed_tokens", "lm_head"))
     if isinstance(head, TrainableHead):
         tied = head.tokens is embedding
         replace(decoder, "lm_head", None if tied else _with_rows(head.tokens))

@@ -140,8 +140,8 @@ def save_adapter(
         key = f"{_PREFIX}{_disk(disk_names, name)}{_TOKENS}"
         tensors[key] = tokens.trainable_tokens_delta
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    linears = [group.disk for group in groups]
-    written = _config(config, joined, linears, any(g.transposed for g in groups))
+    known = list(dict.fromkeys(place.name for place in disk_names.values()))
+    written = _config(config, joined, known, any(g.transposed for g in groups))
     written |= {"base_model_name_or_path": base_model, "revision": revision}
     written["trainable_token_indices"] = _token_indices(rows, disk_names)
     write_atomic(Path(directory) / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -296,7 +296,7 @@ def _place(
 
 
 def _token_modules(decoder: nn.Module) -> Iterator[tuple[str, TrainableTokens]]:
-    embedding, head = decoder.get_submodule("embed_tokens"), getattr(decoder, "lm_head", None)
+    embedding, head = (getattr(decoder, name, None) for name in ("embed_tokens", "lm_head"))
     if isinstance(embedding, TrainableTokens):
         yield "embed_tokens", embedding
     if isinstance(head, TrainableHead) and head.tokens is not embedding:

@@ -15,11 +15,11 @@ from torch import Tensor
 from ardor.arch.blocked import Scores, attend_blocked
 from ardor.arch.flash import flash_attention_2, why_not
 from ardor.arch.flex import flex
-from ardor.arch.layout import Cached, Layout, Packed
+from ardor.arch.layout import ALL, Cached, Layout, Packed
 from ardor.errors import ConfigError, ShapeError
 from ardor.kernels.attention import attend_last
 from ardor.kernels.attention import takes as last_takes
-from ardor.kernels.flash import flash
+from ardor.kernels.flash import How, flash
 from ardor.kernels.flash import takes as flash_takes
 
 
@@ -106,32 +106,17 @@ def sdpa(
     What those kernels lack (soft caps, sinks, ALiBi, windows) goes block by block.
     """
     _check_heads(q, k)
-    scale = scores.scale
-    if sinks is not None or not scores.plain(layout.longest):
-        return _blocked(q, k, v, layout, scores, sinks)
     if isinstance(layout, Cached):
-        return _sdpa_cached(q, k, v, layout, scale)
+        return _sdpa_cached(q, k, v, layout, scores, sinks)
     if len(layout.runs) == 1:
-        return _causal(q, k, v, layout.runs[0], scale)
-    return _by_runs(q, k, v, layout, partial(_causal, scale=scale))
+        return _causal(q, k, v, layout.runs[0], scores, sinks)
+    return _by_runs(q, k, v, layout, partial(_causal, scores=scores, sinks=sinks))
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
     H, K = q.shape[1], k.shape[1]
     if H % K:
         raise ShapeError(f"{H} query heads cannot share {K} kv heads; make H a multiple of K")
-
-
-def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores, sinks: Tensor | None
-) -> Tensor:
-    if isinstance(layout, Cached):
-        return attend_blocked(q, k, v, layout.past, scores, sinks)
-
-    def attend_run(q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int, int]) -> Tensor:
-        return attend_blocked(q, k, v, (0,) * run[1], scores, sinks)
-
-    return _by_runs(q, k, v, layout, attend_run)
 
 
 def _by_runs(
@@ -152,7 +137,12 @@ def _by_runs(
 
 
 def _causal(
-    q: Tensor, k: Tensor, v: Tensor, run: tuple[int, int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    run: tuple[int, int, int],
+    scores: Scores,
+    sinks: Tensor | None,
 ) -> Float[Tensor, "B H T d"]:
     """Causal attention in each of `count` equally long documents that tile the rows."""
     rows, heads = q.shape[:2]
@@ -162,32 +152,53 @@ def _causal(
             x.transpose(1, 2).reshape(count, length, x.shape[1], -1).transpose(1, 2)
             for x in (q, k, v)
         )
-    if flash_takes(q, k, v):
-        out = flash(q, k, v, scale=scale)
+    if flash_takes(q, k, v) and not scores.alibi_coarse:
+        out = flash(q, k, v, _how(scores, length), sinks)
+    elif sinks is not None or not scores.plain(length):
+        out = attend_blocked(q, k, v, (0,) * count, scores, sinks)
     else:
         out = F.scaled_dot_product_attention(
-            q, *_shared(k, v, heads), is_causal=length > 1, scale=scale
+            q, *_shared(k, v, heads), is_causal=length > 1, scale=scores.scale
         )
     if count != rows:
         out = out.transpose(1, 2).reshape(rows, -1, heads, out.shape[-1]).transpose(1, 2)
     return out
 
 
+def _how(scores: Scores, longest: int) -> How:
+    reach = scores.reach if not scores.reach.covers(longest) else ALL
+    slopes = None if scores.alibi is None else torch.tensor(scores.alibi)
+    return How(scores.scale, scores.softcap, reach.window, reach.chunk, slopes)
+
+
 def _sdpa_cached(
-    q: Tensor, k: Tensor, v: Tensor, layout: Cached, scale: float
+    q: Tensor, k: Tensor, v: Tensor, layout: Cached, scores: Scores, sinks: Tensor | None
 ) -> Float[Tensor, "B H T d"]:
     B, H, T, d = q.shape
     if layout.even and layout.past[0] == 0:
-        return _causal(q, k, v, (0, B, T), scale)
-    if last_takes(q, k, v):
-        return attend_last(q, k, v, [past + 1 for past in layout.past], scale=scale)
+        return _causal(q, k, v, (0, B, T), scores, sinks)
+    if last_takes(q, k, v) and not scores.alibi_coarse:
+        reads = [(scores.reach.first(past), past + 1) for past in layout.past]
+        slopes = None if scores.alibi is None else torch.tensor(scores.alibi)
+        return attend_last(
+            q,
+            k,
+            v,
+            reads,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            slopes=slopes,
+            sinks=sinks,
+        )
+    if sinks is not None or not scores.plain(layout.longest):
+        return attend_blocked(q, k, v, layout.past, scores, sinks)
     if T == 1:
         # The heads of a group read the same keys: as rows of one query block nothing is copied.
         q = q.view(B, k.shape[1], -1, d)
         mask = None if layout.even else layout.allowed(q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, 1, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scores.scale).view(B, H, 1, -1)
     return F.scaled_dot_product_attention(
-        q, *_shared(k, v, H), layout.allowed(q.device), scale=scale
+        q, *_shared(k, v, H), layout.allowed(q.device), scale=scores.scale
     )
 
 

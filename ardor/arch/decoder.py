@@ -4,7 +4,7 @@ Axes: B batch rows, T new positions, D model width, H query heads, K kv heads, d
 F ffn width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
 from ardor.arch.blocked import Scores
 from ardor.arch.cache import KVCache
+from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Experts, Routing
 from ardor.arch.latent import LatentAttention
 from ardor.arch.layout import Cached, Layout, Packed, Reach
@@ -178,7 +179,7 @@ class Layer(nn.Module):
         return (read if spec.residual_normed else x) + made
 
 
-class Decoder(nn.Module):
+class Decoder(CausalLM):
     """A decoder-only language model, as its spec says.
 
     Weights keep the dtype they are stored in; activations have dtype `compute`, logits float32.
@@ -206,17 +207,14 @@ class Decoder(nn.Module):
         self.lm_head = None if spec.tied else Linear(narrow, spec.vocab, bias=spec.head_bias)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def facts(self) -> specs.Decoder:
+        return self.spec
 
-    def check_ids(self, ids: Iterable[int]) -> None:
-        """Raises: ShapeError for a token id that has no row in the embedding."""
-        for id in ids:
-            if not 0 <= id < self.spec.vocab:
-                raise ShapeError(
-                    f"token id {id} is not one of the model's {self.spec.vocab} ids, 0 to "
-                    f"{self.spec.vocab - 1}; take that token out of the text"
-                )
+    def new_cache(self, *, rows: int, capacity: int) -> KVCache:
+        """An empty cache of `rows` rows that hold up to `capacity` positions each."""
+        return KVCache(
+            self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=self.device
+        )
 
     def hidden(
         self,
@@ -318,7 +316,3 @@ class Decoder(nn.Module):
         if spec.logit_softcap is not None:
             logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
         return logits
-
-    def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """Unnormalised log-probabilities of the next token, float32."""
-        return self.head(hidden).float()

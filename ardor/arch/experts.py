@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ardor.arch import spec as specs
 from ardor.arch.linear import Linear
-from ardor.arch.mlp import Mlp, activated
+from ardor.arch.mlp import Fused, Mlp, activated, fused
 from ardor.kernels.linear import linear
+from ardor.kernels.mlp import Routes
 
 
 class Routing(NamedTuple):
@@ -102,6 +103,10 @@ class ExpertMlps(nn.Module):
         self.up_proj = ExpertLinear(count, width, spec.width, bias=bias)
         self.down_proj = ExpertLinear(count, spec.width, width, bias=bias)
 
+    def at_once(self, x: Float[Tensor, "N D"]) -> Fused | None:
+        """Every expert over its rows of x as one compiled function of `Routes`, if it can be."""
+        return fused(self.spec, x, (self.gate_proj, self.up_proj, self.down_proj), ExpertLinear)
+
     def of(self, expert: int, x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         gate = None if self.gate_proj is None else self.gate_proj.of(expert, x)
         return self.down_proj.of(expert, activated(self.spec, gate, self.up_proj.of(expert, x)))
@@ -138,18 +143,36 @@ class Experts(nn.Module):
         return out.unflatten(0, x.shape[:2])
 
     def _routed(self, rows: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
+        if len(rows) == 1:  # nothing to sort, and little to gain from anything but the products
+            return self._of_one(rows, routing)
         router = self.spec.router
         flat = routing.chosen.flatten()  # (N * k,)
         order = flat.argsort(stable=True)
         tokens = order // router.per_token
-        weights = routing.weights.flatten()[order, None].to(rows.dtype)
-        read = rows[tokens] * weights if router.scales_input else rows[tokens]
+        weights = routing.weights.flatten()[order]
         counts = torch.bincount(flat, minlength=self.spec.count).tolist()
+        at_once = None if router.scales_input else self.experts.at_once(rows)
+        if at_once is not None:
+            return at_once(Routes(tokens, weights, counts))
+        share = weights[:, None].to(rows.dtype)
+        read = rows[tokens] * share if router.scales_input else rows[tokens]
         parts = enumerate(read.split(counts))
         given = torch.cat([self.experts.of(expert, part) for expert, part in parts if len(part)])
         if not router.scales_input:
-            given = given * weights
+            given = given * share
         return torch.zeros_like(rows).index_add(0, tokens, given)
+
+    def _of_one(self, row: Float[Tensor, "1 D"], routing: Routing) -> Float[Tensor, "1 D"]:
+        """The only row's experts, in order: the sum that sorting would give, to the last bit."""
+        chosen = sorted(zip(routing.chosen[0].tolist(), routing.weights[0], strict=True))
+        out = torch.zeros_like(row)
+        for expert, weight in chosen:
+            share = weight.to(row.dtype)
+            if self.spec.router.scales_input:
+                out = out + self.experts.of(expert, row * share)
+            else:
+                out = out + self.experts.of(expert, row) * share
+        return out
 
 
 def load_balance(routings: list[Routing]) -> Float[Tensor, ""]:

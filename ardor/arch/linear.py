@@ -1,10 +1,26 @@
 """The one seam for linear maps: quantized, LoRA-wrapped and sharded linears replace this module."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ardor.kernels.linear import linear
+
+
+def place_of(model: nn.Module, name: str) -> Literal["layers", "head"] | None:
+    """Whether the module `name` is in the layers of `model`, is its head, or neither.
+
+    Adapters and quantization take linears of the layers unless told otherwise. A model whose parts
+    have other names than Decoder's answers itself, in a method of this name.
+    """
+    own = getattr(model, "place_of", None)
+    if own is not None:
+        return own(name)
+    if name == "lm_head":
+        return "head"
+    return "layers" if name.startswith("layers.") else None
 
 
 class Linear(nn.Module):

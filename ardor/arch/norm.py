@@ -45,54 +45,57 @@ class RMSNorm(nn.Module):
             weight = x.new_ones(x.shape[-1])
         elif spec.weight == "one_plus":
             weight = 1.0 + weight.to(torch.promote_types(x.dtype, torch.float32))
-        if spec.late_cast and x.dtype != torch.float32:
-            return rms_norm(x, weight, spec.eps, late_cast=True)
         if torch.is_grad_enabled():
-            return _RMSNorm.apply(x, weight, spec.eps)
-        return _normalised(x, weight, spec.eps)[0]
+            return _RMSNorm.apply(x, weight, spec.eps, spec.late_cast)
+        return _normalised(x, _local(weight, x, spec.late_cast), spec.eps)[0]
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = _normalised(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, late_cast: bool) -> Tensor:
+        y, inverse = _normalised(x, _local(weight, x, late_cast), eps)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.late_cast = late_cast
         return y
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # With u = x / rms and g = upstream * weight:  dx = (g - u * mean(g * u)) / rms
         (dy,) = upstream
         x, weight, inverse = ctx.saved_tensors
-        local, trained = weight.to(x.dtype), ctx.needs_input_grad[1]
+        local, trained = _local(weight, x, ctx.late_cast), ctx.needs_input_grad[1]
         if available(x):
             dx, d_weight = kernel.backward(dy, x, local, inverse)
-            return dx, d_weight.to(weight.dtype) if trained else None, None
-        unit = _times(x, inverse)
+            return dx, d_weight.to(weight.dtype) if trained else None, None, None
+        unit = _times(x, inverse, local.dtype)
         product = dy * unit
         along = (product @ local[:, None]).to(inverse.dtype).div_(x.shape[-1])  # (*rows, 1)
         dx = torch.addcmul((dy * local).to(inverse.dtype), unit, along, value=-1)
         dx = dx.mul_(inverse).to(x.dtype)
         if not trained:
-            return dx, None, None
+            return dx, None, None, None
         d_weight = product.flatten(0, -2).sum(0, dtype=inverse.dtype)
-        return dx, d_weight.to(weight.dtype), None
+        return dx, d_weight.to(weight.dtype), None, None
+
+
+def _local(weight: Tensor, x: Tensor, late_cast: bool) -> Tensor:
+    """The weight in the dtype that its product with the normalised x is made in."""
+    return weight.to(torch.promote_types(x.dtype, torch.float32) if late_cast else x.dtype)
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(`rms_norm` of x, 1 / rms of each row)"""
-    local = weight.to(x.dtype)
+    """(`rms_norm` of x, 1 / rms of each row); the weight has the dtype of their product."""
     if available(x):
-        return kernel.forward(x, local, eps)
+        return kernel.forward(x, weight, eps)
     work = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
     inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*rows, 1)
-    return _times(x, inverse).mul_(local), inverse
+    return _times(x, inverse, weight.dtype).mul_(weight).to(x.dtype), inverse
 
 
-def _times(x: Tensor, inverse: Tensor) -> Tensor:
-    """x * inverse in the dtype of `inverse`, rounded once to that of x, in one pass."""
-    return torch.mul(x, inverse, out=torch.empty_like(x))
+def _times(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * inverse in the dtype of `inverse`, rounded once to `dtype`, in one pass."""
+    return torch.mul(x, inverse, out=torch.empty_like(x, dtype=dtype))
 
 
 class LayerNorm(nn.Module):

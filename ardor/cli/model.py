@@ -27,6 +27,9 @@ class ModelFlags:
     """sdpa, eager (the reference), flex or flash_attention_2. Default: sdpa."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Let transformers run a model that Ardor does not know, and code from its repository if it
+    names some. What will run is said first."""
     use_safetensors: bool = True
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
 
@@ -43,6 +46,7 @@ class ModelFlags:
             adapter=self.adapter,
             attn_implementation=self.attn_implementation,
             revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
             use_safetensors=self.use_safetensors,
         )
         model = lm.model

@@ -20,7 +20,7 @@ def run(config: Config) -> int:
     from ardor.cli.watch import watch
     from ardor.train.pretrain import prepare
 
-    found = prepare(narrowed(config, Train))
+    found = prepare(narrowed(config, Train), tell=remarks().print)
     watch(found, "training", json=config.json, verb="train")
     if not config.json:
         folder = quote(str(found.folder))

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ardor.arch.spec import Decoder
 from ardor.errors import ConfigError
 from ardor.families.arcee import ARCEE
 from ardor.families.bloom import BLOOM
@@ -12,7 +13,7 @@ from ardor.families.deepseek_v2 import DEEPSEEK_V2
 from ardor.families.deepseek_v3 import DEEPSEEK_V3
 from ardor.families.exaone4 import EXAONE4
 from ardor.families.falcon import FALCON
-from ardor.families.family import Family
+from ardor.families.family import BRIDGE, Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
@@ -29,6 +30,7 @@ from ardor.families.llama4 import LLAMA4_TEXT
 from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
 from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT
+from ardor.families.native import NATIVE
 from ardor.families.nemotron import NEMOTRON
 from ardor.families.olmo import OLMO, OLMO2, OLMO3
 from ardor.families.olmoe import OLMOE
@@ -91,7 +93,14 @@ FAMILIES: dict[str, Family] = {
     "olmoe": OLMOE,
     "granitemoe": GRANITE_MOE,
     "phimoe": PHIMOE,
+    "ardor": NATIVE,
 }
+
+
+def implemented(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json is for one of our families, and needs no code of its own."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.computes(config)
 
 
 def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
@@ -100,11 +109,24 @@ def family_of(config: Mapping[str, Any], path: str = "config.json") -> Family:
     Raises: ConfigError if its model_type is missing or unknown (with the list of what is known).
     """
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if (family := FAMILIES.get(str(model_type))) is not None:
+        return family
     near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.8)
     raise ConfigError(
         f"{path}: model_type={model_type!r} is not implemented"
         + (f" (like {near[0]!r})" if near else "")
-        + f"; expected {' | '.join(FAMILIES)}"
+        + f"; expected {' | '.join(FAMILIES)}; or {BRIDGE}"
     )
+
+
+def family_for(spec: Decoder) -> Family:
+    """The first family that can write `spec` so that others read it; else our own form of it."""
+    for family in FAMILIES.values():
+        if family.write is None or family is NATIVE:
+            continue
+        try:
+            family.config(spec)
+        except ConfigError:
+            continue
+        return family
+    return NATIVE

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ardor.arch.spec import Act, Attention, Decoder, Layer, Mlp, Norm, Rope
 from ardor.errors import ConfigError
-from ardor.families.family import ACT_NAMES, ACTS
+from ardor.families.family import ACTS, act_name
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Table
 from ardor.families.rope import write_rope
@@ -209,7 +209,7 @@ def write_llama(spec: Decoder, family: str) -> dict[str, Any]:
         raise ConfigError(f"a {family} has rotary positions; give its attention a rope")
     return {
         "head_dim": mixer.head_width,
-        "hidden_act": ACT_NAMES[ffn.act],
+        "hidden_act": act_name(ffn.act, family),
         "hidden_size": spec.width,
         "intermediate_size": ffn.width,
         "max_position_embeddings": spec.max_positions,

@@ -33,6 +33,10 @@ class Family:
         hf.finish(HARMLESS)
         return spec
 
+    def computes(self, config: Mapping[str, Any]) -> bool:
+        """Whether no code is needed for a config.json but ours: what it names computes the same."""
+        return _files_of(config.get("auto_map") or {}) <= {*self.code}
+
     def translate(self, hf: HFConfig) -> Decoder:
         """`spec` without the account of keys, which stays in `hf`: for whoever reports on it.
 
@@ -93,13 +97,29 @@ ACTS: dict[str, Act] = {
     "relu": "relu",
     "relu2": "relu2",
 }
-ACT_NAMES: dict[Act, str] = {
+_ACT_NAMES: dict[Act, str] = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
     "relu2": "relu2",
 }
+
+
+def act_name(act: Act, family: str) -> str:
+    """What a config.json calls it.
+
+    Raises: ConfigError if it has no name there.
+    """
+    if act not in _ACT_NAMES:
+        raise ConfigError(f"the {family} family cannot express the activation {act}")
+    return _ACT_NAMES[act]
+
+
+BRIDGE = (
+    "give trust_remote_code=True (--trust-remote-code) to have transformers run it, with "
+    "pip install 'ardor[transformers]'"
+)
 
 
 def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
@@ -111,7 +131,7 @@ def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, 
     else:
         hf.require("quantization_config", None, "load the original weights, and quantize them here")
     if not _files_of(hf.take("auto_map", {})) <= {*code}:
-        hf.require("auto_map", None, "it names Python code in the repository, which is never run")
+        hf.require("auto_map", None, f"it names Python code, which is never run unasked; {BRIDGE}")
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")

@@ -10,7 +10,7 @@ from typing import Any
 from ardor.arch.spec import Attention, Decoder, Layer, Mlp, Norm
 from ardor.errors import ConfigError
 from ardor.families.blocks import CAUSAL_MASKS, uniform
-from ardor.families.family import ACT_NAMES, ACTS, Family
+from ardor.families.family import ACTS, Family, act_name
 from ardor.families.hf_config import HFConfig
 from ardor.families.names import Joined, Names
 
@@ -55,7 +55,7 @@ def _read(hf: HFConfig) -> Decoder:
 
 def _write(spec: Decoder) -> dict[str, Any]:
     mixer, ffn, norm = uniform(spec, "gpt2")
-    act = ACT_NAMES[ffn.act]
+    act = act_name(ffn.act, "gpt2")
     return {
         "activation_function": "gelu_new" if act == "gelu_pytorch_tanh" else act,
         "architectures": ["GPT2LMHeadModel"],

@@ -29,6 +29,9 @@ PATTERNS = (
     "adapter_model.safetensors",
 )
 
+# What such a model may come with, for those who have said that they trust it.
+CODE = ("*.py",)
+
 # The same with pickled weights, for whoever asks for them.
 PICKLE_PATTERNS = (
     *(name for name in PATTERNS if not name.startswith("model")),

@@ -1,5 +1,6 @@
 """YAML files: read with the line of every key, and written from a dataclass."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -8,6 +9,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from ardor.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 1e-5, too, for a number: YAML 1.1 wants a point in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class YamlFile(NamedTuple):
@@ -28,8 +38,8 @@ def read_yaml(path: Path) -> YamlFile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(_invalid(path, error)) from error
     if root is None:

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ardor.arch.cache import KVCache
-from ardor.arch.decoder import Decoder
+from ardor.arch.causal import Cache, CausalLM
 from ardor.errors import ConfigError, ShapeError
 from ardor.generate.sample import Choose, greedy, penalise_repetition
 
@@ -51,7 +50,9 @@ class _Row:
     room: int = field(default=0)  # positions left in the model's context
 
 
-def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request) -> Iterator[Token]:
+def decode(
+    decoder: CausalLM, prompts: Sequence[Sequence[int]], request: Request
+) -> Iterator[Token]:
     """Continue every prompt until a stop token, `max_new_tokens`, or the end of the context.
 
     Prompts may differ in length: each is read into its own row of the cache, so no padding exists.
@@ -87,17 +88,17 @@ def decode(decoder: Decoder, prompts: Sequence[Sequence[int]], request: Request)
         logits = _step(decoder, cache, rows)
 
 
-def _row(decoder: Decoder, index: int, prompt: Sequence[int]) -> _Row:
+def _row(decoder: CausalLM, index: int, prompt: Sequence[int]) -> _Row:
     if not prompt:
         raise ShapeError(
             f"prompt {index} holds no tokens, and this tokenizer adds none at the start; "
             "give at least one character"
         )
-    room = decoder.spec.max_positions - len(prompt)
+    room = decoder.facts.max_positions - len(prompt)
     if room < 1:
         raise ShapeError(
             f"prompt {index} has {len(prompt)} tokens, but the model's context holds "
-            f"{decoder.spec.max_positions}; shorten it"
+            f"{decoder.facts.max_positions}; shorten it"
         )
     decoder.check_ids(prompt)
     return _Row(index, list(prompt), room=room)
@@ -109,17 +110,11 @@ def _row(decoder: Decoder, index: int, prompt: Sequence[int]) -> _Row:
 
 @torch.inference_mode()
 def _prefill(
-    decoder: Decoder, rows: list[_Row], max_new_tokens: int
-) -> tuple[KVCache, Float[Tensor, "B V"]]:
+    decoder: CausalLM, rows: list[_Row], max_new_tokens: int
+) -> tuple[Cache, Float[Tensor, "B V"]]:
     """A cache that has read every prompt, and what comes next in each."""
     capacity = max(len(row.tokens) + min(max_new_tokens, row.room) for row in rows)
-    cache = KVCache(
-        decoder.spec,
-        rows=len(rows),
-        capacity=capacity,
-        dtype=decoder.compute,
-        device=decoder.device,
-    )
+    cache = decoder.new_cache(rows=len(rows), capacity=capacity)
     logits = []
     for index, row in enumerate(rows):
         read = torch.tensor([row.tokens], device=decoder.device)
@@ -130,7 +125,7 @@ def _prefill(
 
 
 @torch.inference_mode()
-def _step(decoder: Decoder, cache: KVCache, rows: list[_Row]) -> Float[Tensor, "B V"]:
+def _step(decoder: CausalLM, cache: Cache, rows: list[_Row]) -> Float[Tensor, "B V"]:
     """Read the last token of every row; what comes next in each."""
     if stale := cache.stale(1):
         return torch.cat([_step_alone(decoder, cache, i, rows, stale) for i in range(len(rows))])
@@ -141,7 +136,7 @@ def _step(decoder: Decoder, cache: KVCache, rows: list[_Row]) -> Float[Tensor, "
 
 
 def _step_alone(
-    decoder: Decoder, cache: KVCache, index: int, rows: list[_Row], stale: list[int]
+    decoder: CausalLM, cache: Cache, index: int, rows: list[_Row], stale: list[int]
 ) -> Float[Tensor, "1 V"]:
     """`_step` of one row, which is read again from its start if it is among the stale."""
     row = cache.row(index)

@@ -5,6 +5,7 @@
  * float32 whatever comes in.
  */
 #include "scalar.h"
+#include <math.h>
 
 #define LANES 16
 
@@ -56,9 +57,27 @@ static inline void mix(const float *weights, const float *tile, float *sums, int
     }
 }
 
-/* scores -> their softmax, not yet divided, and 0 from `length` to `room`; returns the divisor */
-static inline float softmax(float *scores, int64_t length, int64_t room) {
-    float most = scores[0], sum = 0;
+/* cap * tanh(score / cap); near zero by its series, where 1 - e^-2x would cancel */
+static inline void bend(float *scores, int64_t length, float cap) {
+#pragma omp simd
+    for (int64_t s = 0; s < length; s++) {
+        float x = scores[s] / cap, square = x * x, small = exponential(-2.0f * fabsf(x));
+        float near = x * (1.0f + square * (-1.0f / 3 + square * (2.0f / 15 - square * 17 / 315)));
+        float far = copysignf((1.0f - small) / (1.0f + small), x);
+        scores[s] = cap * (square < 0.0625f ? near : far);
+    }
+}
+
+/* adds the distance to the newest position, times the slope */
+static inline void lean(float *scores, int64_t length, float slope) {
+#pragma omp simd
+    for (int64_t s = 0; s < length; s++) scores[s] += slope * (float)(s + 1 - length);
+}
+
+/* scores -> their softmax, not yet divided, and 0 from `length` to `room`; returns the divisor, of
+ * which a sink has its share */
+static inline float softmax(float *scores, int64_t length, int64_t room, const float *sink) {
+    float most = sink ? *sink : scores[0], sum = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t s = 0; s < length; s++) most = scores[s] > most ? scores[s] : most;
 #pragma omp simd reduction(+ : sum)
@@ -67,10 +86,16 @@ static inline float softmax(float *scores, int64_t length, int64_t room) {
         sum += scores[s];
     }
     for (int64_t s = length; s < room; s++) scores[s] = 0;
-    return sum;
+    return sink ? sum + exponential(*sink - most) : sum;
 }
 
 static inline int64_t lanes_of(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+/* What becomes of the products of a head's query and the keys. */
+typedef struct {
+    float scale, cap;                 /* cap: 0 for none */
+    const float *slopes, *sinks; /* of each head, or NULL */
+} Scores;
 
 /* floats of scratch that each pair of row and kv head needs */
 int64_t attend_last_scratch(int64_t group, int64_t width, int64_t positions) {
@@ -78,7 +103,7 @@ int64_t attend_last_scratch(int64_t group, int64_t width, int64_t positions) {
 }
 
 /* q and out are [rows, kv_heads, group, width]; k and v [rows, kv_heads, positions, width] with
- * these strides. Row b reads its first lengths[b] positions. */
+ * these strides. Row b reads positions firsts[b] .. lengths[b] - 1. */
 #define DEFINE(TYPE, T, LOAD, STORE)                                                            \
     /* `count` rows of `from` as float32 in `to`, which has `most` rows; the rest is zero */    \
     static inline void widen_##TYPE(const T *from, float *to, int64_t stride, int64_t width,    \
@@ -92,7 +117,7 @@ int64_t attend_last_scratch(int64_t group, int64_t width, int64_t positions) {
     }                                                                                           \
     static void group_##TYPE(const T *q, const T *k, const T *v, T *out, float *scratch,        \
                              int64_t length, int64_t group, int64_t width, int64_t stride,      \
-                             float scale) {                                                     \
+                             int64_t head, Scores how) {                                        \
         int64_t padded = lanes_of(width), room = lanes_of(length);                              \
         float *tile = scratch, *queries = tile + LANES * padded;                                \
         float *sums = queries + group * padded, *scores = sums + group * padded;                \
@@ -102,10 +127,15 @@ int64_t attend_last_scratch(int64_t group, int64_t width, int64_t positions) {
             int64_t count = length - s < LANES ? length - s : LANES;                            \
             widen_##TYPE(k + s * stride, tile, stride, width, padded, count, LANES);            \
             for (int64_t g = 0; g < group; g++)                                                 \
-                score(queries + g * padded, tile, scores + g * room + s, padded, scale);        \
+                score(queries + g * padded, tile, scores + g * room + s, padded, how.scale);    \
         }                                                                                       \
-        for (int64_t g = 0; g < group; g++) /* the query is not needed any more */              \
-            queries[g] = softmax(scores + g * room, length, room);                              \
+        for (int64_t g = 0; g < group; g++) {                                                   \
+            float *own = scores + g * room;                                                     \
+            if (how.cap > 0) bend(own, length, how.cap);                                        \
+            if (how.slopes) lean(own, length, how.slopes[head + g]);                            \
+            /* the query is not needed any more */                                              \
+            queries[g] = softmax(own, length, room, how.sinks ? how.sinks + head + g : NULL);   \
+        }                                                                                       \
         for (int64_t s = 0; s < length; s += LANES) {                                           \
             int64_t count = length - s < LANES ? length - s : LANES;                            \
             widen_##TYPE(v + s * stride, tile, stride, width, padded, count, LANES);            \
@@ -117,15 +147,19 @@ int64_t attend_last_scratch(int64_t group, int64_t width, int64_t positions) {
                 out[g * width + i] = STORE(sums[g * padded + i] / queries[g]);                  \
     }                                                                                           \
     void attend_last_##TYPE(const T *q, const T *k, const T *v, T *out, float *scratch,         \
-                            const int64_t *lengths, int64_t rows, int64_t kv_heads,             \
-                            int64_t group, int64_t width, int64_t each, int64_t row_stride,     \
-                            int64_t head_stride, int64_t stride, float scale, int threads) {    \
+                            const int64_t *firsts, const int64_t *lengths, const float *slopes, \
+                            const float *sinks, int64_t rows, int64_t kv_heads, int64_t group,  \
+                            int64_t width, int64_t each, int64_t row_stride,                    \
+                            int64_t head_stride, int64_t stride, float scale, float cap,        \
+                            int threads) {                                                      \
+        Scores how = {scale, cap, slopes, sinks};                                               \
         _Pragma("omp parallel for num_threads(threads) schedule(dynamic)")                      \
         for (int64_t pair = 0; pair < rows * kv_heads; pair++) {                                \
-            int64_t row = pair / kv_heads, at = row * row_stride + pair % kv_heads * head_stride; \
-            int64_t first = pair * group * width;                                               \
-            group_##TYPE(q + first, k + at, v + at, out + first, scratch + pair * each,         \
-                         lengths[row], group, width, stride, scale);                            \
+            int64_t row = pair / kv_heads, shared = pair % kv_heads, start = firsts[row];       \
+            int64_t at = row * row_stride + shared * head_stride + start * stride;              \
+            int64_t own = pair * group * width;                                                 \
+            group_##TYPE(q + own, k + at, v + at, out + own, scratch + pair * each,             \
+                         lengths[row] - start, group, width, stride, shared * group, how);      \
         }                                                                                       \
     }
 

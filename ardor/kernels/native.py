@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HEADERS = ("scalar.h",)
-SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "norm.c", "rotate.c")
+HEADERS = ("gate.h", "scalar.h")
+SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "mlp.c", "norm.c", "rotate.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 
@@ -28,14 +28,20 @@ OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 SIGNATURES = {
     "matvec_bfloat16": "ppppnni",
     "rms_norm_{}": "ppppnnfi",
+    "rms_norm_late_bfloat16": "ppppnnfi",
     "rms_norm_backward_{}": "ppppppnni",
+    "rms_norm_backward_late_bfloat16": "ppppppnni",
     "silu_gate_{}": "pppni",
     "silu_gate_backward_{}": "pppppni",
+    "gelu_gate_{}": "pppni",
+    "gelu_gate_backward_{}": "pppppni",
     "attend_last_scratch": "nnn>n",
-    "attend_last_{}": "ppppppnnnnnnnnfi",
+    "attend_last_{}": "pppppppppnnnnnnnnffi",
     "flash_scratch": "nn>n",
-    "flash_forward": "ppppppnnnnnfi",
-    "flash_backward": "ppppppppppnnnnnfi",
+    "flash_forward": "ppppppppnnnnnnnffi",
+    "flash_backward": "ppppppppppppnnnnnnnffi",
+    "gated_mlp_scratch": "nnn>n",
+    "gated_mlp": "pppppppppnnnii",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}

@@ -1,11 +1,14 @@
-/* Root-mean-square norm, one pass forward and one backward; rounded where the reference rounds. */
+/* Root-mean-square norm, one pass forward and one backward; rounded where the reference rounds:
+ * the normalised row, too, before it meets its weight, or only what becomes of it (late). */
 #include "scalar.h"
 #include <math.h>
 
 int omp_get_thread_num(void);
 
-#define DEFINE(TYPE, T, LOAD, STORE)                                                            \
-    void rms_norm_##TYPE(const T *x, const T *w, T *y, float *inverse, int64_t rows,            \
+static inline float through(float value) { return widened(rounded(value)); }
+
+#define DEFINE(TYPE, T, LOAD, STORE, W, WEIGHT, UNIT)                                           \
+    void rms_norm_##TYPE(const T *x, const W *w, T *y, float *inverse, int64_t rows,            \
                          int64_t width, float eps, int threads) {                               \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                       \
         for (int64_t row = 0; row < rows; row++) {                                              \
@@ -18,11 +21,11 @@ int omp_get_thread_num(void);
             inverse[row] = scale;                                                               \
             _Pragma("omp simd")                                                                 \
             for (int64_t i = 0; i < width; i++)                                                 \
-                out[i] = STORE(LOAD(STORE(LOAD(in[i]) * scale)) * LOAD(w[i]));                  \
+                out[i] = STORE(UNIT(LOAD(in[i]) * scale) * WEIGHT(w[i]));                       \
         }                                                                                       \
     }                                                                                           \
     /* dw has a row for each thread; the caller sums them */                                    \
-    void rms_norm_backward_##TYPE(const T *dy, const T *x, const T *w, const float *inverse,    \
+    void rms_norm_backward_##TYPE(const T *dy, const T *x, const W *w, const float *inverse,    \
                                   T *dx, float *dw, int64_t rows, int64_t width, int threads) { \
         _Pragma("omp parallel for num_threads(threads) schedule(static)")                       \
         for (int64_t row = 0; row < rows; row++) {                                              \
@@ -32,18 +35,19 @@ int omp_get_thread_num(void);
             float scale = inverse[row], along = 0;                                              \
             _Pragma("omp simd reduction(+ : along)")                                            \
             for (int64_t i = 0; i < width; i++) {                                               \
-                float product = LOAD(up[i]) * LOAD(STORE(LOAD(in[i]) * scale));                 \
+                float product = LOAD(up[i]) * UNIT(LOAD(in[i]) * scale);                        \
                 sums[i] += product;                                                             \
-                along += product * LOAD(w[i]);                                                  \
+                along += product * WEIGHT(w[i]);                                                \
             }                                                                                   \
             along /= (float)width;                                                              \
             _Pragma("omp simd")                                                                 \
             for (int64_t i = 0; i < width; i++) {                                               \
                 float unit = LOAD(in[i]) * scale;                                               \
-                out[i] = STORE((LOAD(up[i]) * LOAD(w[i]) - unit * along) * scale);              \
+                out[i] = STORE((LOAD(up[i]) * WEIGHT(w[i]) - unit * along) * scale);            \
             }                                                                                   \
         }                                                                                       \
     }
 
-DEFINE(bfloat16, uint16_t, widened, rounded)
-DEFINE(float32, float, same, same)
+DEFINE(bfloat16, uint16_t, widened, rounded, uint16_t, widened, through)
+DEFINE(late_bfloat16, uint16_t, widened, rounded, float, same, same)
+DEFINE(float32, float, same, same, float, same, same)

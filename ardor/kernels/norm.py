@@ -13,10 +13,13 @@ from ardor.kernels.native import NAMES, library, threads
 def forward(
     x: Float[Tensor, "*rows D"], weight: Float[Tensor, "D"], eps: float
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows 1"]]:
-    """(the normalised x times the weight, 1 / rms of each row); weight has the dtype of x."""
+    """(the normalised x times the weight, 1 / rms of each row).
+
+    A float32 weight on a bfloat16 x is the late cast; else weight has the dtype of x.
+    """
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    getattr(library(), f"rms_norm_{NAMES[x.dtype]}")(
+    getattr(library(), f"rms_norm_{_kind(x, weight)}")(
         *(tensor.data_ptr() for tensor in (x, weight, y, inverse)),
         inverse.numel(),
         x.shape[-1],
@@ -36,10 +39,14 @@ def backward(
     dy, x, dx = dy.contiguous(), x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     count = threads(x.numel())
     sums = torch.zeros(count, x.shape[-1])
-    getattr(library(), f"rms_norm_backward_{NAMES[x.dtype]}")(
+    getattr(library(), f"rms_norm_backward_{_kind(x, weight)}")(
         *(tensor.data_ptr() for tensor in (dy, x, weight, inverse, dx, sums)),
         inverse.numel(),
         x.shape[-1],
         count,
     )
     return dx, sums.sum(0)
+
+
+def _kind(x: Tensor, weight: Tensor) -> str:
+    return NAMES[x.dtype] if weight.dtype == x.dtype else f"late_{NAMES[x.dtype]}"

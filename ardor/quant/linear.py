@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ardor.arch.linear import Linear
+from ardor.arch.linear import Linear, place_of
 from ardor.errors import CheckpointError, ConfigError, ShapeError
 from ardor.quant.nf4 import Nested, NF4Weight, quantize_nf4
 
@@ -166,8 +166,11 @@ def quantize_decoder(
     replaced = []
     for name in names:
         linear = decoder.get_submodule(name)
-        if not (isinstance(linear, Linear) and name.startswith("layers.")):
+        # Exactly torch's: a class derived from it may do more than multiply.
+        dense = isinstance(linear, Linear) or type(linear) is nn.Linear
+        if not dense or place_of(decoder, name) != "layers":
             continue
+        assert isinstance(linear, Linear | nn.Linear)
         if any(_covers(entry, name) for entry in skipped):
             continue
         decoder.set_submodule(name, QuantizedLinear(quantizer(linear.weight), linear.bias))

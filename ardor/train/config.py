@@ -9,6 +9,8 @@ from typing import Any, Literal
 from ardor.errors import ConfigError
 from ardor.train.schedule import Schedule
 
+Init = Literal["megatron", "gpt2", "normal", "truncated", "small", "mitchell"]
+
 _Range = tuple[Callable[[Any], bool], str]  # what a number must be, also in words
 _COUNT: _Range = (lambda n: n >= 1, "at least 1")
 _POSITIVE: _Range = (lambda x: 0 < x < math.inf, "above 0 and finite")
@@ -25,6 +27,7 @@ _RANGES: dict[str, _Range] = {
     "save_steps": _COUNT,
     "save_total_limit": _COUNT,
     "logging_steps": _COUNT,
+    "vocab_size": _COUNT,
     "hidden_size": _COUNT,
     "intermediate_size": _COUNT,
     "num_hidden_layers": _COUNT,
@@ -32,6 +35,7 @@ _RANGES: dict[str, _Range] = {
     "num_key_value_heads": _COUNT,
     "lora_r": _COUNT,
     "learning_rate": _POSITIVE,
+    "initializer_range": _POSITIVE,
     "num_train_epochs": _POSITIVE,
     "adam_epsilon": _POSITIVE,
     "lora_alpha": _POSITIVE,
@@ -93,8 +97,8 @@ class Optimisation:
     """Gradients are clipped to this global norm; 0: not clipped."""
     dtype: str = "auto"
     """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
-    attn_implementation: str = "sdpa"
-    """Attention backend: sdpa, eager (the reference), or on a GPU flex or flash_attention_2."""
+    attn_implementation: str | None = None
+    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: sdpa."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
     eval_data: str | None = None
@@ -129,22 +133,39 @@ class Train(Optimisation):
     """Text to learn: jsonl with a text column, plain text files, a folder, or a hub dataset."""
     tokenizer: str | None = None
     """Take the tokenizer of this model instead of training one on the data."""
-    family: Literal["llama", "gpt2"] = "llama"
-    """Architecture, in the form transformers reads."""
-    vocab_size: int = 4096
-    """Entries of the tokenizer trained on the data."""
-    hidden_size: int = 256
-    """Width of the residual stream."""
-    intermediate_size: int = 704
-    """Width inside the feed-forward."""
-    num_hidden_layers: int = 6
-    """Layers."""
-    num_attention_heads: int = 8
-    """Query heads."""
+    model: str | None = None
+    """What to train: a preset, or a file: YAML or JSON with a model_type and its config.json's
+    keys, or YAML with the fields of Ardor's own spec (docs/TRAINING.md). Presets: gpt2-124m,
+    gpt2-350m, gpt2-774m, gpt2-1.5b, llama-15m, llama-42m, llama-110m, mixtral-43m, pythia-70m,
+    pythia-160m, pythia-410m, opt-125m, bloom-560m, smollm2-135m, smollm2-360m, qwen2.5-0.5b,
+    qwen3-0.6b, tinyllama-1.1b, olmo-1b, olmo-2-1b, llama-3.2-1b, granite-3.0-1b-a400m, gemma-2-2b,
+    llama-2-7b, olmoe-1b-7b, mistral-7b, llama-3.1-8b. Default: a small model of --family, as the
+    sizes below say."""
+    family: Literal["llama", "gpt2"] | None = None
+    """Architecture of the small model where no --model is given. Default: llama."""
+    vocab_size: int | None = None
+    """Embedding rows, and entries of the tokenizer that is trained on the data. Default: the
+    model's, else 4096 or as the tokenizer needs; the latter is rounded up to a multiple of 64."""
+    hidden_size: int | None = None
+    """Width of the residual stream, in place of the model's. This and the next four sizes are
+    refused for a file with Ardor's own spec. Default: 256."""
+    intermediate_size: int | None = None
+    """Width inside the feed-forward, in place of the model's. Default: 704."""
+    num_hidden_layers: int | None = None
+    """Layers, in place of the model's. Default: 6."""
+    num_attention_heads: int | None = None
+    """Query heads, in place of the model's. Default: 8."""
     num_key_value_heads: int | None = None
-    """Heads of keys and values; fewer than query heads: grouped attention. Default: as many."""
-    tie_word_embeddings: bool = True
-    """Use the embedding as the output head."""
+    """Heads of keys and values, in place of the model's; fewer than query heads: grouped attention.
+    Default: as many."""
+    tie_word_embeddings: bool | None = None
+    """Use the embedding as the output head, or not, in place of the model's. Default: use it."""
+    init: Init | None = None
+    """How the weights start: megatron, gpt2, normal, truncated, small or mitchell
+    (docs/TRAINING.md). Default: as the preset's or the family's authors did."""
+    initializer_range: float | None = None
+    """Standard deviation of initial weights, where the init has one. Default: the model's, else
+    0.02."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices; vectors do not decay."""
     tokens_per_batch: int | None = 8192
@@ -153,6 +174,14 @@ class Train(Optimisation):
     """Share of the examples held out where eval_data is not given; 0: none."""
     sample_prompts: tuple[str, ...] = ()
     """Continue these at every evaluation, to see the model learn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None and self.family is not None:
+            raise ConfigError(
+                f"family={self.family} is of the model that is trained where none is given, but "
+                f"model={self.model} is; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +213,9 @@ class Finetune(Optimisation):
     tokenizer has its control tokens, else plain headings."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Let transformers run a model that Ardor does not know, and code from its repository if it
+    names some. What will run is said first. Not remembered by the run."""
     use_safetensors: bool = True
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
     eval_on_start: bool = True

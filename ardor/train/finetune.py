@@ -38,7 +38,9 @@ def prepare(config: Finetune) -> Run:
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
     model, added = _model(config, checkpoint, chats=_chats(rows))
-    limit = min(config.max_length, model.decoder.spec.max_positions)
+    # Trust is given by whoever loads, each time; the files of a run do not hand it on.
+    config = replace(config, trust_remote_code=False)
+    limit = min(config.max_length, model.decoder.facts.max_positions)
     data = _dataset(rows, model, config, limit)
     held = None
     if config.eval_data is not None:
@@ -95,7 +97,7 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
         model.template,
         max_length=limit,
         over_length=config.over_length,
-        vocab=model.decoder.spec.vocab,
+        vocab=model.decoder.facts.vocab,
     )
 
 
@@ -115,6 +117,7 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
         quantization=config.quantization if config.method == "qlora" else "none",
         adapter=None if full else checkpoint,
         revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
         # A checkpoint of the run is ours, and never a pickle.
         use_safetensors=config.use_safetensors or (full and checkpoint is not None),
         check_finite=True,
@@ -163,7 +166,7 @@ def _make_trainable(config: Finetune, model: Model, template_added: bool) -> Non
             use_rslora=config.use_rslora,
             trainable_token_indices=rows,
         )
-        disk = model.family.disk_linears(model.decoder.spec)
+        disk = model.form.disk_linears()
         add_lora(
             model.decoder,
             model.adapter,
@@ -222,6 +225,6 @@ def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:
         "lora": "frozen: an adapter has no place on weights that are stacked",
         "qlora": "frozen and not quantized: neither has a place on weights that are stacked",
     }[config.method]
-    millions, balance = sum(p.numel() for p in held) / 1e6, model.decoder.spec.balance
+    millions, balance = sum(p.numel() for p in held) / 1e6, model.decoder.facts.balance
     added = f"; {balance:g} x their load-balancing loss is minimised with the rest"
     return (f"experts: {millions:.2f} M parameters, {fate}" + (added if balance else ""),)

@@ -1,84 +1,126 @@
 """`ardor train`: a tokenizer and a model from scratch, on text."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.arch.init import initialise
 from ardor.data.dataset import Dataset
 from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError, DataError
-from ardor.families import FAMILIES
+from ardor.families.spec_data import differences
+from ardor.files.atomic import write_atomic
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
-from ardor.load import Model, default_device, load_model, stops_of
+from ardor.load import Model, Native, default_device, load_model, stops_of
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
+from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate
+from ardor.train.memory import count_parameters, fitting
 from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
 
 LEARNING_RATE = 2e-3
-ROW_MULTIPLE = 64  # embedding rows are a multiple of this: matrix units like it
+VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
+SPEC = "model.yaml"  # in the folder of a run: what `--model` takes to train the same again
 SAMPLE_TOKENS = 40
 
 
-def prepare(config: Train, rows: list[Row] | None = None, heldout: list[Row] | None = None) -> Run:
+def prepare(
+    config: Train,
+    rows: list[Row] | None = None,
+    heldout: list[Row] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Run:
     """Everything up to the first step. `rows` stand in for config.data when they are at hand.
 
-    Raises: DataError, ConfigError or TextError before anything is written.
+    `tell` is given what is known of the model before it is allocated; else the run's notes have it.
+
+    Raises: DataError, ConfigError or TextError before anything is written; a model that the memory
+    cannot hold is refused before it is allocated.
     """
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
+    blueprint, device = read_blueprint(config), default_device()
+    # Before the data is read, which may take long; the tokenizer's size is not known yet.
+    rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
+    fitting(count_parameters(rough.spec), device)
     rows = list(read_rows(config.data)) if rows is None else rows
     if heldout is None and config.eval_data is not None:
         heldout = list(read_rows(config.eval_data))
     checkpoint = resumed_from(config)
-    tokenizer = _tokenizer(config, rows, checkpoint)
-    data, held = (
-        None
-        if part is None
-        else Dataset.build(
-            part, tokenizer, max_length=config.max_length, over_length=config.over_length
-        )
-        for part in (rows, heldout)
-    )
-    assert data is not None
+    tokenizer = _tokenizer(config, blueprint, rows, checkpoint)
+    blueprint = blueprint.with_rows(_embedding_rows(config, blueprint, tokenizer))
+    limit = min(config.max_length, blueprint.spec.max_positions)
+    cut = {"max_length": limit, "over_length": config.over_length}
+    data = Dataset.build(rows, tokenizer, **cut)
+    held = None if heldout is None else Dataset.build(heldout, tokenizer, **cut)
     train, held = split(config, data, held)
-    model = new_model(config, tokenizer, folder)
-    if checkpoint is not None:
-        model = _resumed(model, checkpoint)
+    size = fitting(count_parameters(blueprint.spec), device)
+    notes = (*blueprint.notes(), f"{size}; {blueprint.spec.vocab:,} embedding rows")
+    if tell is not None:
+        for note in notes:
+            tell(note)
+    model = (
+        new_model(config, blueprint, tokenizer, folder)
+        if checkpoint is None
+        else _resumed(config, checkpoint, folder)
+    )
     _make_trainable(model)
-    count = sum(p.numel() for p in model.decoder.parameters())
-    return begin(
+    run = begin(
         config,
         folder,
         model,
         (train, held),
         evaluate=lambda: _evaluate(model, held, config),
         notes=(
-            data_note(data, train, held, config.max_length),
-            f"model: {config.family}, {count / 1e6:.1f} M parameters, "
-            f"{model.decoder.spec.vocab:,} embedding rows",
+            data_note(data, train, held, limit),
+            *(notes if tell is None else ()),
             f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
         ),
+        other_model=differences(model.decoder.spec, blueprint.spec),
     )
+    write_atomic(folder / SPEC, blueprint.to_yaml())
+    return run
 
 
-def _tokenizer(config: Train, rows: list[Row], checkpoint: Path | None) -> Tokenizer:
+def _tokenizer(
+    config: Train, blueprint: Blueprint, rows: list[Row], checkpoint: Path | None
+) -> Tokenizer:
     if checkpoint is not None:
         return Tokenizer.from_directory(checkpoint)
     if config.tokenizer is not None:
         found = resolve(config.tokenizer).path
         return Tokenizer.from_directory(newest_checkpoint(found) or found)
-    return Tokenizer.train((_text(row) for row in rows), vocab_size=config.vocab_size)
+    size = config.vocab_size or blueprint.vocab or VOCABULARY
+    return Tokenizer.train((_text(row) for row in rows), vocab_size=size)
+
+
+def _embedding_rows(config: Train, blueprint: Blueprint, tokenizer: Tokenizer) -> int:
+    """As the flag says, else as the model does, else as the tokenizer needs.
+
+    Raises: ConfigError if the tokenizer has more entries.
+    """
+    needed = tokenizer.vocab_rows
+    where, given = "--vocab-size", config.vocab_size
+    if given is None:
+        where, given = blueprint.source, blueprint.vocab
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"{where} says {given:,} embedding rows, but the tokenizer has {needed:,} entries; "
+            f"give --vocab-size {needed} or more, or another --tokenizer"
+        )
+    if config.vocab_size is None and blueprint.vocab is not None:
+        return blueprint.vocab
+    return -(-max(needed, config.vocab_size or 0) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _text(row: Row) -> str:
@@ -91,20 +133,25 @@ def _text(row: Row) -> str:
     return text
 
 
-def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
-    """A randomly initialised model as `config` describes it, seeded by config.seed."""
-    spec = _spec(config, -(-tokenizer.vocab_rows // ROW_MULTIPLE) * ROW_MULTIPLE)
-    family = FAMILIES[config.family]
+def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder: Path) -> Model:
+    """A randomly initialised model of `blueprint`, seeded by config.seed."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     decoder = Decoder(
-        spec, compute=precision.compute, attn=backend_for(config.attn_implementation, device)
+        blueprint.spec,
+        compute=precision.compute,
+        attn=backend_for(config.attn_implementation, device),
     )
-    initialise(decoder, torch.Generator().manual_seed(config.seed))
+    initialise(
+        decoder,
+        torch.Generator().manual_seed(config.seed),
+        scheme=blueprint.init,
+        std=blueprint.std,
+    )
     decoder.to(device)
     torch.manual_seed(config.seed)
     special = tokenizer.special
-    raw = family.config(spec, bos=special.bos, eos=special.eos, pad=special.pad)
+    raw = blueprint.config_json(special)
     generation = {
         key: value
         for key, value in (
@@ -116,8 +163,7 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
     }
     return Model(
         decoder=decoder,
-        family=family,
-        rules=family.rules(spec),
+        form=Native(blueprint.family, blueprint.spec, blueprint.family.rules(blueprint.spec)),
         config=raw,
         generation_config=generation,
         tokenizer=tokenizer,
@@ -129,16 +175,18 @@ def new_model(config: Train, tokenizer: Tokenizer, folder: Path) -> Model:
     )
 
 
-def _resumed(fresh: Model, checkpoint: Path) -> Model:
-    """The model of a checkpoint, held as `fresh` is."""
+def _resumed(config: Train, checkpoint: Path, folder: Path) -> Model:
+    """The model of a checkpoint, held as a new one is."""
+    device = default_device()
+    precision = training_compute(config.dtype, device)
     model = load_model(
         checkpoint,
-        dtype=fresh.precision.weights,
-        device=fresh.decoder.device,
-        attn_implementation=fresh.decoder.attn,
+        dtype=precision.weights,
+        device=device,
+        attn_implementation=config.attn_implementation,
         check_finite=True,
     )
-    return replace(model, source=fresh.source, precision=fresh.precision)
+    return replace(model, source=str(folder.resolve()), precision=precision)
 
 
 def _make_trainable(model: Model) -> None:
@@ -147,52 +195,6 @@ def _make_trainable(model: Model) -> None:
         # What a file is mapped to must not be written to.
         parameter.data = parameter.data.clone()
     model.decoder.requires_grad_(True)
-
-
-def _spec(config: Train, rows: int) -> specs.Decoder:
-    heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads or heads
-    if config.hidden_size % heads or heads % kv_heads:
-        raise ConfigError(
-            f"hidden_size={config.hidden_size}, num_attention_heads={heads} and "
-            f"num_key_value_heads={kv_heads} do not fit: each must be a multiple of the next"
-        )
-    width = config.hidden_size // heads
-    if config.family == "gpt2" and kv_heads != heads:
-        raise ConfigError("gpt2 has as many key-value heads as heads; leave them out, or use llama")
-    if config.family == "llama" and width % 2:
-        raise ConfigError(
-            f"hidden_size / num_attention_heads = {width} is odd, and rotary positions turn pairs "
-            "of channels; choose an even head width"
-        )
-    llama = config.family == "llama"
-    norm = (
-        specs.Norm(kind="rms", eps=1e-5) if llama else specs.Norm(kind="layer", eps=1e-5, bias=True)
-    )
-    attention = specs.Attention(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_width=width,
-        scale=width**-0.5,
-        rope=specs.Rope(theta=10_000.0, rotated=width) if llama else None,
-        qkv_bias=not llama,
-        out_bias=not llama,
-    )
-    mlp = specs.Mlp(
-        width=config.intermediate_size,
-        act="silu" if llama else "gelu_tanh",
-        gated=llama,
-        bias=not llama,
-    )
-    return specs.Decoder(
-        vocab=rows,
-        width=config.hidden_size,
-        layers=(specs.Layer(mixer=attention, ffn=mlp, norm=norm),) * config.num_hidden_layers,
-        norm=norm,
-        tied=config.tie_word_embeddings,
-        max_positions=config.max_length,
-        learned_positions=not llama,
-    )
 
 
 def _evaluate(model: Model, heldout: Dataset | None, config: Train) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The folder of a run, and what every kind of run does around the loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ardor import __version__
 from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
-from ardor.errors import ConfigError
+from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
 from ardor.files.runs import checkpoints, newest_checkpoint
 from ardor.files.yaml import to_yaml
@@ -123,8 +123,15 @@ def begin(
     *,
     evaluate: Callable[[], list[dict[str, Any]]] | None,
     notes: tuple[str, ...] = (),
+    other_model: Sequence[str] = (),
 ) -> Run:
-    """Write the resolved settings, build the trainer, and take up the newest checkpoint."""
+    """Write the resolved settings, build the trainer, and take up the newest checkpoint.
+
+    `other_model` says where the model that is asked for is not the checkpoint's.
+
+    Raises: CheckpointError, before anything is written, if settings, data or model are not those
+    that the run was begun with.
+    """
     train, heldout = data
     plan = BatchPlan(
         train,
@@ -140,6 +147,13 @@ def begin(
     )
     trainer = Trainer(model.decoder, plan, config, folder, hooks)
     resumed = config.resume and trainer.resume()
+    if other_model:
+        more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""
+        shown = "; ".join(other_model[:3]) + more
+        raise CheckpointError(
+            f"{newest_checkpoint(folder)} holds another model ({shown}); "
+            "resume with the model the run was begun with, or choose another output folder"
+        )
     text = to_yaml(replace(config, output=folder, resume=False))
     write_atomic(folder / CONFIG, f"# ardor {__version__}\n{text}")
     return Run(folder, model, trainer, train, heldout, resumed, notes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ardor.arch.decoder import Decoder
+from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
@@ -58,7 +58,7 @@ class Trainer:
     """A run in a folder. Build it, then iterate `events()` to the end."""
 
     def __init__(
-        self, decoder: Decoder, plan: BatchPlan, config: Optimisation, run: Path, hooks: Hooks
+        self, decoder: CausalLM, plan: BatchPlan, config: Optimisation, run: Path, hooks: Hooks
     ):
         if config.learning_rate is None or config.gradient_accumulation_steps < 1:
             raise ConfigError("a run needs a learning_rate and gradient_accumulation_steps >= 1")
@@ -229,7 +229,7 @@ class Trainer:
 
     def _minimised(self, loss: LossSum, routings: list[Routing]) -> Tensor:
         """The nats, and per target what an uneven choice of experts costs; only nats are told."""
-        share = self.decoder.spec.balance
+        share = self.decoder.facts.balance
         if share == 0.0 or not routings:
             return loss.nats
         return loss.nats + share * load_balance(routings) * loss.targets

@@ -102,5 +102,5 @@ def _pair(kind, tmp_path_factory) -> Pair:
     path = str(tmp_path_factory.mktemp(kind))
     model.save_pretrained(path)
     loaded = load_model(path, dtype="float32")
-    linears = loaded.family.disk_linears(loaded.decoder.spec)
+    linears = loaded.form.disk_linears()
     return Pair(kind, path, {**linears, "embed_tokens": DiskPart(embedding, 0, 1, False)})

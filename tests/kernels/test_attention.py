@@ -4,7 +4,7 @@ import torch
 from ardor.arch import attention
 from ardor.arch.attention import eager, sdpa
 from ardor.arch.blocked import Scores
-from ardor.arch.layout import Cached
+from ardor.arch.layout import Cached, Reach
 from ardor.kernels.attention import attend_last
 from ardor.kernels.native import OFF, library
 
@@ -54,11 +54,44 @@ def test_the_last_position_equals_the_reference(heads, kv_heads, width, past, dt
     assert max(past) == 0 or (uniform - exact).abs().max() > 0.1  # the probe could have failed
 
 
+SLOPES = (0.5, 0.03, 0.25, 0.0, 0.1, 0.02)
+HOWS = {
+    "window": Scores(0.3, Reach(window=20)),
+    "window of one": Scores(0.3, Reach(window=1)),
+    "chunk": Scores(0.3, Reach(chunk=16)),
+    "softcap": Scores(0.3, softcap=1.5),
+    "high softcap": Scores(0.3, softcap=50.0),
+    "alibi": Scores(0.3, alibi=SLOPES),
+    "all": Scores(0.3, Reach(window=25), 2.0, SLOPES),
+    "plain": Scores(0.3),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("name", HOWS)
+def test_what_fused_kernels_lack_is_in_it(name, sinks, dtype, monkeypatch):
+    monkeypatch.setattr(attention, "attend_blocked", None)  # would be a TypeError
+    q, k, v, layout = case(6, 3, 24, (40, 7, 16), dtype)
+    sink = torch.tensor([1.0, 3.0, -2.0, 0.5, 2.0, 4.0]) if sinks else None
+    with torch.no_grad():
+        found = sdpa(q, k, v, layout, HOWS[name], sink)
+    exact = eager(q.double(), k.double(), v.double(), layout, HOWS[name], sink)
+    size = v.double().abs()[v.abs() < 1e9].max()
+    assert (found.double() - exact).abs().max() <= RELATIVE[dtype] * size
+    plain = eager(q.double(), k.double(), v.double(), layout, HOWS["plain"])
+    if sinks or name not in ("plain", "high softcap"):  # the probe could have failed
+        assert (plain - exact).abs().max() > 0.1
+    elif name == "high softcap":
+        assert (plain - exact).abs().max() > 10 * RELATIVE[torch.float32]
+
+
 @needs_compiler
 def test_large_scores_do_not_overflow():
     q, k, v, layout = case(4, 2, 16, (20, 9), torch.float32)
     with torch.no_grad():
-        found = attend_last(1e4 * q, k, v, [21, 10], scale=1.0)
+        found = attend_last(1e4 * q, k, v, [(0, 21), (0, 10)], scale=1.0)
     torch.testing.assert_close(found, eager(1e4 * q, k, v, layout, Scores(1.0)))
 
 

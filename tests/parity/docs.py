@@ -9,6 +9,7 @@ from ardor.arch import spec as specs
 from ardor.families import FAMILIES, family_of
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
+from ardor.families.native import NATIVE
 
 from .cases import CASES
 from .peer import Case
@@ -17,6 +18,7 @@ from .test_transformers import GPT2S, LLAMAS, SIZES
 
 DOC = Path(__file__).parents[2] / "docs" / "FAMILIES.md"
 
+PUBLISHED = [name for name, family in FAMILIES.items() if family is not NATIVE]
 KEYS = {"llama": LLAMAS, "gpt2": GPT2S}  # of the cases in MORE
 
 # Letter -> what is compared, and the test in test_families.py that does it.
@@ -60,35 +62,60 @@ TAIL = """
 `tests/parity/test_transformers.py`, {more} in all: logits for each of them, and for some the rows,
 gradients and saving.
 
-Refused by name, with the list of what is known: every other `model_type`; code in the repository
-(`auto_map`) unless it is the family's own first publication, which is not run either; FP8 weights;
-soft prompts, bidirectional attention and whatever else a config.json asks for that nothing here
-honours exactly. `ardor train` makes `llama` and `gpt2`; from a spec can be written, too:
-{others}.
+Refused by name, with the list of what is known: every other `model_type`, and code in the
+repository (`auto_map`), both without `trust_remote_code`; a family's own first publication is
+accepted, but ours is what runs. Refused always: FP8 weights; soft prompts, bidirectional attention
+and whatever else a config.json asks for that nothing here honours exactly.
+
+`ardor` is one more: what `ardor train` makes of a spec that none of these can write. Anything in
+`ardor/arch/spec.py` can be in it, and only Ardor reads it.
+
+`ardor train --model FILE` makes a new model of any of them from the keys of its config.json
+([TRAINING.md](TRAINING.md)), and saves it as that; but for `gemma3`, `RefinedWeb` and
+`RefinedWebModel`, whose decoders are those of `gemma3_text` and `falcon`. A spec is written as the
+first of `llama`, `gpt2`, `mistral`, `qwen2` and `qwen3` that can express it, and else as `ardor`.
+
+## The rest, through transformers
+
+With `trust_remote_code=True` (`--trust-remote-code`) and `pip install 'ardor[transformers]'`, a
+model that is not above is run by transformers' own class, or by the code that its `auto_map` names.
+First a line on stderr says which: the classes, the files of code and the commit. Code and weights
+are of one commit; code in a second repository, pickled weights and weights that leave a parameter
+unfilled are refused. No tokenizer's code and no generating code of the repository is run. Nothing
+remembers the flag: a run or an adapter on such a model is loaded with it again, or refused.
+
+What transformers computes is what Ardor then gives: documents are never padded, and each row of a
+batch is decoded alone. Before it is used, a model must not look ahead, and its cache must give what
+reading the whole text gives; a cache that does not is left unused, with a note. `tests/bridge`
+compares a repository with its own code and GPT-Neo, XGLM, CodeGen, BioGPT, OpenAI GPT, Mamba 1 and
+2, RWKV, Helium, GLM-4-MoE and a BERT decoder with transformers at 1e-5: logits, packing, greedy
+continuations, saving; and adapters with PEFT.
+
+Not as good as for the models above: the loss holds the logits of a whole micro-batch, decoding does
+not batch, losses of routers are left out, rows of single tokens cannot be trained, NF4 is made from
+weights that are first loaded whole, and code that reads a linear's weight itself (RWKV's and
+Mamba's for some) refuses an adapter on it.
 """
 
 
 def document() -> str:
     """The whole file."""
     names: dict[int, list[str]] = {}
-    for name, family in FAMILIES.items():
-        names.setdefault(id(family), []).append(name)
+    for name in PUBLISHED:
+        names.setdefault(id(FAMILIES[name]), []).append(name)
     rows = sorted(
         (sorted(held, key=lambda name: name != FAMILIES[held[0]].model_type))
         for held in names.values()
     )
     checks = "\n".join(f"- {letter}: {words}" for letter, (words, _) in CHECKS.items())
-    written = [name for name, family in FAMILIES.items() if family.write is not None]
-    others = [f"`{name}`" for name in sorted(written) if name not in ("llama", "gpt2")]
     return (
         HEAD.format(checks=checks)
         + "".join(_row(FAMILIES[held[0]], held) for held in rows)
         + TAIL.format(
             families=len(rows),
-            names=len(FAMILIES),
+            names=len(PUBLISHED),
             cases=len(CASES),
             more=len(MORE),
-            others=", ".join(others),
         )
     )
 

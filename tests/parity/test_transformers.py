@@ -229,7 +229,7 @@ def test_gradients_of_all_parameters_are_those_of_transformers(tmp_path, family,
     loss(theirs(ids).logits).backward()
     loss(lm.logits(ids)).backward()
     ours = {name: parameter.grad for name, parameter in decoder.named_parameters()}
-    found = dict(lm.model.rules.to_disk(ours.__getitem__))
+    found = dict(lm.model.form.rules.to_disk(ours.__getitem__))
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
