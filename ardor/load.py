@@ -269,12 +269,14 @@ class _Held:
 def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
     """Our own decoder, with its weights."""
     files = held.files
-    attn = backend_for(held.attn_implementation, held.device)
-    family, rules, decoder = _described(held.config, held.found.path, files, attn)
+    backend_for(held.attn_implementation, held.device)  # refused before anything is read
+    family, rules, decoder = _described(held.config, held.found.path, files)
     _fill(decoder, files, rules, check_finite=check_finite)
     stored = decoder.embed_tokens.weight.dtype
     precision = resolve_precision(held.dtype, stored, held.device)
     decoder.compute = precision.compute
+    asked = held.attn_implementation
+    decoder.attend_by(*backend_for(asked, held.device, spec=decoder.spec, compute=decoder.compute))
     kept = {name: files.read(name) for name in rules.kept(files.names())}
     fp8 = read_fp8(HFConfig(held.config, path=CONFIG))
     return decoder, Native(family, decoder.spec, rules, kept, fp8), precision
@@ -311,14 +313,14 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
 
 
 def _described(
-    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+    raw: dict[str, Any], path: Path, files: WeightFiles
 ) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules, fp8 = bound_rules(family, spec, raw, files.names())
     rules.check(files.names(), str(path))
-    decoder = on_meta(spec, files, rules, fp8, attn)
+    decoder = on_meta(spec, files, rules, fp8)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
     return family, rules, decoder
@@ -333,11 +335,11 @@ def bound_rules(
 
 
 def on_meta(
-    spec: specs.Decoder, files: WeightFiles, rules: Rules, fp8: FP8 | None, attn: str = "sdpa"
+    spec: specs.Decoder, files: WeightFiles, rules: Rules, fp8: FP8 | None = None
 ) -> Decoder:
     """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
-        decoder = Decoder(spec, attn=attn)
+        decoder = Decoder(spec)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))

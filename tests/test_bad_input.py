@@ -294,3 +294,15 @@ def test_a_pickle_that_would_run_code_is_a_message(model, refused, tmp_path):
     torch.save(state | {"x": Evil()}, model / BIN)
     assert "asks for exec, which" in refused("generate", model, "x", "--no-use-safetensors")
     assert not (tmp_path / "ran").exists()
+
+
+# --- a backend that cannot train ---
+
+
+def test_flex_on_a_cpu_is_refused_before_the_run_is_begun(world, refused, tmp_path, monkeypatch):
+    for module in ("ardor.train.finetune", "ardor.train.pretrain"):
+        monkeypatch.setattr(f"{module}.default_device", lambda: torch.device("cpu"))
+    run, flag = tmp_path / "run", ["--attn-implementation", "flex"]
+    for verb in (["finetune", world.base, world.pairs], ["train", world.texts]):
+        said = refused(*verb, "-o", run, *flag)
+        assert "flex' has no backward pass on a CPU" in said and not run.exists()

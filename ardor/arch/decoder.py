@@ -4,7 +4,8 @@ Axes: B batch rows, T new positions, D model width, H query heads, K kv heads, d
 F ffn width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -204,6 +205,7 @@ class Decoder(CausalLM):
         super().__init__()
         assert attn in BACKENDS, attn  # see `backend_for`
         self.spec, self.compute, self.attn = spec, compute, attn
+        self.attn_why = "as asked"  # for people
         narrow = spec.embed_width or spec.width
         projected = spec.embed_width is not None
         self.embed_tokens = Embedding(spec.vocab, narrow)
@@ -232,6 +234,13 @@ class Decoder(CausalLM):
         return KVCache(
             self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=self.device
         )
+
+    def attend_by(self, name: str, why: str) -> None:
+        """Use another backend in every layer; `why` is kept beside it, for people."""
+        self.attn, self.attn_why = name, why
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
+            layer.mixer.backend = name
 
     def hidden(
         self,

@@ -50,12 +50,12 @@ def read_deepseek(
         hf.take(key, None)  # transformers derives them from the widths of queries and keys
     mixer = read_latent_attention(hf, heads, max_positions)
     layer = Layer(mixer=mixer, ffn=dense, norm=rms(hf))
-    first = int(hf.number("first_k_dense_replace", dense_layers))
     count = hf.count("num_hidden_layers")
+    first = min(hf.natural("first_k_dense_replace", dense_layers), count)
     return read_decoder(
         hf,
         Heads(width, heads, heads, width // heads),
-        (layer,) * min(first, count) + (replace(layer, ffn=experts),) * (count - first),
+        (layer,) * first + (replace(layer, ffn=experts),) * (count - first),
         max_positions=max_positions,
     )
 

@@ -150,8 +150,8 @@ def _rotated(hf: HFConfig, head_width: int, partial: float | None) -> int:
     rotated = head_width if partial is None else int(head_width * partial)
     if rotated % 2 or not 0 < rotated <= head_width:
         raise ConfigError(
-            f"{hf.path}: {partial} of heads of width {head_width} are {rotated} channels, which "
-            "cannot be turned in pairs"
+            f"{hf.path}: partial_rotary_factor={partial} of heads of width {head_width} is "
+            f"{rotated} channels, which cannot be turned in pairs"
         )
     return rotated
 
@@ -168,8 +168,9 @@ def read_section(
 
     Raises: ConfigError for a kind of scaling we do not have, or a key that nothing reads.
     """
-    kind = hf.take("rope_type", None) or hf.take("type", "default")
-    kind = aliases.get(kind, kind)
+    older = hf.take("type", "default")  # of which rope_type is the newer name, and decides
+    kind = hf.take("rope_type", older)
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     theta = hf.number("rope_theta", plain.theta)
     scaling: Scaling
     if kind == "proportional":

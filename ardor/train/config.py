@@ -98,7 +98,8 @@ class Optimisation:
     dtype: str = "auto"
     """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
     attn_implementation: str | None = None
-    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: sdpa."""
+    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: the
+    best there is."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
     eval_data: str | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Conversation, recognise
@@ -22,7 +23,15 @@ from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
-from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
+from ardor.train.run import (
+    Run,
+    begin,
+    choose_attention,
+    data_note,
+    output_folder,
+    resumed_from,
+    split,
+)
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -61,6 +70,7 @@ def prepare(config: Finetune) -> Run:
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
         ),
     )
@@ -109,6 +119,7 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     """
     device = default_device()
     precision = training_compute(config.dtype, device)
+    backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
     full = config.method == "full"
     model = load_model(
         config.model if not full or checkpoint is None else checkpoint,
