@@ -60,7 +60,8 @@ class Optimisation:
     """
 
     output: Path | None = None
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html."""
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html. Default: the next
+    free runs/VERB-N."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 2e-3 from scratch, 2e-4 for adapters, 2e-5 for all weights."""
     num_train_epochs: float = 1.0
