@@ -68,7 +68,7 @@ def _refuse(q: Tensor, scores: Scores, sinks: Tensor | None) -> None:
     elif scores.reach.chunk is not None:
         missing = "chunks"
     elif scores.alibi_coarse:
-        missing = "the rounding of ALiBi that this model was trained with"
+        missing = "the rounding of ALiBi"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         missing = f"{q.dtype} (load with dtype='bfloat16')"
     if missing is not None:
