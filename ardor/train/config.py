@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,6 +186,9 @@ class Train(Optimisation):
             )
 
 
+ADAPTER_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Optimisation):
     """Fine-tune a model on your data: full, LoRA or QLoRA."""
@@ -233,4 +236,15 @@ class Finetune(Optimisation):
             raise ConfigError(
                 f"quantization={self.quantization} is for method qlora, and method {self.method} "
                 "trains on whole weights; leave it out, or choose qlora"
+            )
+        set_for_adapters = [
+            f"{field.name}={value}"
+            for field in fields(Finetune)
+            if field.name in ADAPTER_FIELDS
+            and (value := getattr(self, field.name)) != field.default
+        ]
+        if self.method == "full" and set_for_adapters:
+            raise ConfigError(
+                f"{', '.join(set_for_adapters)}: method full trains every weight and has no "
+                "adapters; leave it out, or choose lora"
             )
