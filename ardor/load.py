@@ -25,6 +25,7 @@ from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
+from ardor.families.packing import FP8, read_fp8
 from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
@@ -35,6 +36,7 @@ from ardor.parallel.offload import Turns
 from ardor.place import Filling, Placement, Spread, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
+from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
@@ -59,7 +61,8 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    def write(self, decoder: CausalLM, directory: Path) -> None: ...  # all but the JSON files
+    # All files but JSON; what config.json must say of them, where that is not what it said.
+    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Native:
     spec: specs.Decoder
     rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
     kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
+    fp8: FP8 | None = None  # how its weights are held in FP8
 
     needs_trust = False
     files = ()
@@ -78,11 +82,27 @@ class Native:
         """Where transformers, and so PEFT, has each linear map."""
         return self.family.disk_linears(self.spec)
 
-    def write(self, decoder: CausalLM, directory: Path) -> None:
-        """Every tensor under the name and in the shape that it was read with."""
-        state = state_of(decoder)
-        ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
-        write_weights(directory, chain(ours, self.kept.items()))
+    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]:
+        """Every tensor under the name and in the shape that it was read with.
+
+        FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
+        """
+        rules, kept, state = self.rules, self.kept, state_of(decoder)
+        changed = {}
+        if self.fp8 is not None and not {*state}.issuperset(chain.from_iterable(rules.memory)):
+            # What was merged is FP8 no longer: nor can the others stay so.
+            rules, kept = rules.expanded(), expand_pairs(kept, self.fp8.block)
+            changed = {"quantization_config": None}
+
+        def read(name: str) -> Tensor:
+            if name in state:
+                return state[name].detach().cpu()
+            module = decoder.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(module, FP8Linear | FP8Experts), name
+            return module.dequantized(torch.bfloat16).cpu()
+
+        write_weights(directory, chain(rules.to_disk(read), kept.items()))
+        return changed
 
 
 @dataclass
@@ -270,8 +290,8 @@ Assembled = tuple[CausalLM, Form, Precision, Placement | None]
 def _implemented(held: _Held, check_finite: bool) -> Assembled:
     """Our own decoder, with its weights."""
     files = held.files
-    attn = backend_for(held.attn_implementation, held.device)
-    family, rules, decoder = _described(held.config, held.found.path, files, attn)
+    backend_for(held.attn_implementation, held.device)  # refused before anything is read
+    family, rules, decoder = _described(held.config, held.found.path, files)
     embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
     precision = resolve_precision(held.dtype, files.dtype(embedding), held.device)
     placement = None
@@ -284,8 +304,11 @@ def _implemented(held: _Held, check_finite: bool) -> Assembled:
     if placement is None:
         held.settle(decoder, precision)
     decoder.compute = precision.compute
+    asked = held.attn_implementation
+    decoder.attend_by(*backend_for(asked, held.device, spec=decoder.spec, compute=decoder.compute))
     kept = {name: files.read(name) for name in rules.kept(files.names())}
-    return decoder, Native(family, decoder.spec, rules, kept), precision, placement
+    fp8 = read_fp8(HFConfig(held.config, path=CONFIG))
+    return decoder, Native(family, decoder.spec, rules, kept, fp8), precision, placement
 
 
 def _spread(
@@ -351,26 +374,38 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
 
 
 def _described(
-    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+    raw: dict[str, Any], path: Path, files: WeightFiles
 ) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
-    rules = family.rules(spec).bind(files.names())
+    rules, fp8 = bound_rules(family, spec, raw, files.names())
     rules.check(files.names(), str(path))
-    decoder = on_meta(spec, files, rules, attn)
+    decoder = on_meta(spec, files, rules, fp8)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
     return family, rules, decoder
 
 
-def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
+def bound_rules(
+    family: Family, spec: specs.Decoder, config: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[Rules, FP8 | None]:
+    """The rules of a checkpoint that holds tensors of these names, and how it holds FP8 weights."""
+    rules, fp8 = family.rules(spec).bind(names), read_fp8(HFConfig(dict(config), path=CONFIG))
+    return (rules if fp8 is None else rules.scaled(names, fp8.block)), fp8
+
+
+def on_meta(
+    spec: specs.Decoder, files: WeightFiles, rules: Rules, fp8: FP8 | None = None
+) -> Decoder:
     """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
-        decoder = Decoder(spec, attn=attn)
+        decoder = Decoder(spec)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
+        if fp8 is not None and name.endswith(".packed"):
+            hold_fp8(decoder, name.removesuffix(".packed"), fp8.block)
     return decoder
 
 
@@ -382,12 +417,12 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.is_floating_point() and stored not in WEIGHT_DTYPES:
+            if place.dtype in WEIGHT_DTYPES and stored not in WEIGHT_DTYPES:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
                 )
-            elif not place.is_floating_point() and stored != place.dtype:
+            elif place.dtype not in WEIGHT_DTYPES and stored != place.dtype:
                 yield f"{where} is stored as {stored}, expected {place.dtype}"
             elif tuple(place.shape) != shape:
                 yield (

@@ -37,6 +37,7 @@ from ardor.parallel.placement import (
 )
 
 KBIT = "kbit"
+PACKED = (".packed", ".scales", ".blocks")  # endings of names of tensors that are never cast
 RENAMED = {"embed_out": "lm_head"}  # modules that transformers 5 calls otherwise than their files
 Accelerators = Mapping[Device, torch.device]
 
@@ -197,8 +198,7 @@ class Filling:
             return sum(tensor.nbytes for tensor in _state(self._template(part)).values())
         total = 0
         for rule in self.part_rules(part):
-            stored = self.files.dtype(rule.names[0])
-            held = self.dtype if self.dtype is not None and stored.is_floating_point else stored
+            held = self._held(rule)
             shapes = rule.shapes(self.files.shape).values()
             total += sum(torch.Size(shape).numel() for shape in shapes) * held.itemsize
         return total
@@ -220,6 +220,12 @@ class Filling:
             self.quantize(_alone(part, module))
         return module.to(dtype=self.dtype)
 
+    def _held(self, rule: Rule | Stack) -> torch.dtype:
+        """The dtype in memory of what a rule reads: numbers in a packed format keep theirs."""
+        stored, name = self.files.dtype(rule.names[0]), memory_of(rule)
+        packed = name.endswith(PACKED) or not stored.is_floating_point
+        return stored if packed or self.dtype is None else self.dtype
+
     def stored_so(self, part: str) -> bool:
         """Whether every tensor of the part is in the files as it will be in memory."""
         if self.quantize is not None and part.startswith("layers."):
@@ -230,8 +236,11 @@ class Filling:
         if isinstance(rule, Stack) or rule.transposed or len(rule.memory) > 1:
             return False
         stored, file = self.files.dtype(rule.disk), self.files.file(rule.disk)
-        cast = self.dtype not in (None, stored) and stored.is_floating_point
-        return not cast and file.suffix == ".safetensors" and self.mapped(file).aligned(rule.disk)
+        return (
+            self._held(rule) == stored
+            and file.suffix == ".safetensors"
+            and self.mapped(file).aligned(rule.disk)
+        )
 
     def mapped(self, file: Path) -> MappedFile:
         if file not in self._mapped:
@@ -345,9 +354,13 @@ def _parts(spread: Spread, homes: Mapping[str, Device]) -> Iterator[Part]:
 
 def part_of(rule: Rule | Stack) -> str:
     """The part of our decoder that a rule fills: a layer, or a module beside the layers."""
-    memory = rule.memory if isinstance(rule.memory, str) else rule.memory[0]
-    names = memory.split(".")
-    return ".".join(names[: 2 if names[0] == "layers" else 1])
+    names = memory_of(rule).split(".")
+    return ".".join(names[: 2 if names[0] in ("layers", "token_inputs") else 1])
+
+
+def memory_of(rule: Rule | Stack) -> str:
+    """The first name in memory that a rule fills."""
+    return rule.memory if isinstance(rule.memory, str) else rule.memory[0]
 
 
 def module_names(rules: Rules) -> dict[str, str]:
@@ -356,7 +369,7 @@ def module_names(rules: Rules) -> dict[str, str]:
     for rule in rules.plain:
         part, disk = part_of(rule), rule.names[0].split(".")
         if part not in found:
-            index = part.partition(".")[2]
+            index = part.partition(".")[2] if part.startswith("layers.") else ""
             end = disk.index(index) + 1 if index else len(disk) - 1
             name = ".".join(disk[:end])
             found[part] = RENAMED.get(name, name)

@@ -21,6 +21,7 @@ def save_model(model: Model, directory: str | Path) -> None:
     """Write `directory` as transformers reads it; an adapted model as PEFT does (adapter only).
 
     An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise.
+    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
 
     Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
     CheckpointError if the directory holds anything that is not part of a checkpoint.
@@ -72,9 +73,9 @@ def _write_weights(model: Model, directory: Path) -> None:
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
-    model.form.write(model.decoder, directory)
+    changed = model.form.write(model.decoder, directory)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = dict(model.config)
+    config = model.config | changed
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

@@ -34,7 +34,7 @@ class ModelFlags:
     adapter: str | None = None
     """A PEFT adapter directory to put on the model."""
     attn_implementation: str | None = None
-    """sdpa, eager (the reference), flex or flash_attention_2. Default: sdpa."""
+    """sdpa, eager (the reference), flex or flash_attention_2. Default: the best there is."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False

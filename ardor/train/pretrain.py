@@ -25,7 +25,15 @@ from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate
 from ardor.train.memory import count_parameters, fitting
-from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
+from ardor.train.run import (
+    Run,
+    begin,
+    choose_attention,
+    data_note,
+    output_folder,
+    resumed_from,
+    split,
+)
 
 LEARNING_RATE = 2e-3
 VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
@@ -85,6 +93,7 @@ def prepare(
             data_note(data, train, held, limit),
             *(notes if tell is None else ()),
             f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
+            *choose_attention(model, config.attn_implementation),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
     )
@@ -137,11 +146,8 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
     """A randomly initialised model of `blueprint`, seeded by config.seed."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    decoder = Decoder(
-        blueprint.spec,
-        compute=precision.compute,
-        attn=backend_for(config.attn_implementation, device),
-    )
+    backend_for(config.attn_implementation, device, trains=True)
+    decoder = Decoder(blueprint.spec, compute=precision.compute)
     initialise(
         decoder,
         torch.Generator().manual_seed(config.seed),

@@ -7,6 +7,8 @@ from typing import Any
 
 from ardor import __version__
 from ardor.adapters.peft_files import ADAPTER_CONFIG
+from ardor.arch.attention import backend_for
+from ardor.arch.decoder import Decoder
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import CheckpointError, ConfigError
@@ -113,6 +115,21 @@ def data_note(data: Dataset, train: Dataset, heldout: Dataset | None, limit: int
         f"data: {data.census.summary()}, each at most {limit:,} tokens; "
         f"trained on {len(train):,}, held out {held}"
     )
+
+
+def choose_attention(model: Model, asked: str | None) -> tuple[str, ...]:
+    """Let attention run by what is best for the dtype that is computed in; a note of it.
+
+    Raises: ConfigError if what was asked for cannot run here, or cannot train.
+    """
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        return ()
+    choice = backend_for(
+        asked, decoder.device, spec=decoder.spec, compute=decoder.compute, trains=True
+    )
+    decoder.attend_by(*choice)
+    return (f"attention: {choice.name} ({choice.why})",)
 
 
 def begin(
