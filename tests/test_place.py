@@ -183,8 +183,10 @@ def spread_computes_the_same(checkpoint: Path, folder: Path, dtype: str) -> None
         model = load_model(checkpoint, dtype=dtype, device=spread)
         # Equal but for the order of sums, which depends on where in memory a tensor begins.
         torch.testing.assert_close(logits(model), wanted, **CLOSE, msg=lambda m, k=kind: f"{k} {m}")
-        assert model.turns is not None and model.turns.peak and not model.turns.resident
-        assert {part.kept for part in placed(model).parts} & {"cpu", "disk"}
+        away = any(part.kept != "device" for part in placed(model).parts)
+        assert away or kind == "cpu beside an accelerator"  # which may be too small for a layer
+        assert model.turns is not None and bool(model.turns.peak) == away
+        assert not model.turns.resident
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float64"])
