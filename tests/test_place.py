@@ -150,7 +150,7 @@ def test_opt_is_filled_in_the_order_in_which_it_computes():
 def test_modules_are_named_as_transformers_names_them():
     for name, case in CASES.items():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(case.config())
+            model = case.auto.from_config(case.config())
         raw = json.loads(model.config.to_json_string())
         family = family_of(raw, path="config.json")
         spec = family.spec(HFConfig(raw, path="config.json"))
