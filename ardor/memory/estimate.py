@@ -29,6 +29,7 @@ KEPT_FREE = 0.15
 LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
+NF4_FORMATS = ("nf4", "nf4-dq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,12 @@ class Use:
     new_tokens: int = 0  # of generation, beyond the prompt
     accumulation: int = 1  # micro-batches of an optimizer step
     rank: int = 16  # of adapters
+    scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     adapted: frozenset[str] | None = None  # linears with an adapter; None: all of the layers
     trained_rows: int = 0  # of the embedding, beside the adapters
     accelerator: bool = False
-    mapped: bool = True  # weights stay in their file's pages, where nothing has to be changed
-    copied: int = 0  # bytes of weights that lie otherwise in the file: copied, and their pages kept
+    mapped: bool = True  # weights are pages of their file
+    beside: int = 0  # bytes of the file's pages that stay in memory beside copies of them
     compiled: bool = True  # kernels/*.c are there, with those that multiply bfloat16
     threads: int = 2
 
@@ -139,11 +141,7 @@ class Held:
     @cached_property
     def weights(self) -> int:
         """All weights; what is quantized, in that format."""
-        use = self.use
-        return sum(
-            weight_bytes(s, use.weights, use.quantization if is_linear(n, s) else None)
-            for n, s in self.shapes.items()
-        )
+        return self._bytes(self.shapes)
 
     @cached_property
     def untouched(self) -> int:
@@ -182,6 +180,16 @@ class Held:
     def of_layer(self, index: int) -> dict[str, Shape]:
         start = f"layers.{index}."
         return {n: s for n, s in self.shapes.items() if n.startswith(start)}
+
+    def layer_bytes(self, index: int) -> int:
+        """Of one layer's weights."""
+        return self._bytes(self.of_layer(index))
+
+    def _bytes(self, shapes: dict[str, Shape]) -> int:
+        dtype, format = self.use.weights, self.use.quantization
+        return sum(
+            weight_bytes(s, dtype, format if is_linear(n, s) else None) for n, s in shapes.items()
+        )
 
     def gradients(self, index: int) -> int:
         """Float32, of one layer's trained numbers."""
@@ -273,7 +281,7 @@ def _weights(held: Held) -> Iterator[Term]:
     number = count(held.shapes)
     about = f"{number / 1e6:,.1f} M parameters, {form}"
     yield Term("weights", held.weights - (held.untouched if use.task == "generate" else 0), about)
-    yield Term("rearranged weights", use.copied, "lie otherwise in the file, which stays mapped")
+    yield Term("file", use.beside, "pages that stay mapped beside copies of them")
 
 
 def _generating(held: Held) -> Iterator[tuple]:
