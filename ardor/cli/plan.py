@@ -12,13 +12,6 @@ if TYPE_CHECKING:
     from ardor.plan import Plan
 
 BAR = 24  # columns
-PLACES = {
-    "cpu": "in memory",
-    "gpu": "on one GPU",
-    "gpus": "over all GPUs",
-    "offload": "over GPUs and memory",
-    "disk": "with its layers on disk",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +68,7 @@ def run(config: Config) -> int:
 def _show(plan: Plan) -> None:
     from rich.table import Table
 
+    from ardor.memory.fit import PLACES
     from ardor.memory.machine import shown
     from ardor.memory.shapes import count, parameters
 
@@ -128,6 +122,7 @@ def _described(choice: Choice) -> str:
 
 
 def _verdict(choice: Choice) -> str:
+    from ardor.memory.fit import PLACES
     from ardor.memory.machine import USABLE, shown
 
     fits = "fits" if choice.fits else "does not fit"
@@ -155,8 +150,7 @@ def _document(plan: Plan) -> dict[str, Any]:
     def choice(found: Choice | None) -> dict[str, Any] | None:
         if found is None:
             return None
-        use = asdict(found.use)
-        use["adapted"] = None if use["adapted"] is None else sorted(use["adapted"])
+        use = {k: v for k, v in asdict(found.use).items() if k != "adapted"}
         return {
             "fits": found.fits,
             "place": found.place,

@@ -1,4 +1,4 @@
-"""What a model takes while it is held, run and trained: bytes by purpose at each moment that counts.
+"""What a model takes while it is held, run and trained: bytes by purpose, moment by moment.
 
 Every figure follows from what the implementation keeps: who changes what is saved for the backward
 pass changes `saved` too, and tests/memory measures both. Bytes are those a process has resident.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ardor.arch import spec as specs
 from ardor.memory.saved import How, per_token, working_per_token
@@ -20,12 +20,14 @@ MIB = 1 << 20
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
 # Measured, with torch 2.13 for CPUs on Linux: the interpreter, torch and what the verb imports.
-PROCESS = {"generate": 262 * MIB, "train": 345 * MIB}
+PROCESS = {"generate": 262 * MIB, "train": 360 * MIB}
 # Of an accelerator: CUDA's context and the libraries that it loads. Not measured here.
 CONTEXT = 500 * MIB
-# glibc keeps freed blocks below 32 MiB for later; those that later ones do not fit stay resident.
-# Measured: what comes and goes in a step takes this much more than it is.
-KEPT_FREE = 0.15
+# glibc gives blocks back to the system at once from 32 MiB on, and keeps smaller ones for later;
+# where those that come later do not fit into the gaps, both are resident. Measured: so much of
+# what comes and goes in such blocks is.
+LARGE_BLOCK = 32 * MIB
+KEPT_FREE = 0.3
 LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -43,12 +45,14 @@ class Use:
     quantization: str | None = None  # nf4, nf4-dq: of the linears in the layers
     rows: int = 1  # sequences side by side: prompts, or the examples of a micro-batch
     length: int  # tokens of each: the prompt's, or the longest example's
+    ragged: bool = False  # the examples of a micro-batch differ in length
     new_tokens: int = 0  # of generation, beyond the prompt
     accumulation: int = 1  # micro-batches of an optimizer step
     rank: int = 16  # of adapters
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     adapted: frozenset[str] | None = None  # linears with an adapter; None: all of the layers
     trained_rows: int = 0  # of the embedding, beside the adapters
+    evaluated: int = 0  # tokens of the largest batch of held-out data
     accelerator: bool = False
     mapped: bool = True  # weights are pages of their file
     beside: int = 0  # bytes of the file's pages that stay in memory beside copies of them
@@ -211,14 +215,24 @@ class Held:
         numbers = per_token(self.spec.width, layer, self._how(index))
         return self.use.tokens * numbers
 
-    def working(self, index: int, *, training: bool) -> int:
+    def kept_free(self, index: int) -> int:
+        """What the allocator keeps of one layer's activations, copies and gradients; see above."""
+        use, small = self.use, 0
+        if use.accelerator:
+            return 0
+        if use.tokens * self.spec.width * self.width < LARGE_BLOCK:
+            small += self.saved(index)
+        if 4 * max(math.prod(s) for s in self.of_layer(index).values()) < LARGE_BLOCK:
+            small += self.casts(index) + self.gradients(index)
+        return int(KEPT_FREE * small)
+
+    def working(self, index: int, *, training: bool, tokens: int) -> int:
         """What comes and goes while one layer is computed, forwards or backwards.
 
         With it one expanded weight where weights are quantized, and the gradient of the largest
         matrix in both dtypes where it is trained in a narrower one than it is held in.
         """
         layer, use = self.spec.layers[index], self.use
-        tokens = use.tokens if training else use.length
         numbers = working_per_token(self.spec.width, layer, self._how(index), training=training)
         largest = max(math.prod(s) for s in self.of_layer(index).values())
         expanded = self.width * largest if use.quantization is not None else 0
@@ -247,6 +261,7 @@ class Held:
             rank=use.rank,
             flash=flash and use.length >= 32,
             compiled=use.compiled,
+            ragged=use.ragged,
         )
 
     @property
@@ -281,17 +296,17 @@ def _weights(held: Held) -> Iterator[Term]:
     number = count(held.shapes)
     about = f"{number / 1e6:,.1f} M parameters, {form}"
     yield Term("weights", held.weights - (held.untouched if use.task == "generate" else 0), about)
-    yield Term("file", use.beside, "pages that stay mapped beside copies of them")
+    yield Term("file", use.beside, "mapped beside copies, until the system takes it back")
 
 
-def _generating(held: Held) -> Iterator[tuple]:
+def _generating(held: Held) -> Iterator[tuple[Any, ...]]:
     """Loading is never the peak: weights are mapped, or come one at a time."""
     use, spec = held.use, held.spec
     positions = min(use.length + use.new_tokens, spec.max_positions)
     cache = cache_bytes(spec, use.rows, positions, use.compute)
     layers = range(len(spec.layers))
     stream = 2 * use.length * spec.width * held.width  # before and after a layer
-    working = stream + max(held.working(i, training=False) for i in layers)
+    working = stream + max(held.working(i, training=False, tokens=use.length) for i in layers)
     logits = use.rows * spec.vocab * (4 + held.width)
     yield (
         "reading the prompt",
@@ -302,7 +317,7 @@ def _generating(held: Held) -> Iterator[tuple]:
     )
 
 
-def _training(held: Held) -> Iterator[tuple]:
+def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     """An optimizer step after the first: before it there are no moments."""
     use, layers = held.use, range(len(held.spec.layers))
     full = use.method == "full"
@@ -318,25 +333,30 @@ def _training(held: Held) -> Iterator[tuple]:
     rest = 4 * held.trained - sum(gradients) - head  # of tables and the last norm
     waiting = 4 * held.trained if use.accumulation > 1 else 0
 
-    def moment(name: str, done: int, kept: int, working: int) -> tuple:
-        come_and_gone = max(done, waiting) + kept + working
+    slack = Term("allocator", sum(map(held.kept_free, layers)), "freed memory that it keeps")
+
+    def moment(name: str, done: int, kept: int, working: int) -> tuple[Any, ...]:
         return (
             name,
             *fixed,
             Term("gradients", max(done, waiting), "float32"),
             Term("activations", kept, f"saved for the backward pass, {use.tokens:,} tokens"),
             Term("working set", working, "of the layer, or the loss, that is computed"),
-            Term("allocator", int(KEPT_FREE * come_and_gone), "freed memory that glibc keeps"),
+            slack,
         )
 
     yield moment("the loss", head, sum(saved), held.loss())
     for index in layers:
         done = head + sum(gradients[index + 1 :])
-        working = held.working(index, training=True)
+        working = held.working(index, training=True, tokens=use.tokens)
         yield moment(f"backward, layer {index}", done, sum(saved[: index + 1]), working)
     # The gradient of the whole table; where it is tied, beside that of the head.
     table = 4 * held.head if full and held.spec.tied else 0
     yield moment("the embedding's gradient", head + sum(gradients) + rest, 0, table)
+    if use.evaluated:
+        stream = 3 * use.evaluated * held.spec.width * held.width
+        working = (held.working(i, training=False, tokens=use.evaluated) for i in layers)
+        yield moment("evaluation", 0, 0, stream + max(working))
 
 
 def _shown(terms: list[Term]) -> tuple[Term, ...]:

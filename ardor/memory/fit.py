@@ -13,9 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ardor.arch import spec as specs
+from ardor.errors import ConfigError
 from ardor.memory.estimate import CONTEXT, PROCESS, Estimate, Held, Use, estimate
-from ardor.memory.machine import USABLE, Machine
+from ardor.memory.machine import USABLE, Machine, shown
 
+SURE = 0.9  # an estimate is right to 10 %: what is larger by more cannot fit
+HELD = ("weights", "file", "adapters", "gradients", "optimizer", "KV cache")
+PLACES = {
+    "cpu": "in memory",
+    "gpu": "on one GPU",
+    "gpus": "over all GPUs",
+    "offload": "over GPUs and memory",
+    "disk": "with its layers on disk",
+}
 SHORTEST = 128  # tokens: a shorter example is seldom worth training on
 
 
@@ -55,20 +65,57 @@ def choices(spec: specs.Decoder, use: Use, machine: Machine) -> Iterator[Choice]
         yield from _offloaded(spec, use, machine)
 
 
-def largest(
-    spec: specs.Decoder, choice: Choice, machine: Machine, field: str, most: int
-) -> int | None:
-    """The largest `rows` or `length`, up to `most`, with which `choice` still fits its place."""
+def expected(spec: specs.Decoder, use: Use, machine: Machine, what: str) -> Choice:
+    """`use` as it is asked for; `what` names it in the message.
 
-    def fits(value: int) -> bool:
-        use = replace(choice.use, **{field: value})
-        found = (c for c in _places(spec, use, machine) if c.place == choice.place)
-        return any(c.fits for c in found)
+    A model that is mapped from its file is not refused: it runs as fast as the disk reads it.
 
-    return _bisected(fits, most)
+    Raises: ConfigError if it surely cannot fit the memory there is, with what would.
+    """
+    asked = as_asked(spec, use, machine)
+    if asked.needed * SURE <= asked.there or (asked.use.mapped and use.task == "generate"):
+        return asked
+    held = sum(term.bytes for term in asked.estimate.peak.terms if term.name in HELD)
+    found = cheapest(spec, use, machine)
+    remedy = "take a smaller model, or a machine with more memory"
+    if found is not None and found.changes:
+        flags, size = " ".join(found.changes), shown(found.needed)
+        remedy = f"the least change with which it would: {flags} (about {size})"
+    raise ConfigError(
+        f"{what} takes about {shown(asked.needed)} ({shown(held)} of it weights, gradients and "
+        f"optimizer), and there are {shown(asked.there)} ({PLACES[asked.place]}); {remedy}; "
+        "`ardor plan` shows more"
+    )
 
 
-def _bisected(fits: Callable[[int], bool], most: int) -> int | None:
+def note(choice: Choice) -> str:
+    """For people: the peak and its parts."""
+    peak = choice.estimate.peak
+    terms = ", ".join(f"{term.name} {shown(term.bytes)}" for term in peak.terms)
+    more = "" if choice.fits else "; too much to be fast: its file will be read again and again"
+    return f"memory: about {shown(peak.bytes)} of {shown(choice.there)} ({terms}){more}"
+
+
+def most_rows(spec: specs.Decoder, choice: Choice, machine: Machine, limit: int) -> int | None:
+    """The most sequences side by side, up to `limit`, with which `choice` still fits its place."""
+    return _largest(
+        lambda rows: _fits(spec, replace(choice.use, rows=rows), choice.place, machine), limit
+    )
+
+
+def longest(spec: specs.Decoder, choice: Choice, machine: Machine) -> int | None:
+    """The same of the length, up to the model's positions."""
+    return _largest(
+        lambda length: _fits(spec, replace(choice.use, length=length), choice.place, machine),
+        spec.max_positions - choice.use.new_tokens,
+    )
+
+
+def _fits(spec: specs.Decoder, use: Use, place: str, machine: Machine) -> bool:
+    return any(c.fits for c in _places(spec, use, machine) if c.place == place)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     low, high = 0, 1
     while high < most and fits(high):
         low, high = high, min(2 * high, most)
@@ -84,7 +131,8 @@ def _places(spec: specs.Decoder, use: Use, machine: Machine) -> Iterator[Choice]
     """One device; for generation, all GPUs too. Ardor trains on one device."""
     if not machine.gpus:
         found = estimate(spec, use)
-        yield Choice(use, "cpu", found.bytes, machine.ram, found)
+        # The system takes the pages of a file back where it needs them.
+        yield Choice(use, "cpu", found.bytes - use.beside, machine.ram, found)
         return
     use = replace(use, accelerator=True, mapped=False, beside=0, compiled=False)
     found = estimate(spec, use)
@@ -129,7 +177,7 @@ def _generating(use: Use) -> Iterator[tuple[Use, tuple[str, ...]]]:
 
 def _training(use: Use) -> Iterator[tuple[Use, tuple[str, ...]]]:
     yield use, ()
-    together = use.rows * use.accumulation
+    asked, together = use, use.rows * use.accumulation
 
     def smaller(use: Use, changes: tuple[str, ...]) -> Iterator[tuple[Use, tuple[str, ...]]]:
         rows = use.rows
@@ -140,7 +188,9 @@ def _training(use: Use) -> Iterator[tuple[Use, tuple[str, ...]]]:
             yield replace(use, rows=rows, accumulation=steps), (*changes, flags)
 
     yield from smaller(use, ())
-    for use, changes in _lesser(use):
+    changes: tuple[str, ...] = ()
+    for lesser, changes in _lesser(asked):
+        use = lesser
         yield use, changes
         yield from smaller(use, changes)
     while use.length > SHORTEST:

@@ -24,6 +24,7 @@ class How:
     rank: int
     flash: bool  # attention in compiled blocks
     compiled: bool
+    ragged: bool  # the results of documents of different lengths are joined in one more tensor
 
     def keeps_input(self, *linears: str) -> bool:
         """Whether the input that these linears share is kept."""
@@ -90,7 +91,7 @@ def _attention(mixer: specs.Attention, how: How) -> int:
     plain = mixer.softcap is None and mixer.alibi is None and not mixer.sinks
     # PyTorch's attention wants keys and values once for each query head.
     read = keys if how.flash or not plain or mixer.window is not None else queries
-    numbers = 2 * queries + (2 * read if mixer.kv_layer is None else 0)
+    numbers = (2 + how.ragged) * queries + (2 * read if mixer.kv_layer is None else 0)
     own = queries + (keys if mixer.kv_layer is None else 0)
     if mixer.qk_norm is not None:
         # Of each head with weights of its own: in float32, before and after its unit norm.

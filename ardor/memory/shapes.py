@@ -61,8 +61,10 @@ def _layer(spec: specs.Decoder, layer: specs.Layer) -> Named:
     norms_itself = isinstance(layer.ffn, specs.Experts) and layer.ffn.norm is not None
     if reads:
         yield from _norm("mixer_norm", width, layer.norm)
-    mixer = _latent if isinstance(layer.mixer, specs.LatentAttention) else _attention
-    yield from mixer(width, layer.mixer)
+    if isinstance(layer.mixer, specs.LatentAttention):
+        yield from _latent(width, layer.mixer)
+    else:
+        yield from _attention(width, layer.mixer)
     if writes:
         yield from _norm("mixer_out_norm", width, layer.norm)
     if reads and placement != "parallel" and not norms_itself:
