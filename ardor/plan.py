@@ -153,7 +153,9 @@ def expected_generation(name: str, settings: Settings, *, on_cpu: bool) -> Choic
     machine = this_machine()
     if on_cpu:
         machine = replace(machine, gpus=())
-    use = use_of(model, settings, machine)
+    # A prompt that is longer is refused when it is read, by its tokens.
+    length = min(settings.max_length or 1, model.spec.max_positions)
+    use = use_of(model, replace(settings, max_length=length), machine)
     return expected(model.spec, use, machine, f"generating with {name}")
 
 
