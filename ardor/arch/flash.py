@@ -31,7 +31,7 @@ def flash_attention_2(
 ) -> Float[Tensor, "B H T e"]:
     """`eager` by FlashAttention-2, documents end to end without padding; float16 and bfloat16.
 
-    Raises: ConfigError for sinks and chunks, which that package lacks, and for float32.
+    Raises: ConfigError for what that package lacks (sinks, chunks, rounded ALiBi), and for float32.
     Source: Dao 2023, arXiv:2307.08691; the package's own interface.
     """
     _refuse(q, scores, sinks)
@@ -67,6 +67,8 @@ def _refuse(q: Tensor, scores: Scores, sinks: Tensor | None) -> None:
         missing = "attention sinks"
     elif scores.reach.chunk is not None:
         missing = "chunks"
+    elif scores.alibi_coarse:
+        missing = "the rounding of ALiBi"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         missing = f"{q.dtype} (load with dtype='bfloat16')"
     if missing is not None:

@@ -77,7 +77,7 @@ def _bending(scores: Scores, layout: Layout, device: torch.device) -> Callable[.
             score = cap * torch.tanh(score / cap)
         if scores.alibi is not None:
             key = s if keys is None else keys[b, s]
-            score = score + slopes[h] * (key - positions[b, t])
+            score = score + scores.bias(slopes[h], key - positions[b, t], key)
         return score
 
     return bend

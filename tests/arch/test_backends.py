@@ -45,7 +45,7 @@ EVERY = [f"{layout}/{scores}" for layout in LAYOUTS for scores in SCORES]
 @pytest.mark.parametrize(
     "pairs",
     [
-        pytest.param(["many/all", "uneven/window"], id="some"),
+        pytest.param(["many/all", "uneven/window", "uneven/coarse alibi"], id="some"),
         pytest.param(EVERY, id="every", marks=pytest.mark.slow),
     ],
 )
@@ -115,6 +115,7 @@ def test_what_flash_attention_lacks_is_refused_with_the_remedy():
     for scores, given, what in (
         (SCORES["plain"], sinks, "attention sinks"),
         (SCORES["chunk"], None, "chunks"),
+        (SCORES["coarse alibi"], None, "the rounding of ALiBi"),
     ):
         with pytest.raises(ConfigError, match=f"cannot do {what}; use attn_implementation='sdpa'"):
             flash_attention_2(q, k, v, layout, scores, given)
