@@ -5,14 +5,14 @@ The arithmetic is in `memory`; here a name becomes a spec, and a use and a machi
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ardor.errors import ArdorError, ConfigError
-from ardor.memory.estimate import NF4_FORMATS, WIDTHS, Use
+from ardor.memory.estimate import NF4_FORMATS, WIDTHS, Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
-from ardor.memory.machine import Machine, this_machine
+from ardor.memory.machine import USABLE, Machine, this_machine
 from ardor.outline import Outline, beside, outline
-from ardor.parallel.placement import parse_size
+from ardor.parallel.placement import Device, Node, device_map, parse_size
 from ardor.train.blueprint import read_blueprint
 from ardor.train.config import Train
 from ardor.train.presets import PRESETS
@@ -46,7 +46,7 @@ class Plan:
     cheapest: Choice | None
     most_rows: int | None  # that fit, all else as in `cheapest`
     longest: int | None
-    device_map: dict[str, Any] | None  # of `cheapest`, where there are GPUs to choose from
+    device_map: dict[str, Device] | None  # of `cheapest`
 
 
 def make_plan(name: str, settings: Settings) -> Plan:
@@ -62,7 +62,45 @@ def make_plan(name: str, settings: Settings) -> Plan:
     if found is not None and found.place in ("cpu", "gpu", "gpus"):
         rows = most_rows(model.spec, found, machine, MOST_ROWS)
         length = longest(model.spec, found, machine)
-    return Plan(model, machine, as_asked(model.spec, use, machine), found, rows, length, None)
+    places = None if found is None else device_map_of(model, found, machine)
+    return Plan(model, machine, as_asked(model.spec, use, machine), found, rows, length, places)
+
+
+def device_map_of(model: Outline, choice: Choice, machine: Machine) -> dict[str, Device]:
+    """Where the modules lie, by their names in transformers, as `--device-map auto` puts them.
+
+    Each GPU keeps room for its context, its share of the cache, and what one layer computes.
+    """
+    if choice.place in ("cpu", "gpu", "disk"):
+        return {"": {"cpu": "cpu", "gpu": 0, "disk": "disk"}[choice.place]}
+    terms = {term.name: term.bytes for term in choice.estimate.peak.terms}
+    shared = terms.get("KV cache", 0) // len(machine.gpus)
+    own = terms["device context"] + terms.get("activations", 0) + shared
+    memory: dict[Device, int] = {
+        index: max(0, int(size * USABLE) - own) for index, size in enumerate(machine.gpus)
+    }
+    return device_map(_tree(model, choice), "auto", memory | {"cpu": int(machine.ram * USABLE)})
+
+
+def _tree(model: Outline, choice: Choice) -> Node:
+    """The embedding, the layers and what is beside them, with the bytes of each."""
+    held = Held(model.spec, choice.use)
+    modules: dict[str, int] = {}
+    for rule in model.rules.plain:
+        names = rule.memory if isinstance(rule.memory, tuple) else (rule.memory,)
+        size = sum(held.tensor_bytes(name) for name in names)
+        disk = rule.names[0].split(".")
+        layer = next((i for i, part in enumerate(disk) if part.isdecimal()), None)
+        inside = names[0].startswith("layers.") and layer is not None
+        module = ".".join(disk[: layer + 1] if inside and layer is not None else disk[:-1])
+        modules[module] = modules.get(module, 0) + size
+    return Node(
+        "",
+        children=tuple(
+            Node(name, parameters=(Node(f"{name}.weight", bytes=size),), whole=True)
+            for name, size in modules.items()
+        ),
+    )
 
 
 def described(gpus: str | None, ram: str | None) -> Machine:

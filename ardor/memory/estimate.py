@@ -189,6 +189,10 @@ class Held:
         """Of one layer's weights."""
         return self._bytes(self.of_layer(index))
 
+    def tensor_bytes(self, name: str) -> int:
+        """Of one parameter; 0 for what is none (a buffer beside the weights)."""
+        return self._bytes({name: self.shapes[name]}) if name in self.shapes else 0
+
     def _bytes(self, shapes: dict[str, Shape]) -> int:
         dtype, format = self.use.weights, self.use.quantization
         return sum(
