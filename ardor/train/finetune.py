@@ -23,6 +23,7 @@ from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
+from ardor.train.peak import check_finetune
 from ardor.train.run import (
     Run,
     begin,
@@ -47,6 +48,7 @@ def prepare(config: Finetune) -> Run:
     rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
+    check_finetune(config, default_device())
     model, added = _model(config, checkpoint, chats=_chats(rows))
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
