@@ -86,10 +86,8 @@ def tree(model: Any) -> tuple[Node, list[frozenset[str]]]:
 
 
 def without_tables(model: Any) -> Any:
-    """The model without the tables of its rotary positions, which are no module here."""
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
-            if name.endswith("rotary_emb"):
-                delattr(module, name)
-                assert not any(child.parameters())
+    """The model without what it keeps beside its weights: rotary tables, and masks of old."""
+    for module in model.modules():
+        for name in [*module._buffers]:
+            delattr(module, name)
     return model
