@@ -31,8 +31,14 @@ from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
-from ardor.precision import Precision
+from ardor.files.weights import (
+    FLOATING,
+    WeightFiles,
+    open_weights,
+    read_tensors,
+    write_weights,
+)
+from ardor.precision import Precision, dtype_of
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
@@ -41,12 +47,7 @@ from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHT_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # as values, not codes
+EMBEDDING = "embed_tokens.weight"
 
 
 @runtime_checkable
@@ -129,8 +130,9 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it; with
-    dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
+    Weights are mapped from their files and copied only where the dtype or device asks for it, one
+    at a time as they are read; with dtype "auto" each keeps the dtype it is stored in, unless
+    config.json names another. `quantization` replaces one linear at a time.
     An adapter's base is found through its own files and quantized as it was when the adapter was
     trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
     pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
@@ -146,13 +148,14 @@ def load_model(
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    quantized = quantization not in (None, "none")
+    place = torch.device(device)
+    held = _Held(found, origin.base, raw, files, dtype, place, attn_implementation, not quantized)
     theirs = trust_remote_code and not implemented(raw)
     decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    if quantization is not None and quantization != "none":
+    if quantization is not None and quantized:
         _quantize(decoder, quantization, origin.base)
-    # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
-    decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
+    decoder.to(device=place, dtype=precision.conversion)
     decoder.requires_grad_(False).eval()
     lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
     decoder.verify()
@@ -244,6 +247,7 @@ class _Held:
     dtype: str | torch.dtype
     device: torch.device
     attn_implementation: str | None
+    streamed: bool  # weights take their dtype and place as they are read, not after quantizing
 
 
 def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
@@ -251,9 +255,11 @@ def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Prec
     files = held.files
     attn = backend_for(held.attn_implementation, held.device)
     family, rules, decoder = _described(held.config, held.found.path, files, attn)
-    _fill(decoder, files, rules, check_finite=check_finite)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(held.dtype, stored, held.device)
+    stored = files.first_floating() or torch.float32
+    said = _said_dtype(held.config, held.found.path / CONFIG)
+    precision = resolve_precision(held.dtype, stored, held.device, said)
+    to = (precision.conversion, held.device) if held.streamed else (None, torch.device("cpu"))
+    _fill(decoder, files, rules, to, check_finite=check_finite)
     decoder.compute = precision.compute
     kept = {name: files.read(name) for name in rules.kept(files.names())}
     return decoder, Native(family, decoder.spec, rules, kept), precision
@@ -273,8 +279,22 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
         dtype=held.dtype,
         attn_implementation=held.attn_implementation,
     )
-    why = "as stored" if held.dtype == "auto" else "as asked"
-    return decoder, form, Precision(decoder.stored, decoder.compute, why)
+    why = "as transformers chose" if held.dtype == "auto" else "as asked"
+    kept = held.dtype == "auto"
+    return decoder, form, Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+
+
+def _said_dtype(raw: dict[str, Any], path: Path) -> torch.dtype | None:
+    """The dtype that config.json gives the weights, or its part about text does."""
+    config = HFConfig(raw, path=str(path))
+    text = config.section("text_config")
+    name = config.dtype() or (None if text is None else text.dtype())
+    if name is None:
+        return None
+    try:
+        return dtype_of(name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; correct it, or remove the key") from error
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -321,7 +341,7 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.is_floating_point() and stored not in WEIGHT_DTYPES:
+            if place.is_floating_point() and stored not in FLOATING:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
@@ -336,23 +356,33 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+def _fill(
+    decoder: Decoder,
+    files: WeightFiles,
+    rules: Rules,
+    to: tuple[torch.dtype | None, torch.device],
+    *,
+    check_finite: bool,
+) -> None:
+    """Put every weight in its place, in the dtype and on the device of `to`."""
+
     def read(disk: str) -> Tensor:
-        tensor = files.read(disk)
+        tensor = files.read_as(disk, *to)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
     for rule in rules.plain:
+        # Compared as stored: rounding could hide a difference.
+        if rules.head_copied and rules.tied_head and EMBEDDING in rule.shapes(files.shape):
+            stored = rule.to_memory(files.read)[EMBEDDING]
+            if not torch.equal(files.read(rules.tied_head.disk), stored):
+                raise CheckpointError(
+                    f"{files.directory}: config.json ties the head to the embedding, but "
+                    f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
+                )
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
-    if rules.head_copied and rules.tied_head is not None:
-        copy = files.read(rules.tied_head.disk)
-        if not torch.equal(copy, decoder.embed_tokens.weight):
-            raise CheckpointError(
-                f"{files.directory}: config.json ties the head to the embedding, but "
-                f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
-            )
     left = [name for name, held in state_of(decoder).items() if held.is_meta]
     assert not left, f"no rule fills {left}"
 

@@ -18,7 +18,7 @@ class ModelFlags:
     device_map: str | None = None
     """cpu, or a GPU such as cuda:0. Default: the GPU where there is one."""
     dtype: str = "auto"
-    """auto (as stored), float32, bfloat16 or float16."""
+    """auto (as config.json says, else as stored), float32, bfloat16 or float16."""
     quantization: str | None = None
     """nf4, nf4-dq or none. Default: as the run was trained."""
     adapter: str | None = None
@@ -50,8 +50,8 @@ class ModelFlags:
             use_safetensors=self.use_safetensors,
         )
         model = lm.model
-        held = model.quantization or str(model.precision.weights).removeprefix("torch.")
-        compute = str(model.precision.compute).removeprefix("torch.")
-        text = f"{name}: {held}, computing in {compute} on {model.decoder.device}"
+        at = "" if model.revision is None else f" at {model.revision[:12]}"
+        form = "" if model.quantization is None else f"linears in {model.quantization}, other "
+        text = f"{name}{at}: {form}{model.precision}, on {model.decoder.device}"
         remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
         return lm

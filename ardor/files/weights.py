@@ -18,6 +18,7 @@ from torch import Tensor
 from ardor.errors import CheckpointError
 from ardor.files import pickles
 from ardor.files.atomic import explained
+from ardor.files.convert import converted
 from ardor.files.json import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # values, not codes
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -75,12 +77,34 @@ class WeightFiles:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, in the dtype it is stored in."""
+        """The tensor on the CPU, in the dtype it is stored in; mapped from its file."""
+        return self._from(self._handles[self.file(name)], name)
+
+    def read_as(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """The tensor on `device`; if it is floating, in `dtype` (None: as it is stored).
+
+        What is converted or moved is copied, and its pages of the file are given back at once:
+        host memory holds one mapped tensor at a time beside what was read.
+        """
+        stored = self.dtype(name)
+        to = stored if dtype is None or not stored.is_floating_point else dtype
+        if to == stored and device.type == "cpu":
+            return self.read(name)
         path = self.file(name)
+        # Pages of a mapping count as ours until it ends, so each tensor has a mapping to itself.
+        own = _open(path) if path.suffix == ".safetensors" else self._handles[path]
+        tensor = self._from(own, name)
+        return converted(tensor, to) if device.type == "cpu" else tensor.to(device).to(to)
+
+    def first_floating(self) -> torch.dtype | None:
+        """The dtype of the first tensor that holds floating-point values; None if none does."""
+        return next((d for d in map(self.dtype, self._homes) if d in FLOATING), None)
+
+    def _from(self, handle: Any, name: str) -> Tensor:
         try:
-            return self._handles[path].get_tensor(name)
+            return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
+            raise CheckpointError(f"{self.file(name)}: cannot read {name}: {error}") from error
 
     def _slice(self, name: str) -> Any:
         return self._handles[self.file(name)].get_slice(name)
