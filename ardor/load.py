@@ -33,6 +33,7 @@ from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import (
     FLOATING,
+    MAX_SHARD_BYTES,
     WeightFiles,
     open_weights,
     read_tensors,
@@ -59,7 +60,8 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    def write(self, decoder: CausalLM, directory: Path) -> None: ...  # all but the JSON files
+    # All but the JSON files; the weights in shards of at most so many bytes.
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,19 @@ class Native:
         """Where transformers, and so PEFT, has each linear map."""
         return self.family.disk_linears(self.spec)
 
-    def write(self, decoder: CausalLM, directory: Path) -> None:
+    def write(
+        self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
         """Every tensor under the name and in the shape that it was read with."""
         state = state_of(decoder)
         ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
-        write_weights(directory, chain(ours, self.kept.items()))
+        planned = self.rules.to_disk(lambda name: state[name].detach().to("meta"))
+        write_weights(
+            directory,
+            chain(ours, self.kept.items()),
+            max_shard_bytes,
+            layout=chain(planned, self.kept.items()),
+        )
 
 
 @dataclass
@@ -130,14 +140,12 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it, one
-    at a time as they are read; with dtype "auto" each keeps the dtype it is stored in, unless
-    config.json names another. `quantization` replaces one linear at a time.
-    An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
-    not implement is run by transformers, and by code in its repository if it names some, with
-    `trust_remote_code` only; a line on stderr says what runs before it does.
+    Weights are mapped from their files and copied only where dtype or device ask for it, one at a
+    time as they are read; with dtype "auto" each stays as it is stored, unless config.json names
+    another. `quantization` replaces one linear at a time. An adapter's base is found through its
+    own files and quantized as it was in training, unless said otherwise; without `use_safetensors`
+    its weights are read from pickles. `check_finite` refuses a NaN or an infinity, at 0.1 s a GB. A
+    model that we do not implement is run by transformers, with `trust_remote_code` only.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
@@ -149,13 +157,13 @@ def load_model(
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
     quantized = quantization not in (None, "none")
-    place = torch.device(device)
-    held = _Held(found, origin.base, raw, files, dtype, place, attn_implementation, not quantized)
+    at = torch.device(device)
+    held = _Held(found, origin.base, raw, files, dtype, at, attn_implementation, not quantized)
     theirs = trust_remote_code and not implemented(raw)
     decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
     if quantization is not None and quantized:
         _quantize(decoder, quantization, origin.base)
-    decoder.to(device=place, dtype=precision.conversion)
+    decoder.to(device=at, dtype=precision.conversion)
     decoder.requires_grad_(False).eval()
     lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
     decoder.verify()

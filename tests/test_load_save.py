@@ -324,7 +324,7 @@ def test_saving_replaces_a_directory_only_when_it_succeeds(world, tmp_path, monk
     before = files(target)
     model = load_model(world.base)
 
-    def full(*_):
+    def full(*_, **__):
         raise CheckpointError("no space left")
 
     monkeypatch.setattr(sys.modules["ardor.load"], "write_weights", full)
