@@ -1,16 +1,17 @@
-"""`python -m benchmarks decode|prefill|train`: us and a peer in turn, in one run, and the ratio."""
+"""`python -m benchmarks decode|prefill|train|load`: us and a peer in turn, and the ratio."""
 
 import argparse
 import json
 import os
 
 from benchmarks.duel import duel
+from benchmarks.load import load_duel
 from benchmarks.shapes import MODELS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "prefill", "train"])
+    parser.add_argument("task", choices=["decode", "prefill", "train", "load"])
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
@@ -21,6 +22,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     args = parser.parse_args()
     options = {"dtype": args.dtype, "threads": args.threads}
+    if args.task == "load":
+        print(json.dumps(load_duel(args.model, args.rounds, options), indent=2))
+        return
     if args.task == "train":
         options["compiled"] = args.compile
     else:

@@ -155,5 +155,7 @@ def begin(
             "resume with the model the run was begun with, or choose another output folder"
         )
     text = to_yaml(replace(config, output=folder, resume=False))
-    write_atomic(folder / CONFIG, f"# ardor {__version__}\n{text}")
+    began_from = model.source if model.revision is None else f"{model.source} at {model.revision}"
+    header = f"# ardor {__version__}\n# model: {began_from}; {model.precision}\n"
+    write_atomic(folder / CONFIG, header + text)
     return Run(folder, model, trainer, train, heldout, resumed, notes)
