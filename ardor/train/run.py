@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,14 @@ def begin(
             "resume with the model the run was begun with, or choose another output folder"
         )
     text = to_yaml(replace(config, output=folder, resume=False))
-    began_from = model.source if model.revision is None else f"{model.source} at {model.revision}"
-    header = f"# ardor {__version__}\n# model: {began_from}; {model.precision}\n"
-    write_atomic(folder / CONFIG, header + text)
+    write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
     return Run(folder, model, trainer, train, heldout, resumed, notes)
+
+
+def _header(file: Path, model: Model, resumed: bool) -> str:
+    """Comments that say what a run began from; those of a run that is resumed stay."""
+    if resumed and file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        return "".join(takewhile(lambda line: line.startswith("#"), lines))
+    at = "" if model.revision is None else f" at {model.revision}"
+    return f"# ardor {__version__}\n# model: {model.source!r}{at}; {model.precision}\n"
