@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,13 +20,13 @@ from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
-from ardor.bridge.assemble import Bridged, bridge
-from ardor.bridge.foreign import Foreign
+from ardor.bridge.assemble import bridge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
-from ardor.families.rules import Rules
+from ardor.families.packing import FP8, read_fp8
+from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
@@ -39,8 +39,11 @@ from ardor.files.weights import (
     read_tensors,
     write_weights,
 )
-from ardor.precision import Precision, dtype_of
+from ardor.parallel.offload import Turns
+from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
+from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
+from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
@@ -48,7 +51,7 @@ from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-EMBEDDING = "embed_tokens.weight"
+HOST = torch.device("cpu")
 
 
 @runtime_checkable
@@ -60,8 +63,9 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    # All but the JSON files; the weights in shards of at most so many bytes.
-    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> None: ...
+    # All files but JSON, the weights in shards of at most so many bytes; what config.json must say
+    # of them, where that is not what it said.
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Native:
     spec: specs.Decoder
     rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
     kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
+    fp8: FP8 | None = None  # how its weights are held in FP8
 
     needs_trust = False
     files = ()
@@ -82,17 +87,34 @@ class Native:
 
     def write(
         self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
-    ) -> None:
-        """Every tensor under the name and in the shape that it was read with."""
-        state = state_of(decoder)
-        ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
-        planned = self.rules.to_disk(lambda name: state[name].detach().to("meta"))
+    ) -> dict[str, Any]:
+        """Every tensor under the name and in the shape that it was read with.
+
+        FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
+        """
+        rules, kept, state = self.rules, self.kept, state_of(decoder)
+        changed = {}
+        if self.fp8 is not None and not {*state}.issuperset(chain.from_iterable(rules.memory)):
+            # What was merged is FP8 no longer: nor can the others stay so.
+            rules, kept = rules.expanded(), expand_pairs(kept, self.fp8.block)
+            changed = {"quantization_config": None}
+
+        def read(name: str) -> Tensor:
+            if name in state:
+                return state[name].detach()
+            module = decoder.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(module, FP8Linear | FP8Experts), name
+            return module.dequantized(torch.bfloat16)
+
+        tensors = rules.to_disk(lambda name: read(name).cpu())
+        layout = rules.to_disk(lambda name: read(name).to("meta"))
         write_weights(
             directory,
-            chain(ours, self.kept.items()),
+            chain(tensors, kept.items()),
             max_shard_bytes,
-            layout=chain(planned, self.kept.items()),
+            layout=chain(layout, kept.items()),
         )
+        return changed
 
 
 @dataclass
@@ -111,6 +133,8 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
+    placement: Placement | None = None  # None: all on one device
+    turns: Turns | None = None  # what has a spread decoder compute
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -129,7 +153,7 @@ def load_model(
     name: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Spread = "cpu",
     attn_implementation: str | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -156,17 +180,12 @@ def load_model(
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    quantized = quantization not in (None, "none")
-    at = torch.device(device)
-    held = _Held(found, origin.base, raw, files, dtype, at, attn_implementation, not quantized)
+    quantization = None if quantization == "none" else quantization
+    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantization)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    if quantization is not None and quantized:
-        _quantize(decoder, quantization, origin.base)
-    decoder.to(device=at, dtype=precision.conversion)
-    decoder.requires_grad_(False).eval()
-    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
-    decoder.verify()
+    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    decoder, form, precision, placement = assembled
+    lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
@@ -181,8 +200,10 @@ def load_model(
         precision=precision,
         source=str(found.path.resolve()) if found.revision is None else origin.base,
         revision=found.revision,
-        quantization=None if quantization == "none" else quantization,
+        quantization=quantization,
         adapter=lora,
+        placement=placement,
+        turns=turns,
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -237,7 +258,7 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _quantize(decoder: CausalLM, format: str, source: str) -> None:
+def _quantize(decoder: nn.Module, format: str, source: str) -> None:
     if not quantize_decoder(decoder, format):
         raise ConfigError(
             f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
@@ -253,28 +274,87 @@ class _Held:
     config: dict[str, Any]
     files: WeightFiles
     dtype: str | torch.dtype
-    device: torch.device
+    place: str | torch.device | Spread
     attn_implementation: str | None
-    streamed: bool  # weights take their dtype and place as they are read, not after quantizing
+    quantization: str | None
+
+    @property
+    def device(self) -> torch.device:
+        place = self.place
+        return place.device if isinstance(place, Spread) else torch.device(place)
+
+    def settle(self, decoder: CausalLM, precision: Precision) -> None:
+        """Quantize and move a filled decoder that lies on one device."""
+        if self.quantization is not None:
+            _quantize(decoder, self.quantization, self.source)
+        decoder.to(device=self.device, dtype=precision.conversion)
+        decoder.requires_grad_(False).eval()
 
 
-def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
+Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _implemented(held: _Held, check_finite: bool) -> Assembled:
     """Our own decoder, with its weights."""
     files = held.files
-    attn = backend_for(held.attn_implementation, held.device)
-    family, rules, decoder = _described(held.config, held.found.path, files, attn)
+    backend_for(held.attn_implementation, held.device)  # refused before anything is read
+    family, rules, decoder = _described(held.config, held.found.path, files)
+    embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
     stored = files.first_floating() or torch.float32
-    said = _said_dtype(held.config, held.found.path / CONFIG)
+    said = HFConfig(held.config, path=str(held.found.path / CONFIG)).weights_dtype()
     precision = resolve_precision(held.dtype, stored, held.device, said)
-    to = (precision.conversion, held.device) if held.streamed else (None, torch.device("cpu"))
-    _fill(decoder, files, rules, to, check_finite=check_finite)
+    # What is quantized is so from what is stored, on the host.
+    to = (None, HOST) if held.quantization else (precision.conversion, held.device)
+    placement = None
+    if isinstance(held.place, Spread):
+        names = family.rules(decoder.spec)
+        placement = _spread(held.place, held, decoder, (rules, names), precision, check_finite)
+    else:
+        _fill(decoder, files, rules.plain, to, check_finite=check_finite)
+    _check_whole(decoder, files, rules, embedding)
+    if placement is None:
+        held.settle(decoder, precision)
     decoder.compute = precision.compute
+    asked = held.attn_implementation
+    decoder.attend_by(*backend_for(asked, held.device, spec=decoder.spec, compute=decoder.compute))
     kept = {name: files.read(name) for name in rules.kept(files.names())}
-    return decoder, Native(family, decoder.spec, rules, kept), precision
+    fp8 = read_fp8(HFConfig(held.config, path=CONFIG))
+    return decoder, Native(family, decoder.spec, rules, kept, fp8), precision, placement
 
 
-def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+def _spread(
+    spread: Spread,
+    held: _Held,
+    decoder: Decoder,
+    rules: tuple[Rules, Rules],
+    precision: Precision,
+    check_finite: bool,
+) -> Placement:
+    """Fill a decoder whose parts lie in several places."""
+    format = held.quantization
+    to = (None if format else precision.conversion, HOST)
+    filling = Filling(
+        decoder,
+        held.files,
+        *rules,
+        dtype=precision.conversion,
+        fill=lambda some: _fill(decoder, held.files, some, to, check_finite=check_finite),
+        put=lambda name, tensor: _place(decoder, name, tensor),
+        quantize=None if format is None else lambda part: _quantize(part, format, held.source),
+        quantization=format,
+    )
+    placement = place(spread, filling)
+    decoder.requires_grad_(False).eval()
+    return placement
+
+
+def _bridged(held: _Held) -> Assembled:
     """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    if isinstance(held.place, Spread):
+        raise ConfigError(
+            f"{held.source} is run by transformers, and spread over devices only by it; "
+            "give one device as device_map"
+        )
     found = held.found
     if found.revision is not None and held.config.get("auto_map"):
         found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
@@ -289,20 +369,9 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
     )
     why = "as transformers chose" if held.dtype == "auto" else "as asked"
     kept = held.dtype == "auto"
-    return decoder, form, Precision(decoder.stored, decoder.compute, why, as_stored=kept)
-
-
-def _said_dtype(raw: dict[str, Any], path: Path) -> torch.dtype | None:
-    """The dtype that config.json gives the weights, or its part about text does."""
-    config = HFConfig(raw, path=str(path))
-    text = config.section("text_config")
-    name = config.dtype() or (None if text is None else text.dtype())
-    if name is None:
-        return None
-    try:
-        return dtype_of(name)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; correct it, or remove the key") from error
+    precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+    held.settle(decoder, precision)
+    return decoder, form, precision, None
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -318,26 +387,38 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
 
 
 def _described(
-    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+    raw: dict[str, Any], path: Path, files: WeightFiles
 ) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
-    rules = family.rules(spec).bind(files.names())
+    rules, fp8 = bound_rules(family, spec, raw, files.names())
     rules.check(files.names(), str(path))
-    decoder = on_meta(spec, files, rules, attn)
+    decoder = on_meta(spec, files, rules, fp8)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
     return family, rules, decoder
 
 
-def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
+def bound_rules(
+    family: Family, spec: specs.Decoder, config: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[Rules, FP8 | None]:
+    """The rules of a checkpoint that holds tensors of these names, and how it holds FP8 weights."""
+    rules, fp8 = family.rules(spec).bind(names), read_fp8(HFConfig(dict(config), path=CONFIG))
+    return (rules if fp8 is None else rules.scaled(names, fp8.block)), fp8
+
+
+def on_meta(
+    spec: specs.Decoder, files: WeightFiles, rules: Rules, fp8: FP8 | None = None
+) -> Decoder:
     """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
-        decoder = Decoder(spec, attn=attn)
+        decoder = Decoder(spec)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
+        if fp8 is not None and name.endswith(".packed"):
+            hold_fp8(decoder, name.removesuffix(".packed"), fp8.block)
     return decoder
 
 
@@ -349,12 +430,12 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.is_floating_point() and stored not in FLOATING:
+            if place.dtype in FLOATING and stored not in FLOATING:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
                 )
-            elif not place.is_floating_point() and stored != place.dtype:
+            elif place.dtype not in FLOATING and stored != place.dtype:
                 yield f"{where} is stored as {stored}, expected {place.dtype}"
             elif tuple(place.shape) != shape:
                 yield (
@@ -367,30 +448,34 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
 def _fill(
     decoder: Decoder,
     files: WeightFiles,
-    rules: Rules,
+    rules: Sequence[Rule | Stack],
     to: tuple[torch.dtype | None, torch.device],
     *,
     check_finite: bool,
 ) -> None:
-    """Put every weight in its place, in the dtype and on the device of `to`."""
+    """Put weights in their places, in the dtype (None: as stored) and on the device of `to`."""
+    dtype, device = to
 
     def read(disk: str) -> Tensor:
-        tensor = files.read_as(disk, *to)
+        tensor = files.read_as(disk, wanted, device)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
-    for rule in rules.plain:
-        # Compared as stored: rounding could hide a difference.
-        if rules.head_copied and rules.tied_head and EMBEDDING in rule.shapes(files.shape):
-            stored = rule.to_memory(files.read)[EMBEDDING]
-            if not torch.equal(files.read(rules.tied_head.disk), stored):
-                raise CheckpointError(
-                    f"{files.directory}: config.json ties the head to the embedding, but "
-                    f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
-                )
+    for rule in rules:
+        wanted = None if memory_of(rule).endswith(PACKED) else dtype
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
+
+
+def _check_whole(decoder: Decoder, files: WeightFiles, rules: Rules, embedding: str) -> None:
+    if rules.head_copied and rules.tied_head is not None:
+        copy = files.read(rules.tied_head.disk)
+        if not torch.equal(copy, files.read(embedding)):
+            raise CheckpointError(
+                f"{files.directory}: config.json ties the head to the embedding, but "
+                f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
+            )
     left = [name for name, held in state_of(decoder).items() if held.is_meta]
     assert not left, f"no rule fills {left}"
 
@@ -404,18 +489,24 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
-) -> LoraConfig | None:
-    """Put the adapter, if there is one, on a decoder that is where it will stay."""
-    if adapter is None:
-        return None
-    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
-    decoder.requires_grad_(False).to(decoder.device)
-    if check_finite:
-        weights = adapter / ADAPTER_WEIGHTS
-        for name, tensor in read_tensors(weights).items():
-            _check_finite(tensor, name, weights)
-    return lora
+    assembled: Assembled, adapter: Path | None, *, check_finite: bool
+) -> tuple[LoraConfig | None, Turns | None]:
+    """Put the adapter, if there is one, on a decoder that lies where it will; begin its turns."""
+    decoder, form, _, placement = assembled
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
+        decoder.requires_grad_(False)
+        if check_finite:
+            weights = adapter / ADAPTER_WEIGHTS
+            for name, tensor in read_tensors(weights).items():
+                _check_finite(tensor, name, weights)
+    decoder.verify()
+    if placement is None:
+        decoder.to(decoder.device)
+        return lora, None
+    assert isinstance(decoder, Decoder)
+    return lora, placement.start(decoder)
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:

@@ -28,6 +28,7 @@ def save_model(
     An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise,
     one tensor at a time; config.json gets the keys that older readers look for. Weights above
     `max_shard_size` (bytes, or "5GB", "500MiB") are spread over several files with an index.
+    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
 
     Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
     CheckpointError if the directory holds anything that is not part of a checkpoint, or the disk
@@ -96,9 +97,9 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
-    model.form.write(model.decoder, directory, max_shard_bytes)
+    changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = with_older_keys(model.config)
+    config = with_older_keys(model.config) | changed
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

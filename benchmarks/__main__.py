@@ -1,4 +1,8 @@
-"""`python -m benchmarks decode|prefill|train|load`: us and a peer in turn, and the ratio."""
+"""`python -m benchmarks TASK`: us and a peer in turn, in one run, and the ratio.
+
+load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
+disk; offload-load: how often a second it can be loaded so.
+"""
 
 import argparse
 import json
@@ -8,10 +12,12 @@ from benchmarks.duel import duel
 from benchmarks.load import load_duel
 from benchmarks.shapes import MODELS
 
+OFFLOAD = ("offload", "offload-load")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "prefill", "train", "load"])
+    parser.add_argument("task", choices=["decode", "prefill", "train", "load", *OFFLOAD])
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
@@ -31,6 +37,10 @@ def main() -> None:
         options["model"] = args.model
     if args.task == "decode":
         options["new_tokens"] = args.new_tokens
+    if args.task in OFFLOAD:
+        from benchmarks.checkpoint import checkpoint  # later: the others need no torch here
+
+        options["checkpoint"] = str(checkpoint(args.model, args.dtype))
     print(json.dumps(duel(args.task, args.rounds, options), indent=2))
 
 

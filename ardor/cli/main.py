@@ -1,7 +1,8 @@
 """`ardor VERB ...`: finds the verb, and turns whatever happens into one message and an exit code.
 
 0 success, 2 a mistake the user can correct, 1 a bug of ours, 130 interrupted, 141 closed pipe.
-`ardor doctor` answers 0, 1 or 2 by itself: clean, warnings, errors.
+`ardor doctor` answers 0, 1 or 2 by itself: clean, warnings, errors; `ardor plan` too: it fits, fits
+with changes, fits in no way.
 """
 
 import errno
@@ -25,6 +26,7 @@ VERBS = {
     "generate": ("ardor.cli.generate", "continue a prompt"),
     "chat": ("ardor.cli.chat", "talk with a model or a run"),
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),
+    "plan": ("ardor.cli.plan", "what a model takes in memory, whether it fits, and what would"),
     "doctor": ("ardor.cli.doctor", "what is wrong with a checkpoint, and what to do about it"),
 }
 

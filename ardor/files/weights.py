@@ -75,7 +75,7 @@ class WeightFiles:
         host memory holds one mapped tensor at a time beside what was read.
         """
         stored = self.dtype(name)
-        to = stored if dtype is None or not stored.is_floating_point else dtype
+        to = dtype if dtype is not None and stored in FLOATING else stored
         if to == stored and device.type == "cpu":
             return self.read(name)
         path = self.file(name)

@@ -21,7 +21,33 @@ FORMATS: dict[str, Callable[[Tensor], NF4Weight]] = {
 DEFAULT_SKIP = ("lm_head",)  # the head decides every token: it stays as it is
 
 
-class QuantizedLinear(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose buffers keep their dtypes: they are parts of a storage format.
+
+    `.to(torch.bfloat16)` would round scales, and take packed numbers for what they say.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsDtypes":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class StoredLinear(KeepsDtypes):
+    """A linear map that is kept in the packed format of its file."""
+
+    bias: nn.Parameter | None
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        """Its weight as a new tensor, rounded once to `dtype` (None: what the format is for)."""
+        raise NotImplementedError
+
+
+class QuantizedLinear(KeepsDtypes):
     """y = x W~^T + b in the dtype of x, where W~ is the dequantized weight. Frozen.
 
     Neither the forward nor the backward pass keeps W~: the backward pass expands it again. The
@@ -87,16 +113,6 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("nested_absmax", absmax)
         self.register_buffer("nested_offset", offset)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        # `.to(torch.bfloat16)` must not round the scales: they are part of a storage format.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -151,11 +167,12 @@ class QuantizedLinear(nn.Module):
 def quantize_decoder(
     decoder: nn.Module, format: str = "nf4", skip: Iterable[str] = DEFAULT_SKIP
 ) -> list[str]:
-    """Replace the dense linears inside the layers of `decoder` by quantized ones; their names.
+    """Replace the linears inside the layers of `decoder` by quantized ones; their names.
 
-    One weight is replaced at a time, so the extra memory is that of one. Embeddings, norms and the
-    head are never touched. `skip` adds to the default and never replaces it; an entry covers the
-    modules whose dotted name contains it as whole parts ("o_proj", "mixer", "layers.0").
+    One that its file keeps in another format is expanded first. One weight is replaced at a time,
+    so the extra memory is that of one. Embeddings, norms and the head are never touched. `skip`
+    adds to the default and never replaces it; an entry covers the modules whose dotted name
+    contains it as whole parts ("o_proj", "mixer", "layers.0").
 
     Raises: ConfigError for an unknown format, or an entry of `skip` that covers no module.
     """
@@ -167,13 +184,14 @@ def quantize_decoder(
     for name in names:
         linear = decoder.get_submodule(name)
         # Exactly torch's: a class derived from it may do more than multiply.
-        dense = isinstance(linear, Linear) or type(linear) is nn.Linear
+        dense = isinstance(linear, Linear | StoredLinear) or type(linear) is nn.Linear
         if not dense or place_of(decoder, name) != "layers":
             continue
-        assert isinstance(linear, Linear | nn.Linear)
+        assert isinstance(linear, Linear | StoredLinear | nn.Linear)
         if any(_covers(entry, name) for entry in skipped):
             continue
-        decoder.set_submodule(name, QuantizedLinear(quantizer(linear.weight), linear.bias))
+        weight = linear.dequantized() if isinstance(linear, StoredLinear) else linear.weight
+        decoder.set_submodule(name, QuantizedLinear(quantizer(weight), linear.bias))
         replaced.append(name)
     return replaced
 
