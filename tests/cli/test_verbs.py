@@ -107,7 +107,7 @@ def test_train_leaves_a_run_that_its_hint_generates_from(world, say, tmp_path):
     assert hint[:2] == ["generate", str(run)]
     done = say(*hint, "-n", 5)
     assert done.code == 0 and done.out.endswith("\n")
-    assert "float32, computing in float32 on cpu" in done.err
+    assert "weights in float32, computing in float32 (as stored), on cpu" in done.err
 
 
 def test_train_in_json_prints_the_lines_of_metrics(world, say, tmp_path):
