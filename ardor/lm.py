@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
+from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
 from ardor.place import requested
@@ -79,9 +80,12 @@ class LM:
         """The log-probability of each token of `text`, and what follows from it."""
         return score_text(self.model, text)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the model (or its adapter) as transformers (or PEFT) reads it."""
-        save_model(self.model, directory)
+    def save(self, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+        """Write the model (or its adapter) as transformers (or PEFT) reads it.
+
+        Weights above `max_shard_size` (bytes, or "5GB") are spread over several files.
+        """
+        save_model(self.model, directory, max_shard_size)
 
 
 def load(
@@ -136,6 +140,11 @@ def load(
             use_safetensors=use_safetensors,
         )
     )
+
+
+def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+    """`lm.save`, for those who look for it beside `load`."""
+    lm.save(directory, max_shard_size=max_shard_size)
 
 
 NOT_IMPLEMENTED = {

@@ -31,9 +31,16 @@ from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
+from ardor.files.weights import (
+    FLOATING,
+    MAX_SHARD_BYTES,
+    WeightFiles,
+    open_weights,
+    read_tensors,
+    write_weights,
+)
 from ardor.parallel.offload import Turns
-from ardor.place import Filling, Placement, Spread, place
+from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
@@ -44,12 +51,7 @@ from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHT_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # as values, not codes
+HOST = torch.device("cpu")
 
 
 @runtime_checkable
@@ -61,8 +63,9 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    # All files but JSON; what config.json must say of them, where that is not what it said.
-    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]: ...
+    # All files but JSON, the weights in shards of at most so many bytes; what config.json must say
+    # of them, where that is not what it said.
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class Native:
         """Where transformers, and so PEFT, has each linear map."""
         return self.family.disk_linears(self.spec)
 
-    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]:
+    def write(
+        self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> dict[str, Any]:
         """Every tensor under the name and in the shape that it was read with.
 
         FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
@@ -96,12 +101,19 @@ class Native:
 
         def read(name: str) -> Tensor:
             if name in state:
-                return state[name].detach().cpu()
+                return state[name].detach()
             module = decoder.get_submodule(name.removesuffix(".weight"))
             assert isinstance(module, FP8Linear | FP8Experts), name
-            return module.dequantized(torch.bfloat16).cpu()
+            return module.dequantized(torch.bfloat16)
 
-        write_weights(directory, chain(rules.to_disk(read), kept.items()))
+        tensors = rules.to_disk(lambda name: read(name).cpu())
+        layout = rules.to_disk(lambda name: read(name).to("meta"))
+        write_weights(
+            directory,
+            chain(tensors, kept.items()),
+            max_shard_bytes,
+            layout=chain(layout, kept.items()),
+        )
         return changed
 
 
@@ -152,13 +164,12 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it; with
-    dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
-    An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
-    not implement is run by transformers, and by code in its repository if it names some, with
-    `trust_remote_code` only; a line on stderr says what runs before it does.
+    Weights are mapped from their files and copied only where dtype or device ask for it, one at a
+    time as they are read; with dtype "auto" each stays as it is stored, unless config.json names
+    another. `quantization` replaces one linear at a time. An adapter's base is found through its
+    own files and quantized as it was in training, unless said otherwise; without `use_safetensors`
+    its weights are read from pickles. `check_finite` refuses a NaN or an infinity, at 0.1 s a GB. A
+    model that we do not implement is run by transformers, with `trust_remote_code` only.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
@@ -272,15 +283,11 @@ class _Held:
         place = self.place
         return place.device if isinstance(place, Spread) else torch.device(place)
 
-    def cast(self, precision: Precision) -> torch.dtype | None:
-        """What weights become: with "auto" nothing, as a file may hold several dtypes."""
-        return None if self.dtype == "auto" else precision.weights
-
     def settle(self, decoder: CausalLM, precision: Precision) -> None:
         """Quantize and move a filled decoder that lies on one device."""
         if self.quantization is not None:
             _quantize(decoder, self.quantization, self.source)
-        decoder.to(device=self.device, dtype=self.cast(precision))
+        decoder.to(device=self.device, dtype=precision.conversion)
         decoder.requires_grad_(False).eval()
 
 
@@ -293,13 +300,17 @@ def _implemented(held: _Held, check_finite: bool) -> Assembled:
     backend_for(held.attn_implementation, held.device)  # refused before anything is read
     family, rules, decoder = _described(held.config, held.found.path, files)
     embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
-    precision = resolve_precision(held.dtype, files.dtype(embedding), held.device)
+    stored = files.first_floating() or torch.float32
+    said = HFConfig(held.config, path=str(held.found.path / CONFIG)).weights_dtype()
+    precision = resolve_precision(held.dtype, stored, held.device, said)
+    # What is quantized is so from what is stored, on the host.
+    to = (None, HOST) if held.quantization else (precision.conversion, held.device)
     placement = None
     if isinstance(held.place, Spread):
         names = family.rules(decoder.spec)
         placement = _spread(held.place, held, decoder, (rules, names), precision, check_finite)
     else:
-        _fill(decoder, files, rules.plain, check_finite=check_finite)
+        _fill(decoder, files, rules.plain, to, check_finite=check_finite)
     _check_whole(decoder, files, rules, embedding)
     if placement is None:
         held.settle(decoder, precision)
@@ -321,12 +332,13 @@ def _spread(
 ) -> Placement:
     """Fill a decoder whose parts lie in several places."""
     format = held.quantization
+    to = (None if format else precision.conversion, HOST)
     filling = Filling(
         decoder,
         held.files,
         *rules,
-        dtype=held.cast(precision),
-        fill=lambda some: _fill(decoder, held.files, some, check_finite=check_finite),
+        dtype=precision.conversion,
+        fill=lambda some: _fill(decoder, held.files, some, to, check_finite=check_finite),
         put=lambda name, tensor: _place(decoder, name, tensor),
         quantize=None if format is None else lambda part: _quantize(part, format, held.source),
         quantization=format,
@@ -355,8 +367,9 @@ def _bridged(held: _Held) -> Assembled:
         dtype=held.dtype,
         attn_implementation=held.attn_implementation,
     )
-    why = "as stored" if held.dtype == "auto" else "as asked"
-    precision = Precision(decoder.stored, decoder.compute, why)
+    why = "as transformers chose" if held.dtype == "auto" else "as asked"
+    kept = held.dtype == "auto"
+    precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
     held.settle(decoder, precision)
     return decoder, form, precision, None
 
@@ -417,12 +430,12 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.dtype in WEIGHT_DTYPES and stored not in WEIGHT_DTYPES:
+            if place.dtype in FLOATING and stored not in FLOATING:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
                 )
-            elif place.dtype not in WEIGHT_DTYPES and stored != place.dtype:
+            elif place.dtype not in FLOATING and stored != place.dtype:
                 yield f"{where} is stored as {stored}, expected {place.dtype}"
             elif tuple(place.shape) != shape:
                 yield (
@@ -433,15 +446,24 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
 
 
 def _fill(
-    decoder: Decoder, files: WeightFiles, rules: Sequence[Rule | Stack], *, check_finite: bool
+    decoder: Decoder,
+    files: WeightFiles,
+    rules: Sequence[Rule | Stack],
+    to: tuple[torch.dtype | None, torch.device],
+    *,
+    check_finite: bool,
 ) -> None:
+    """Put weights in their places, in the dtype (None: as stored) and on the device of `to`."""
+    dtype, device = to
+
     def read(disk: str) -> Tensor:
-        tensor = files.read(disk)
+        tensor = files.read_as(disk, wanted, device)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
     for rule in rules:
+        wanted = None if memory_of(rule).endswith(PACKED) else dtype
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
 

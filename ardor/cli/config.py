@@ -38,7 +38,7 @@ C = TypeVar("C")
 
 STDIN = "(standard input)"  # stands for a lone "-", which cyclopts takes for a flag
 
-SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t"}
+SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t", "purpose": "--for"}
 ARGUMENTS = Group("Arguments", sort_key=0)
 OPTIONS = Group("Options", sort_key=1)
 

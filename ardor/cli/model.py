@@ -28,7 +28,7 @@ class ModelFlags:
     """Where layers that are kept on disk are written, if they are not in the checkpoint as they
     are in memory."""
     dtype: str = "auto"
-    """auto (as stored), float32, bfloat16 or float16."""
+    """auto (as config.json says, else as stored), float32, bfloat16 or float16."""
     quantization: str | None = None
     """nf4, nf4-dq or none. Default: as the run was trained."""
     adapter: str | None = None
@@ -62,9 +62,9 @@ class ModelFlags:
             use_safetensors=self.use_safetensors,
         )
         model = lm.model
-        held = model.quantization or str(model.precision.weights).removeprefix("torch.")
-        compute = str(model.precision.compute).removeprefix("torch.")
-        text = f"{name}: {held}, computing in {compute} on {model.decoder.device}"
+        at = "" if model.revision is None else f" at {model.revision[:12]}"
+        form = "" if model.quantization is None else f"linears in {model.quantization}, other "
+        text = f"{name}{at}: {form}{model.precision}, on {model.decoder.device}"
         if model.placement is not None:
             text = f"{text}; {model.placement.summary()}"
         remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
