@@ -207,7 +207,6 @@ def _generating(model: Outline, settings: Settings, machine: Machine) -> Use:
     quantization = settings.quantization or model.quantization
     quantization = None if quantization == "none" else quantization
     slow = weights == "bfloat16" and settings.dtype == "auto" and _compute(machine) != "bfloat16"
-    mapped = weights == model.stored and quantization is None
     return Use(
         task="generate",
         weights=weights,
@@ -216,7 +215,7 @@ def _generating(model: Outline, settings: Settings, machine: Machine) -> Use:
         rows=settings.batch_size or 1,
         length=length,
         new_tokens=settings.max_new_tokens,
-        mapped=mapped,
+        mapped=weights == model.stored,
         beside=beside(model, weights, quantization),
     )
 

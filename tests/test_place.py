@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers.integrations.accelerate as transformers
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ardor
 from ardor.arch.decoder import Decoder
@@ -149,7 +150,7 @@ def test_opt_is_filled_in_the_order_in_which_it_computes():
 def test_modules_are_named_as_transformers_names_them():
     for name, case in CASES.items():
         with torch.device("meta"):
-            model = theirs.AutoModelForCausalLM.from_config(case.config())
+            model = case.auto.from_config(case.config())
         raw = json.loads(model.config.to_json_string())
         family = family_of(raw, path="config.json")
         spec = family.spec(HFConfig(raw, path="config.json"))
@@ -183,8 +184,10 @@ def spread_computes_the_same(checkpoint: Path, folder: Path, dtype: str) -> None
         model = load_model(checkpoint, dtype=dtype, device=spread)
         # Equal but for the order of sums, which depends on where in memory a tensor begins.
         torch.testing.assert_close(logits(model), wanted, **CLOSE, msg=lambda m, k=kind: f"{k} {m}")
-        assert model.turns is not None and model.turns.peak and not model.turns.resident
-        assert {part.kept for part in placed(model).parts} & {"cpu", "disk"}
+        away = any(part.kept != "device" for part in placed(model).parts)
+        assert away or kind == "cpu beside an accelerator"  # which may be too small for a layer
+        assert model.turns is not None and bool(model.turns.peak) == away
+        assert not model.turns.resident
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float64"])
@@ -474,11 +477,11 @@ print(resident("VmHWM") - before)
 
 @pytest.mark.slow
 def test_the_memory_of_a_process_stays_near_what_is_allowed(tmp_path):
-    config = theirs.AutoConfig.for_model(
+    config = AutoConfig.for_model(
         "llama", vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16,
         num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
     )  # fmt: skip
-    model = theirs.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     size = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(tmp_path)
     layer = sum(p.nbytes for p in model.model.layers[0].parameters())

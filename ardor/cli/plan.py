@@ -93,8 +93,6 @@ def _show(plan: Plan) -> None:
     table.add_row("peak", shown(peak.bytes), f"during {peak.name}")
     console.print(table, soft_wrap=False)
     console.print(_verdict(asked))
-    if plan.device_map is not None:
-        console.print(f"device map: {_map(plan.device_map)}")
     if plan.cheapest is None:
         console.print("nothing that ardor can do fits there; take a smaller model, or more memory")
         return
@@ -103,6 +101,8 @@ def _show(plan: Plan) -> None:
         changes = " ".join(plan.cheapest.changes)
         where = PLACES[plan.cheapest.place]
         console.print(f"cheapest that fits: {changes} ({needed}, {where})")
+    if plan.device_map is not None:
+        console.print(f"device map: {_map(plan.device_map)}")
     if plan.most_rows is not None:
         now = plan.cheapest.use
         console.print(

@@ -73,7 +73,8 @@ def expected(spec: specs.Decoder, use: Use, machine: Machine, what: str) -> Choi
     Raises: ConfigError if it surely cannot fit the memory there is, with what would.
     """
     asked = as_asked(spec, use, machine)
-    if asked.needed * SURE <= asked.there or (asked.use.mapped and use.task == "generate"):
+    paged = use.task == "generate" and asked.use.mapped and use.quantization is None
+    if paged or asked.needed * SURE <= asked.there:
         return asked
     held = sum(term.bytes for term in asked.estimate.peak.terms if term.name in HELD)
     found = cheapest(spec, use, machine)
