@@ -79,7 +79,10 @@ IGNORED: dict[tuple[str, str], str] = {
     **{(family, "original_max_position_embeddings"): _OTHER for family in ("phi3", "phimoe")},
     ("exaone4", "sliding_window_pattern"): _OTHER,
     **{("", key): _IMAGES for key in UNREAD},
-    ("", "mrope_section"): "the three positions of a token of text are equal",
+    **{
+        ("", key): "the three positions of a token of text are equal"
+        for key in ("mrope_section", "mrope_interleaved")
+    },
     **{("llama4", key): _TRAINING for key in ("router_jitter_noise", "router_aux_loss_coef")},
     **{
         ("gemma4", key): "its case has no experts; those of gemma4_text have"
