@@ -368,8 +368,7 @@ def _bridged(held: _Held) -> Assembled:
         attn_implementation=held.attn_implementation,
     )
     why = "as transformers chose" if held.dtype == "auto" else "as asked"
-    kept = held.dtype == "auto"
-    precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+    precision = Precision(decoder.stored, decoder.compute, why, as_stored=held.dtype == "auto")
     held.settle(decoder, precision)
     return decoder, form, precision, None
 
@@ -503,7 +502,8 @@ def _adapted(
                 _check_finite(tensor, name, weights)
     decoder.verify()
     if placement is None:
-        decoder.to(decoder.device)
+        if lora is not None:
+            decoder.to(decoder.device)
         return lora, None
     assert isinstance(decoder, Decoder)
     return lora, placement.start(decoder)
