@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ardor.parallel.placement import Node
 
@@ -18,9 +18,10 @@ DEVICES = (0, 1, 2, 3)
 
 
 def on_meta(keys: dict[str, Any], dtype: torch.dtype) -> Any:
-    if keys["model_type"] == "falcon":  # which derives it, and takes none
-        keys = {key: value for key, value in keys.items() if key != "head_dim"}
-    config = AutoConfig.for_model(**keys)
+    """A model of the keys that its family knows."""
+    kind = CONFIG_MAPPING[keys["model_type"]]
+    known = {*kind().to_dict(), *kind.attribute_map}
+    config = kind(**{key: value for key, value in keys.items() if key in known - {"model_type"}})
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -28,6 +29,7 @@ def on_meta(keys: dict[str, Any], dtype: torch.dtype) -> Any:
 def random_keys(draw: random.Random) -> dict[str, Any]:
     """A config of a random family, shape and tying."""
     heads = draw.choice((2, 4, 8))
+    kv_heads = draw.choice((1, heads))
     width = heads * draw.choice((8, 16, 32))
     return {
         "model_type": draw.choice(FAMILIES),
@@ -36,9 +38,12 @@ def random_keys(draw: random.Random) -> dict[str, Any]:
         "intermediate_size": draw.randint(8, 512),
         "num_hidden_layers": draw.randint(1, 9),
         "num_attention_heads": heads,
-        "num_key_value_heads": draw.choice((1, heads)),
+        "num_key_value_heads": kv_heads,
+        "multi_query": kv_heads == 1,
         "head_dim": width // heads,
         "num_local_experts": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "vocab_size": draw.choice((50, 300, 5000)),
         "max_position_embeddings": draw.choice((16, 256)),
         "tie_word_embeddings": draw.random() < 0.5,
@@ -83,10 +88,8 @@ def tree(model: Any) -> tuple[Node, list[frozenset[str]]]:
 
 
 def without_tables(model: Any) -> Any:
-    """The model without the tables of its rotary positions, which are no module here."""
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
-            if name.endswith("rotary_emb"):
-                delattr(module, name)
-                assert not any(child.parameters())
+    """The model without what it keeps beside its weights: rotary tables, and masks of old."""
+    for module in model.modules():
+        for name in [*module._buffers]:
+            delattr(module, name)
     return model
