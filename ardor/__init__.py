@@ -15,13 +15,14 @@ if TYPE_CHECKING:
         ShapeError,
         TextError,
     )
-    from ardor.lm import LM, load
+    from ardor.lm import LM, load, save
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it under the same name.
 PUBLIC = {
     "load": "ardor.lm",
+    "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
     "ArdorError": "ardor.errors",
@@ -42,6 +43,7 @@ __all__ = [
     "TextError",
     "doctor",
     "load",
+    "save",
 ]
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
+from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
+from ardor.place import requested
 from ardor.precision import dtype_of
 from ardor.save import save_model
 from ardor.score import Score, score_text
@@ -30,6 +32,12 @@ class LM:
     def spec(self) -> Facts:
         """What is known of the model: the whole specs.Decoder for one that we implement."""
         return self.model.decoder.facts
+
+    @property
+    def device_map(self) -> dict[str, int | str]:
+        """Module -> device, in transformers' names; "" is the whole model."""
+        placement = self.model.placement
+        return {"": str(self.model.decoder.device)} if placement is None else placement.map
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -72,9 +80,12 @@ class LM:
         """The log-probability of each token of `text`, and what follows from it."""
         return score_text(self.model, text)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the model (or its adapter) as transformers (or PEFT) reads it."""
-        save_model(self.model, directory)
+    def save(self, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+        """Write the model (or its adapter) as transformers (or PEFT) reads it.
+
+        Weights above `max_shard_size` (bytes, or "5GB") are spread over several files.
+        """
+        save_model(self.model, directory, max_shard_size)
 
 
 def load(
@@ -84,7 +95,7 @@ def load(
     torch_dtype: str | torch.dtype | None = None,
     device_map: str | int | torch.device | dict[str, Any] | None = None,
     max_memory: dict[Any, Any] | None = None,
-    offload_folder: str | None = None,
+    offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
     quantization: str | None = None,
     load_in_4bit: bool = False,
@@ -98,7 +109,12 @@ def load(
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
-    `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0", 0);
+    `torch_dtype` is `dtype` under its older name. `device_map` is one device ("cpu", "cuda:0", 0),
+    a strategy ("auto", "balanced", "balanced_low_0", "sequential") within `max_memory`
+    ({0: "10GiB", "cpu": "30GiB"}; None: what is free), "kbit" (each process its own device), or a
+    device for each module ({"model.layers.0": 0, "": "disk"}). What lies on "cpu" beside an
+    accelerator, or on "disk", is fetched for its turn: from the checkpoint's own files where it is
+    in them as in memory, else from `offload_folder`, where it is written once.
     `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
     `low_cpu_mem_usage` and `use_cache` are accepted. A model that we do not implement is run by
     transformers, with `trust_remote_code` only, as is code in its repository if it names some;
@@ -108,18 +124,14 @@ def load(
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    _refuse(
-        load_in_8bit=load_in_8bit,
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-    )
+    _refuse(load_in_8bit=load_in_8bit)
     if load_in_4bit and quantization not in (None, "nf4", "nf4-dq"):
         raise ConfigError(f"load_in_4bit and quantization={quantization!r} differ; give one")
     return LM(
         load_model(
             name,
             dtype=_dtype(dtype, torch_dtype),
-            device=_device(device_map),
+            device=requested(device_map, max_memory, offload_folder),
             attn_implementation=attn_implementation,
             quantization=quantization or ("nf4" if load_in_4bit else None),
             adapter=adapter,
@@ -130,10 +142,13 @@ def load(
     )
 
 
+def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+    """`lm.save`, for those who look for it beside `load`."""
+    lm.save(directory, max_shard_size=max_shard_size)
+
+
 NOT_IMPLEMENTED = {
     "load_in_8bit": "4-bit weights are; give load_in_4bit=True, or quantization",
-    "max_memory": "a model lies on one device; leave it out, or give quantization",
-    "offload_folder": "a model lies on one device; leave it out, or give quantization",
 }
 
 
@@ -179,21 +194,3 @@ def _settings(given: dict[str, Any]) -> Settings:
     stop = given.get("stop") or ()
     # A lone string is a sequence too: of its letters.
     return Settings(**given | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
-
-
-def _device(device_map: str | int | torch.device | dict[str, Any] | None) -> torch.device:
-    one: Any = device_map
-    if isinstance(one, dict) and one.keys() == {""}:  # the whole model, as accelerate writes it
-        one = one[""]
-    try:
-        device = torch.device("cpu" if one is None else one)
-        if device.type == "meta":
-            raise RuntimeError
-        torch.empty(0, device=device)
-    # An AssertionError is how a torch without CUDA answers.
-    except (RuntimeError, TypeError, AssertionError):
-        raise ConfigError(
-            f"device_map={device_map!r} is not a device of this machine; give one such as cpu or "
-            "cuda:0 (spreading a model over several devices is not implemented)"
-        ) from None
-    return device

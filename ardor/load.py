@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,19 +20,27 @@ from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
-from ardor.bridge.assemble import Bridged, bridge
-from ardor.bridge.foreign import Foreign
+from ardor.bridge.assemble import bridge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.packing import FP8, read_fp8
-from ardor.families.rules import Rules
+from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
+from ardor.files.weights import (
+    FLOATING,
+    MAX_SHARD_BYTES,
+    WeightFiles,
+    open_weights,
+    read_tensors,
+    write_weights,
+)
+from ardor.parallel.offload import Turns
+from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
@@ -43,12 +51,7 @@ from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHT_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # as values, not codes
+HOST = torch.device("cpu")
 
 
 @runtime_checkable
@@ -60,8 +63,9 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    # All files but JSON; what config.json must say of them, where that is not what it said.
-    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]: ...
+    # All files but JSON, the weights in shards of at most so many bytes; what config.json must say
+    # of them, where that is not what it said.
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class Native:
         """Where transformers, and so PEFT, has each linear map."""
         return self.family.disk_linears(self.spec)
 
-    def write(self, decoder: CausalLM, directory: Path) -> dict[str, Any]:
+    def write(
+        self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> dict[str, Any]:
         """Every tensor under the name and in the shape that it was read with.
 
         FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
@@ -95,12 +101,19 @@ class Native:
 
         def read(name: str) -> Tensor:
             if name in state:
-                return state[name].detach().cpu()
+                return state[name].detach()
             module = decoder.get_submodule(name.removesuffix(".weight"))
             assert isinstance(module, FP8Linear | FP8Experts), name
-            return module.dequantized(torch.bfloat16).cpu()
+            return module.dequantized(torch.bfloat16)
 
-        write_weights(directory, chain(rules.to_disk(read), kept.items()))
+        tensors = rules.to_disk(lambda name: read(name).cpu())
+        layout = rules.to_disk(lambda name: read(name).to("meta"))
+        write_weights(
+            directory,
+            chain(tensors, kept.items()),
+            max_shard_bytes,
+            layout=chain(layout, kept.items()),
+        )
         return changed
 
 
@@ -120,6 +133,8 @@ class Model:
     revision: str | None  # the commit, for a hub id
     quantization: str | None = None
     adapter: LoraConfig | None = None
+    placement: Placement | None = None  # None: all on one device
+    turns: Turns | None = None  # what has a spread decoder compute
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -138,7 +153,7 @@ def load_model(
     name: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Spread = "cpu",
     attn_implementation: str | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -149,13 +164,12 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it; with
-    dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
-    An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
-    not implement is run by transformers, and by code in its repository if it names some, with
-    `trust_remote_code` only; a line on stderr says what runs before it does.
+    Weights are mapped from their files and copied only where dtype or device ask for it, one at a
+    time as they are read; with dtype "auto" each stays as it is stored, unless config.json names
+    another. `quantization` replaces one linear at a time. An adapter's base is found through its
+    own files and quantized as it was in training, unless said otherwise; without `use_safetensors`
+    its weights are read from pickles. `check_finite` refuses a NaN or an infinity, at 0.1 s a GB. A
+    model that we do not implement is run by transformers, with `trust_remote_code` only.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
@@ -166,16 +180,12 @@ def load_model(
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    quantization = None if quantization == "none" else quantization
+    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantization)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    if quantization is not None and quantization != "none":
-        _quantize(decoder, quantization, origin.base)
-    # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
-    decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
-    decoder.requires_grad_(False).eval()
-    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
-    decoder.verify()
+    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    decoder, form, precision, placement = assembled
+    lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
@@ -190,8 +200,10 @@ def load_model(
         precision=precision,
         source=str(found.path.resolve()) if found.revision is None else origin.base,
         revision=found.revision,
-        quantization=None if quantization == "none" else quantization,
+        quantization=quantization,
         adapter=lora,
+        placement=placement,
+        turns=turns,
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -246,7 +258,7 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _quantize(decoder: CausalLM, format: str, source: str) -> None:
+def _quantize(decoder: nn.Module, format: str, source: str) -> None:
     if not quantize_decoder(decoder, format):
         raise ConfigError(
             f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
@@ -262,28 +274,87 @@ class _Held:
     config: dict[str, Any]
     files: WeightFiles
     dtype: str | torch.dtype
-    device: torch.device
+    place: str | torch.device | Spread
     attn_implementation: str | None
+    quantization: str | None
+
+    @property
+    def device(self) -> torch.device:
+        place = self.place
+        return place.device if isinstance(place, Spread) else torch.device(place)
+
+    def settle(self, decoder: CausalLM, precision: Precision) -> None:
+        """Quantize and move a filled decoder that lies on one device."""
+        if self.quantization is not None:
+            _quantize(decoder, self.quantization, self.source)
+        decoder.to(device=self.device, dtype=precision.conversion)
+        decoder.requires_grad_(False).eval()
 
 
-def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
+Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _implemented(held: _Held, check_finite: bool) -> Assembled:
     """Our own decoder, with its weights."""
     files = held.files
     backend_for(held.attn_implementation, held.device)  # refused before anything is read
     family, rules, decoder = _described(held.config, held.found.path, files)
-    _fill(decoder, files, rules, check_finite=check_finite)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(held.dtype, stored, held.device)
+    embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
+    stored = files.first_floating() or torch.float32
+    said = HFConfig(held.config, path=str(held.found.path / CONFIG)).weights_dtype()
+    precision = resolve_precision(held.dtype, stored, held.device, said)
+    # What is quantized is so from what is stored, on the host.
+    to = (None, HOST) if held.quantization else (precision.conversion, held.device)
+    placement = None
+    if isinstance(held.place, Spread):
+        names = family.rules(decoder.spec)
+        placement = _spread(held.place, held, decoder, (rules, names), precision, check_finite)
+    else:
+        _fill(decoder, files, rules.plain, to, check_finite=check_finite)
+    _check_whole(decoder, files, rules, embedding)
+    if placement is None:
+        held.settle(decoder, precision)
     decoder.compute = precision.compute
     asked = held.attn_implementation
     decoder.attend_by(*backend_for(asked, held.device, spec=decoder.spec, compute=decoder.compute))
     kept = {name: files.read(name) for name in rules.kept(files.names())}
     fp8 = read_fp8(HFConfig(held.config, path=CONFIG))
-    return decoder, Native(family, decoder.spec, rules, kept, fp8), precision
+    return decoder, Native(family, decoder.spec, rules, kept, fp8), precision, placement
 
 
-def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+def _spread(
+    spread: Spread,
+    held: _Held,
+    decoder: Decoder,
+    rules: tuple[Rules, Rules],
+    precision: Precision,
+    check_finite: bool,
+) -> Placement:
+    """Fill a decoder whose parts lie in several places."""
+    format = held.quantization
+    to = (None if format else precision.conversion, HOST)
+    filling = Filling(
+        decoder,
+        held.files,
+        *rules,
+        dtype=precision.conversion,
+        fill=lambda some: _fill(decoder, held.files, some, to, check_finite=check_finite),
+        put=lambda name, tensor: _place(decoder, name, tensor),
+        quantize=None if format is None else lambda part: _quantize(part, format, held.source),
+        quantization=format,
+    )
+    placement = place(spread, filling)
+    decoder.requires_grad_(False).eval()
+    return placement
+
+
+def _bridged(held: _Held) -> Assembled:
     """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    if isinstance(held.place, Spread):
+        raise ConfigError(
+            f"{held.source} is run by transformers, and spread over devices only by it; "
+            "give one device as device_map"
+        )
     found = held.found
     if found.revision is not None and held.config.get("auto_map"):
         found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
@@ -296,8 +367,11 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
         dtype=held.dtype,
         attn_implementation=held.attn_implementation,
     )
-    why = "as stored" if held.dtype == "auto" else "as asked"
-    return decoder, form, Precision(decoder.stored, decoder.compute, why)
+    why = "as transformers chose" if held.dtype == "auto" else "as asked"
+    kept = held.dtype == "auto"
+    precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+    held.settle(decoder, precision)
+    return decoder, form, precision, None
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -356,12 +430,12 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.dtype in WEIGHT_DTYPES and stored not in WEIGHT_DTYPES:
+            if place.dtype in FLOATING and stored not in FLOATING:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
                 )
-            elif place.dtype not in WEIGHT_DTYPES and stored != place.dtype:
+            elif place.dtype not in FLOATING and stored != place.dtype:
                 yield f"{where} is stored as {stored}, expected {place.dtype}"
             elif tuple(place.shape) != shape:
                 yield (
@@ -371,19 +445,33 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+def _fill(
+    decoder: Decoder,
+    files: WeightFiles,
+    rules: Sequence[Rule | Stack],
+    to: tuple[torch.dtype | None, torch.device],
+    *,
+    check_finite: bool,
+) -> None:
+    """Put weights in their places, in the dtype (None: as stored) and on the device of `to`."""
+    dtype, device = to
+
     def read(disk: str) -> Tensor:
-        tensor = files.read(disk)
+        tensor = files.read_as(disk, wanted, device)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
-    for rule in rules.plain:
+    for rule in rules:
+        wanted = None if memory_of(rule).endswith(PACKED) else dtype
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
+
+
+def _check_whole(decoder: Decoder, files: WeightFiles, rules: Rules, embedding: str) -> None:
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)
-        if not torch.equal(copy, decoder.embed_tokens.weight):
+        if not torch.equal(copy, files.read(embedding)):
             raise CheckpointError(
                 f"{files.directory}: config.json ties the head to the embedding, but "
                 f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
@@ -401,18 +489,24 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
-) -> LoraConfig | None:
-    """Put the adapter, if there is one, on a decoder that is where it will stay."""
-    if adapter is None:
-        return None
-    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
-    decoder.requires_grad_(False).to(decoder.device)
-    if check_finite:
-        weights = adapter / ADAPTER_WEIGHTS
-        for name, tensor in read_tensors(weights).items():
-            _check_finite(tensor, name, weights)
-    return lora
+    assembled: Assembled, adapter: Path | None, *, check_finite: bool
+) -> tuple[LoraConfig | None, Turns | None]:
+    """Put the adapter, if there is one, on a decoder that lies where it will; begin its turns."""
+    decoder, form, _, placement = assembled
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
+        decoder.requires_grad_(False)
+        if check_finite:
+            weights = adapter / ADAPTER_WEIGHTS
+            for name, tensor in read_tensors(weights).items():
+                _check_finite(tensor, name, weights)
+    decoder.verify()
+    if placement is None:
+        decoder.to(decoder.device)
+        return lora, None
+    assert isinstance(decoder, Decoder)
+    return lora, placement.start(decoder)
 
 
 def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
-LAYER_3 = ("bridge", "load", "save", "data", "outline")
+LAYER_3 = ("bridge", "place", "load", "save", "data", "outline")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
 LAYER_5 = ("serve", "lm", "quickstart", "plan")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
@@ -33,7 +33,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Not layer 4: a decoder's size is asked for before it is loaded, and by whoever trains it.
     "memory": ("errors", "arch.spec"),
     "bridge": BELOW_3,
-    "load": (*BELOW_3, "bridge"),
+    "place": BELOW_3,
+    "load": (*BELOW_3, "bridge", "place"),
     "save": (*BELOW_3, "load"),  # the Model that load assembled is what save takes apart
     "data": BELOW_3,
     "outline": BELOW_3,

@@ -4,6 +4,8 @@ Axes: B batch rows, K kv heads, C capacity, S read positions, T new positions, d
 A layer's planes are its keys and its values, or the latents that both are made from.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,15 +36,18 @@ class KVCache:
         rows: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Sequence[torch.device] = "cpu",  # or one for each layer
     ):
         self.capacity = capacity
         self.past = [0] * rows  # positions held, per row; on the host, so that no step waits for it
         ropes = {layer.mixer.rope for layer in spec.layers}
         self._ropes = [rope for rope in ropes if rope is not None]
+        one = isinstance(device, torch.device | str)
+        devices = [device] * len(spec.layers) if one else device
+        shapes = (planes_of(layer.mixer) for layer in spec.layers)
         self._layers = [
-            torch.zeros(planes, rows, heads, capacity, width, dtype=dtype, device=device)
-            for planes, heads, width in (planes_of(layer.mixer) for layer in spec.layers)
+            torch.zeros(planes, rows, heads, capacity, width, dtype=dtype, device=place)
+            for (planes, heads, width), place in zip(shapes, devices, strict=True)
         ]
 
     def layout(self, new: int) -> Cached:
@@ -121,6 +126,6 @@ class Memory:
             self._kept[layer] = planes
         return planes
 
-    def read(self, layer: int) -> tuple[Float[Tensor, "B K S d"], ...]:
-        """What an earlier layer of this call could read."""
-        return self._kept[layer]
+    def read(self, layer: int, device: torch.device) -> tuple[Float[Tensor, "B K S d"], ...]:
+        """What an earlier layer of this call could read, on the device of the one that reads it."""
+        return tuple(plane.to(device) for plane in self._kept[layer])

@@ -68,7 +68,7 @@ class Attention(nn.Module):
             q = q * growth(self.spec.temperature, memory.layout.positions(q.device)).to(q.dtype)
         if self.k_proj is None:
             assert self.spec.kv_layer is not None
-            k, v = memory.read(self.spec.kv_layer)
+            k, v = memory.read(self.spec.kv_layer, q.device)
         else:
             keys = self.k_proj(x)
             values = keys if self.v_proj is None else self.v_proj(x)
@@ -231,9 +231,8 @@ class Decoder(CausalLM):
 
     def new_cache(self, *, rows: int, capacity: int) -> KVCache:
         """An empty cache of `rows` rows that hold up to `capacity` positions each."""
-        return KVCache(
-            self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=self.device
-        )
+        devices = self.device if self.devices is None else self.devices.layers
+        return KVCache(self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=devices)
 
     def attend_by(self, name: str, why: str) -> None:
         """Use another backend in every layer; `why` is kept beside it, for people."""

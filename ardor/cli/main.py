@@ -20,6 +20,7 @@ from ardor.errors import ArdorError, ConfigError
 # Verb -> its module (with `Config` and `run(config) -> int`), and its line in the help.
 VERBS = {
     "quickstart": ("ardor.cli.quickstart", "the whole job on this machine, offline, in 5 minutes"),
+    "download": ("ardor.cli.download", "fetch a model from the hub, as far as it is needed"),
     "train": ("ardor.cli.train", "train a model and its tokenizer from scratch"),
     "finetune": ("ardor.cli.finetune", "tune a model on your data: full, LoRA or QLoRA"),
     "generate": ("ardor.cli.generate", "continue a prompt"),

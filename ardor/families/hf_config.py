@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ardor.errors import ConfigError
+from ardor.precision import dtype_of
 
 # A layer takes memory before any weight is read: a wrong digit must not take all of it.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -148,6 +151,20 @@ class HFConfig:
         if not isinstance(value, str):
             raise ConfigError(f"{self.path}: dtype={value!r} is not the name of a dtype")
         return value.removeprefix("torch.")
+
+    def weights_dtype(self) -> torch.dtype | None:
+        """The dtype that the file gives the weights, or its part about text does.
+
+        Raises: ConfigError if it is none that weights are held in.
+        """
+        text = self.section("text_config")
+        name = self.dtype() or (None if text is None else text.dtype())
+        if name is None:
+            return None
+        try:
+            return dtype_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}; correct it, or remove the key") from error
 
     def unread(self, harmless: Mapping[str, str]) -> list[str]:
         """The keys that nothing read, and that are not `harmless`."""

@@ -90,7 +90,8 @@ def allowance(given: Mapping[Any, int | str]) -> Memory:
     found: Memory = {}
     for key, amount in given.items():
         device = int(key) if str(key).isdecimal() else key
-        if isinstance(key, bool) or not (isinstance(device, int) or device in ORDER):
+        number = isinstance(device, int) and not isinstance(key, bool) and device >= 0
+        if not number and device not in ORDER:
             raise ConfigError(
                 f"max_memory: {key!r} is no device; name accelerators by number (0, 1), and "
                 f"{', '.join(ORDER)}"

@@ -123,17 +123,18 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
     full = config.method == "full"
+    resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(
-        config.model if not full or checkpoint is None else checkpoint,
+        checkpoint if full and checkpoint is not None else config.model,
         dtype=precision.weights if full else precision.compute,
         device=device,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization if config.method == "qlora" else "none",
         adapter=None if full else checkpoint,
-        revision=config.revision,
+        revision=None if resumed else config.revision,
         trust_remote_code=config.trust_remote_code,
         # A checkpoint of the run is ours, and never a pickle.
-        use_safetensors=config.use_safetensors or (full and checkpoint is not None),
+        use_safetensors=config.use_safetensors or resumed,
         check_finite=True,
     )
     if model.adapter is not None and checkpoint is None:

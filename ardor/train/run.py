@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,16 @@ def begin(
             "resume with the model the run was begun with, or choose another output folder"
         )
     text = to_yaml(replace(config, output=folder, resume=False))
-    write_atomic(folder / CONFIG, f"# ardor {__version__}\n{text}")
+    write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
+
+
+def _header(file: Path, model: Model, resumed: bool) -> str:
+    """Comments that say what a run began from; those of a run that is resumed stay."""
+    if resumed and file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        return "".join(takewhile(lambda line: line.startswith("#"), lines))
+    at = "" if model.revision is None else f" at {model.revision}"
+    return f"# ardor {__version__}\n# model: {model.source!r}{at}; {model.precision}\n"
