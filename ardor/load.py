@@ -1,6 +1,6 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -32,8 +32,10 @@ from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
 from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
+from ardor.packing import Arrival, PackedFiles, opened, settings, to_disk, wanted
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
+from ardor.quant.config import Quantization
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
@@ -80,7 +82,7 @@ class Native:
     def write(self, decoder: CausalLM, directory: Path) -> None:
         """Every tensor under the name and in the shape that it was read with."""
         state = state_of(decoder)
-        ours = self.rules.to_disk(lambda name: state[name].detach().cpu())
+        ours = to_disk(self.rules, decoder, lambda name: state[name].detach().cpu())
         write_weights(directory, chain(ours, self.kept.items()))
 
 
@@ -98,7 +100,8 @@ class Model:
     precision: Precision
     source: str  # of the base weights: a hub id or an absolute path
     revision: str | None  # the commit, for a hub id
-    quantization: str | None = None
+    quantization: str | None = None  # the name of its format
+    quantizing: Quantization | None = None  # what was asked, if it was not stored so
     adapter: LoraConfig | None = None
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
@@ -109,7 +112,7 @@ class Origin:
 
     base: str
     adapter: Path | None
-    quantization: str | None  # of the base while the adapter was trained
+    quantization: Any  # of the base while the adapter was trained
     revision: str | None = None  # of a base on the hub, that the adapter was trained on
     needs_trust: bool = False  # whether that base is run by code that is not ours
 
@@ -120,7 +123,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -130,27 +133,29 @@ def load_model(
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
     Weights are mapped from their files and copied only where the dtype or device asks for it; with
-    dtype "auto" each keeps the dtype it is stored in. `quantization` replaces one linear at a time.
-    An adapter's base is found through its own files and quantized as it was when the adapter was
-    trained, unless said otherwise. Without `use_safetensors` the base's weights are read from
-    pickles. `check_finite` refuses a NaN or an infinity in them, at 0.1 s a GB. A model that we do
-    not implement is run by transformers, and by code in its repository if it names some, with
-    `trust_remote_code` only; a line on stderr says what runs before it does.
+    dtype "auto" each keeps the dtype it is stored in. `quantization` (see `quant.config.asked`)
+    takes each linear as its tensor arrives. An adapter's base is found through its own files and
+    quantized as it was when the adapter was trained, unless said otherwise. Without
+    `use_safetensors` the base's weights are read from pickles. `check_finite` refuses a NaN or an
+    infinity in them, at 0.1 s a GB. A model that we do not implement is run by transformers, and by
+    code in its repository if it names some, with `trust_remote_code` only; a line on stderr says
+    what runs before it does.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
     origin = _origin(Path(name), str(name), adapter)
-    quantization = quantization or origin.quantization
+    quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    held = _Held(found, origin.base, raw, files, dtype, torch.device(device), attn_implementation)
+    files, how = opened(files, raw, str(found.path / CONFIG))
+    quantizing = wanted(quantization, how, origin.base)
+    place = torch.device(device)
+    held = _Held(found, origin.base, raw, files, dtype, place, attn_implementation, quantizing)
     theirs = trust_remote_code and not implemented(raw)
     decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    if quantization is not None and quantization != "none":
-        _quantize(decoder, quantization, origin.base)
     # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
     decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
     decoder.requires_grad_(False).eval()
@@ -170,7 +175,8 @@ def load_model(
         precision=precision,
         source=str(found.path.resolve()) if found.revision is None else origin.base,
         revision=found.revision,
-        quantization=None if quantization == "none" else quantization,
+        quantization=how.name if how else quantizing.format if quantizing else None,
+        quantizing=quantizing,
         adapter=lora,
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
@@ -226,10 +232,11 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _quantize(decoder: CausalLM, format: str, source: str) -> None:
-    if not quantize_decoder(decoder, format):
+def _require_linears(quantized: Sequence[str], held: "_Held") -> None:
+    if held.quantization is not None and not quantized:
         raise ConfigError(
-            f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
+            f"quantization={held.quantization.format!r}: {held.source} has no plain linears to "
+            "quantize; leave it out"
         )
 
 
@@ -244,6 +251,7 @@ class _Held:
     dtype: str | torch.dtype
     device: torch.device
     attn_implementation: str | None
+    quantization: Quantization | None
 
 
 def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
@@ -251,9 +259,11 @@ def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Prec
     files = held.files
     attn = backend_for(held.attn_implementation, held.device)
     family, rules, decoder = _described(held.config, held.found.path, files, attn)
-    _fill(decoder, files, rules, check_finite=check_finite)
+    arrival = Arrival(decoder, rules, files, held.quantization, held.device)
+    _fill(decoder, files, rules, arrival, check_finite=check_finite)
+    _require_linears(arrival.quantized, held)
     stored = decoder.embed_tokens.weight.dtype
-    precision = resolve_precision(held.dtype, stored, held.device)
+    precision = _computing(resolve_precision(held.dtype, stored, held.device), held.quantization)
     decoder.compute = precision.compute
     kept = {name: files.read(name) for name in rules.kept(files.names())}
     return decoder, Native(family, decoder.spec, rules, kept), precision
@@ -273,8 +283,17 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
         dtype=held.dtype,
         attn_implementation=held.attn_implementation,
     )
+    if (quantization := held.quantization) is not None:
+        _require_linears(quantize_decoder(decoder, quantization.format, quantization.skip), held)
     why = "as stored" if held.dtype == "auto" else "as asked"
     return decoder, form, Precision(decoder.stored, decoder.compute, why)
+
+
+def _computing(precision: Precision, quantization: Quantization | None) -> Precision:
+    """The dtype of computing that a quantization asks for, if it does."""
+    if quantization is None or quantization.compute is None:
+        return precision
+    return Precision(precision.weights, quantization.compute, "as the quantization asks")
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -297,6 +316,7 @@ def _described(
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules = family.rules(spec).bind(files.names())
     rules.check(files.names(), str(path))
+    rules = files.fit(rules) if isinstance(files, PackedFiles) else rules
     decoder = on_meta(spec, files, rules, attn)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
@@ -336,7 +356,9 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
                 )
 
 
-def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: bool) -> None:
+def _fill(
+    decoder: Decoder, files: WeightFiles, rules: Rules, arrival: Arrival, *, check_finite: bool
+) -> None:
     def read(disk: str) -> Tensor:
         tensor = files.read(disk)
         if check_finite:
@@ -344,6 +366,8 @@ def _fill(decoder: Decoder, files: WeightFiles, rules: Rules, *, check_finite: b
         return tensor
 
     for rule in rules.plain:
+        if arrival.take(rule, read):
+            continue
         for name, tensor in rule.to_memory(read).items():
             _place(decoder, name, tensor)
     if rules.head_copied and rules.tied_head is not None:

@@ -13,7 +13,8 @@ from ardor.files.atomic import atomic_directory, write_atomic
 from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
-from ardor.load import CONFIG, GENERATION, Model
+from ardor.load import CONFIG, GENERATION, Model, Native
+from ardor.packing import saved_config
 from ardor.quant.linear import QuantizedLinear
 
 
@@ -22,7 +23,9 @@ def save_model(model: Model, directory: str | Path) -> None:
 
     An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise.
 
-    Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
+    A quantized model is written as its format's files are.
+
+    Raises: ConfigError for a quantized model that transformers runs: its full weights are not here;
     CheckpointError if the directory holds anything that is not part of a checkpoint.
     """
     _refuse_to_remove(Path(directory), model.form.files)
@@ -54,7 +57,8 @@ def write_files(model: Model, directory: Path) -> None:
             base_model=model.source,
             revision=model.revision,
         )
-        origin = {"quantization": model.quantization or "none"}
+        record = model.quantizing.record() if model.quantizing else model.quantization
+        origin: dict[str, Any] = {"quantization": record or "none"}
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
@@ -67,7 +71,8 @@ def write_files(model: Model, directory: Path) -> None:
 
 
 def _write_weights(model: Model, directory: Path) -> None:
-    if any(isinstance(module, QuantizedLinear) for module in model.decoder.modules()):
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.decoder.modules())
+    if quantized and not isinstance(model.form, Native):
         raise ConfigError(
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
@@ -75,6 +80,10 @@ def _write_weights(model: Model, directory: Path) -> None:
     model.form.write(model.decoder, directory)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
     config = dict(model.config)
+    if isinstance(model.form, Native):
+        config = saved_config(
+            config, model.form.rules, model.decoder, model.quantizing, model.decoder.compute
+        )
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

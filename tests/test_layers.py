@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel")
-LAYER_3 = ("bridge", "load", "save", "data")
+LAYER_3 = ("bridge", "packing", "load", "save", "data")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
 LAYER_5 = ("serve", "lm", "quickstart")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
@@ -31,8 +31,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "adapters": (*LAYER_0, "arch.linear", "kernels", "files"),
     "parallel": (*LAYER_0, "arch.linear", "kernels"),
     "bridge": BELOW_3,
-    "load": (*BELOW_3, "bridge"),
-    "save": (*BELOW_3, "load"),  # the Model that load assembled is what save takes apart
+    "packing": BELOW_3,
+    "load": (*BELOW_3, "bridge", "packing"),
+    "save": (*BELOW_3, "load", "packing"),  # the Model that load assembled is what save takes apart
     "data": BELOW_3,
     "generate": BELOW_4,
     "score": BELOW_4,
@@ -123,7 +124,7 @@ def test_every_module_keeps_to_its_layer():
         ("families/llama.py", "from ardor.arch.decoder import Decoder"),
         ("families/llama.py", "from ardor.arch import decoder"),
         ("families/llama.py", "from torch import nn"),
-        ("quant/nf4.py", "from ardor.adapters.lora import add_lora"),
+        ("quant/bnb4.py", "from ardor.adapters.lora import add_lora"),
         ("text/stops.py", "import torch"),
         ("train/trainer.py", "from ardor.cli.console import Progress"),
         ("serve/engine.py", "from ardor.train import trainer"),

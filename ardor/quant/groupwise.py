@@ -56,8 +56,9 @@ class GroupWeight(PackedWeight):
         return GroupWeight(packed, scales, zeros, self.bits, self.group, self.original_dtype)
 
     def tensors(self) -> dict[str, Tensor]:
+        """In files codes have a third axis, of one: no reader takes them for a dense weight."""
         return {
-            "weight": self.packed,
+            "weight": self.packed[..., None],
             "weight_scales": self.scales,
             "weight_zeros": self.zeros,
         }
@@ -81,7 +82,7 @@ class GroupWeight(PackedWeight):
                 f"missing {missing}"
             )
         packed, scales, zeros = (found[key] for key in needed)
-        outputs, inputs = len(packed), packed.shape[-1] * 8 // bits
+        outputs, inputs = len(packed), packed.numel() // max(1, len(packed)) * 8 // bits
         grid = (outputs, -(-inputs // group))
         dtypes = [found[key].dtype for key in needed]
         if dtypes != [*needed.values()] or not grid == scales.shape == zeros.shape:
@@ -90,7 +91,7 @@ class GroupWeight(PackedWeight):
                 f"{list(zeros.shape)} in {dtypes}; int{bits} in groups of {group} has {list(grid)} "
                 "of each; quantize the original checkpoint again"
             )
-        return cls(packed, scales, zeros, bits, group, dtype)
+        return cls(packed.view(outputs, -1), scales, zeros, bits, group, dtype)
 
     def error_bound(self) -> Float32[Tensor, "out g"]:
         """The largest |weight - dequantized float32 weight| possible in each group.

@@ -13,12 +13,29 @@ from ardor.errors import CheckpointError, ConfigError, ShapeError
 from ardor.quant.formats import FORMATS, format_name
 from ardor.quant.packed import DequantizedLinear, PackedWeight, Quantized, Rows
 
-__all__ = ["DequantizedLinear", "Quantized", "QuantizedLinear", "quantize_decoder"]
+__all__ = ["DequantizedLinear", "Quantized", "QuantizedLinear", "covers", "quantize_decoder"]
 
-DEFAULT_SKIP = ("lm_head",)  # the head decides every token: it stays as it is
+# The head decides every token, a gate what is read at all: they stay as they are.
+DEFAULT_SKIP = ("lm_head", "shared_gate")
 
 
-class QuantizedLinear(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose buffers keep their dtypes: they are parts of a storage format.
+
+    `.to(torch.bfloat16)` would round scales, and take packed numbers for what they say.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsDtypes":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantizedLinear(KeepsDtypes):
     """y = x W~^T + b in the dtype of x, where W~ is the dequantized weight. Frozen.
 
     Neither the forward nor the backward pass keeps W~: the backward pass expands it again. The
@@ -42,7 +59,8 @@ class QuantizedLinear(nn.Module):
         self.part = part
         if part is not None:
             self.outputs = part.count * part.groups
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
         self._hold(weight)
 
     @classmethod
@@ -96,16 +114,6 @@ class QuantizedLinear(nn.Module):
         self._facts = {
             name: part for name, part in weight.parts.items() if not isinstance(part, Tensor)
         }
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        # `.to(torch.bfloat16)` must not round the scales: they are part of a storage format.
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -173,7 +181,7 @@ def quantize_decoder(
     quantizer = FORMATS[format_name(format)]
     names = [name for name, _ in decoder.named_modules() if name]
     skipped = (*DEFAULT_SKIP, *skip)
-    _check_skip(skipped, names)
+    check_skip(skipped, names)
     replaced = []
     for name in names:
         linear = decoder.get_submodule(name)
@@ -182,21 +190,23 @@ def quantize_decoder(
         if not dense or place_of(decoder, name) != "layers":
             continue
         assert isinstance(linear, Linear | nn.Linear)
-        if any(_covers(entry, name) for entry in skipped):
+        if any(covers(entry, name) for entry in skipped):
             continue
         decoder.set_submodule(name, QuantizedLinear(quantizer(linear.weight), linear.bias))
         replaced.append(name)
     return replaced
 
 
-def _check_skip(skip: tuple[str, ...], names: list[str]) -> None:
+def check_skip(skip: tuple[str, ...], names: list[str]) -> None:
+    """Raises: ConfigError for an entry beside the default that covers no module."""
     parts = sorted({part for name in names for part in name.split(".")} | set(names))
     for entry in skip:
-        if entry in DEFAULT_SKIP or any(_covers(entry, name) for name in names):
+        if entry in DEFAULT_SKIP or any(covers(entry, name) for name in names):
             continue
         near = difflib.get_close_matches(entry, parts, n=3) or parts[:3]
         raise ConfigError(f"skip entry {entry!r} matches no module; did you mean {near}?")
 
 
-def _covers(entry: str, name: str) -> bool:
+def covers(entry: str, name: str) -> bool:
+    """Whether the dotted `name` contains `entry` as whole parts."""
     return f".{entry}." in f".{name}."
