@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, load
+    from ardor.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ PUBLIC = {
     "load": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
+    "quantize": "ardor.quantize",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "TextError",
     "doctor",
     "load",
+    "quantize",
 ]
 
 

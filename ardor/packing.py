@@ -192,7 +192,7 @@ class Arrival:
         Raises: CheckpointError for a weight that cannot be quantized, or packed ones that are not.
         """
         packed = self._packed(rule)
-        if not packed and not self._chosen(rule):
+        if not packed and not self.chosen(rule):
             return False
         if isinstance(rule, Stack) or self._experts(rule):
             self._place_experts(rule, read, packed)
@@ -206,13 +206,25 @@ class Arrival:
             self._replace(name, lambda bias, part=part: QuantizedLinear(value, bias, part))
         return True
 
+    def values(self, rule: Rule | Stack, read: Read) -> Iterator[tuple[str, PackedWeight, Tensor]]:
+        """(name in files, quantized, as it was) of each weight of a chosen rule, one at a time.
+
+        None for experts in one tensor, which no quantized layout has.
+        """
+        if isinstance(rule, Rule) and self._experts(rule):
+            return
+        for name in rule.names:
+            tensor = read(name)
+            dense = tensor.mT if isinstance(rule, Rule) and rule.transposed else tensor
+            yield name, self._made(dense, tensor), dense
+
     def _packed(self, rule: Rule | Stack) -> bool:
         if not isinstance(self.files, PackedFiles):
             return False
         held = [self.files.is_packed(name) for name in rule.names]
         return all(held) and self._linear(rule)
 
-    def _chosen(self, rule: Rule | Stack) -> bool:
+    def chosen(self, rule: Rule | Stack) -> bool:
         """Whether it is to be quantized: a joined one only if no part of it is skipped."""
         if self.quantization is None or not self._linear(rule):
             return False
@@ -326,8 +338,7 @@ def dense_modules(rules: Rules, decoder: nn.Module) -> list[str]:
     found = [] if rules.tied_head is None else [rules.tied_head.disk.removesuffix(".weight")]
     for rule in rules.plain:
         modules = _modules(rule, decoder)
-        maps = bool(modules) and all(type(m) in (Linear, ExpertLinear) for m in modules)
-        if maps and all(name.endswith(".weight") for name in _memory(rule)):
+        if modules and all(type(module) in (Linear, ExpertLinear) for module in modules):
             found += [name.removesuffix(".weight") for name in rule.names]
     return found
 
@@ -366,4 +377,4 @@ def _same_skip(section: Mapping[str, Any], dense: list[str]) -> bool:
     return all(any(covers(entry, name) for entry in known) for name in dense)
 
 
-__all__ = ["Arrival", "PackedFiles", "opened", "saved_config", "settings", "to_disk", "wanted"]
+__all__ = ["Arrival", "PackedFiles", "dense_modules", "opened", "to_disk", "wanted"]

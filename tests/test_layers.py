@@ -12,7 +12,7 @@ LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel")
 LAYER_3 = ("bridge", "packing", "load", "save", "data")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quickstart")
+LAYER_5 = ("serve", "lm", "quantize", "quickstart")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspect": BELOW_4,
     "serve": tuple(unit for unit in BELOW_5 if unit != "train"),
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),
+    "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quickstart": (*BELOW_5, "lm"),
     "cli": (*BELOW_5, *LAYER_5, "__init__"),
     "__init__": (*BELOW_5, *LAYER_5),

@@ -24,6 +24,7 @@ VERBS = {
     "generate": ("ardor.cli.generate", "continue a prompt"),
     "chat": ("ardor.cli.chat", "talk with a model or a run"),
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),
+    "quantize": ("ardor.cli.quantize", "write a checkpoint in 4 or 8 bits, and what that costs"),
     "doctor": ("ardor.cli.doctor", "what is wrong with a checkpoint, and what to do about it"),
 }
 

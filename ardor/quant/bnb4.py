@@ -35,7 +35,7 @@ LEVELS = {
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
-    "fp4": (*_FP4, *(-level for level in _FP4)),
+    "fp4": (*_FP4, 0.0, *(-level for level in _FP4[1:])),
 }
 # The codes by rising level, as bitsandbytes breaks the tie of FP4's two zeros.
 _RISING = {

@@ -28,8 +28,8 @@ _CHUNK = 1 << 20  # numbers at a time
 class GPTQWeight(PackedWeight):
     """(code - zero) * scale. The first version stores each zero less one."""
 
-    qweight: Int32[Tensor, "in/w out"]
-    qzeros: Int32[Tensor, "g out/w"]
+    qweight: Int32[Tensor, "words out"]
+    qzeros: Int32[Tensor, "g zero_words"]
     scales: Float[Tensor, "g out"]
     g_idx: Int32[Tensor, "in"] | None  # the group of each input; None: in their order
     bits: int
@@ -97,8 +97,8 @@ class GPTQWeight(PackedWeight):
 class AWQWeight(PackedWeight):
     """(code - zero) * scale, with 4-bit codes."""
 
-    qweight: Int32[Tensor, "in out/w"]
-    qzeros: Int32[Tensor, "g out/w"]
+    qweight: Int32[Tensor, "in words"]
+    qzeros: Int32[Tensor, "g zero_words"]
     scales: Float16[Tensor, "g out"]
     group: int
 

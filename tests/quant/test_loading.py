@@ -30,11 +30,12 @@ SIZES = {
 LLAMA = Case("llama", sizes=SIZES)
 # Queries, keys and values in one matrix; and heads within it; and one that is [in, out].
 PHI3 = Case("phi3", sizes=SIZES)
-NEOX = Case("gpt_neox", sizes=SIZES)
+FEWER = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+NEOX = Case("gpt_neox", sizes=FEWER)
 GPT2 = Case(
     "gpt2",
     {"n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    sizes=SIZES,
+    sizes={key: value for key, value in FEWER.items() if key != "intermediate_size"},
 )
 TIED = Case("llama", {"tie_word_embeddings": True}, sizes=SIZES)
 CASES = {"llama": LLAMA, "phi3": PHI3, "gpt_neox": NEOX, "gpt2": GPT2, "tied": TIED}
@@ -48,10 +49,14 @@ THEIRS = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "llm-int8": {"load_in_8bit": True},
 }
-# What their float16 activations may change in a product of 8 bits, twice over in two layers.
-CLOSE = {name: {"rtol": 1e-4, "atol": 1e-4} for name in THEIRS} | {
-    "llm-int8": {"rtol": 0.05, "atol": 0.05}
-}
+# Of all logits. Theirs rounds activations to float16 before 8 bits, so that some codes differ by
+# one step, which is all that 8 bits change: that product itself is compared in test_bnb8.
+CLOSE = dict.fromkeys(THEIRS, 1e-05) | {"llm-int8": 0.04}
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
 
 # bitsandbytes compiles one of its CPU fallbacks, which takes longer than all of these tests.
 pytestmark = [
@@ -97,10 +102,9 @@ def test_what_transformers_saves_is_read_and_saved_bitwise(tmp_path, case, forma
     expected = exact(model, format)
     lm = ardor.load(tmp_path / "theirs", dtype="float32")
     assert quantized(lm) and lm.model.quantization == format
-    torch.testing.assert_close(lm.logits(tokens()), expected, **CLOSE[format])
-    assert not torch.allclose(
-        ardor.load(tmp_path / "dense", dtype="float32").logits(tokens()), expected, atol=1e-2
-    )  # quantization is visible in this probe
+    assert distance(lm.logits(tokens()), expected) < CLOSE[format]
+    plain = ardor.load(tmp_path / "dense", dtype="float32").logits(tokens())
+    assert distance(plain, expected) > 0.02  # the probe sees the rounding
     ardor.load(tmp_path / "theirs").save(tmp_path / "ours")
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
     section = [
@@ -119,7 +123,7 @@ def test_what_is_quantized_here_transformers_loads_with_the_same_logits(tmp_path
     kinds = {type(m).__name__ for m in model.modules()}
     assert kinds & {"Linear4bit", "Linear8bitLt"}
     again = ardor.load(tmp_path / "ours", dtype="float32")
-    torch.testing.assert_close(again.logits(tokens()), exact(model, format), **CLOSE[format])
+    assert distance(again.logits(tokens()), exact(model, format)) < CLOSE[format]
     # The bytes of weights are those of bitsandbytes on the same checkpoint.
     saved(
         AutoModelForCausalLM.from_pretrained(
