@@ -334,13 +334,22 @@ def _packed_tensors(rule: Rule | Stack, module: nn.Module) -> Iterator[tuple[str
 
 
 def dense_modules(rules: Rules, decoder: nn.Module) -> list[str]:
-    """The linear maps of layers that are not quantized, and the head, by their names in files."""
-    found = [] if rules.tied_head is None else [rules.tied_head.disk.removesuffix(".weight")]
+    """The head, and the linear maps of layers that are not quantized, by their names in files."""
+    found = _heads(rules)
     for rule in rules.plain:
         modules = _modules(rule, decoder)
         if modules and all(type(module) in (Linear, ExpertLinear) for module in modules):
-            found += [name.removesuffix(".weight") for name in rule.names]
+            names = (name.removesuffix(".weight") for name in rule.names)
+            found += [name for name in names if name not in found]
     return found
+
+
+def _heads(rules: Rules) -> list[str]:
+    """Every name of the head: in files, and where transformers gives it another in memory."""
+    rule = rules.tied_head
+    names = [] if rule is None else [rule.disk]
+    names += [rule.names[0] for rule in rules.plain if _memory(rule) == ("lm_head.weight",)]
+    return [*dict.fromkeys(["lm_head", *(name.removesuffix(".weight") for name in names)])]
 
 
 def _modules(rule: Rule | Stack, decoder: nn.Module) -> list[nn.Module]:
@@ -366,15 +375,13 @@ def saved_config(
         return {**config, SECTION: quantization.section(dense, compute)}
     how = published(config, "config.json")
     if how is not None and how.method == "bitsandbytes":
-        section = {**config[SECTION], "llm_int8_skip_modules": dense}
-        return config if _same_skip(config[SECTION], dense) else {**config, SECTION: section}
+        known = config[SECTION].get("llm_int8_skip_modules") or _heads(rules)
+        if not all(
+            any(covers(entry, name) for entry in (*known, *_heads(rules))) for name in dense
+        ):
+            # An adapter was merged into some of them.
+            return {**config, SECTION: {**config[SECTION], "llm_int8_skip_modules": dense}}
     return config
-
-
-def _same_skip(section: Mapping[str, Any], dense: list[str]) -> bool:
-    """Whether a skip list leaves out just these maps, whatever else it names."""
-    known = section.get("llm_int8_skip_modules") or ["lm_head"]
-    return all(any(covers(entry, name) for entry in known) for name in dense)
 
 
 __all__ = ["Arrival", "PackedFiles", "dense_modules", "opened", "to_disk", "wanted"]
