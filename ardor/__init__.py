@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         ShapeError,
         TextError,
     )
-    from ardor.lm import LM, load
+    from ardor.lm import LM, load, save
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it under the same name.
 PUBLIC = {
     "load": "ardor.lm",
+    "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
     "quantize": "ardor.quantize",
@@ -45,6 +46,7 @@ __all__ = [
     "doctor",
     "load",
     "quantize",
+    "save",
 ]
 
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
+from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
 from ardor.packing import settings
+from ardor.place import requested
 from ardor.precision import dtype_of
 from ardor.quant.config import asked
 from ardor.save import save_model
@@ -32,6 +34,12 @@ class LM:
     def spec(self) -> Facts:
         """What is known of the model: the whole specs.Decoder for one that we implement."""
         return self.model.decoder.facts
+
+    @property
+    def device_map(self) -> dict[str, int | str]:
+        """Module -> device, in transformers' names; "" is the whole model."""
+        placement = self.model.placement
+        return {"": str(self.model.decoder.device)} if placement is None else placement.map
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,9 +82,12 @@ class LM:
         """The log-probability of each token of `text`, and what follows from it."""
         return score_text(self.model, text)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the model (or its adapter) as transformers (or PEFT) reads it."""
-        save_model(self.model, directory)
+    def save(self, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+        """Write the model (or its adapter) as transformers (or PEFT) reads it.
+
+        Weights above `max_shard_size` (bytes, or "5GB") are spread over several files.
+        """
+        save_model(self.model, directory, max_shard_size)
 
 
 def load(
@@ -86,7 +97,7 @@ def load(
     torch_dtype: str | torch.dtype | None = None,
     device_map: str | int | torch.device | dict[str, Any] | None = None,
     max_memory: dict[Any, Any] | None = None,
-    offload_folder: str | None = None,
+    offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
     quantization: Any = None,
     quantization_config: Any = None,
@@ -101,7 +112,12 @@ def load(
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
-    `torch_dtype` is `dtype` under its older name; `device_map` is one device ("cpu", "cuda:0", 0).
+    `torch_dtype` is `dtype` under its older name. `device_map` is one device ("cpu", "cuda:0", 0),
+    a strategy ("auto", "balanced", "balanced_low_0", "sequential") within `max_memory`
+    ({0: "10GiB", "cpu": "30GiB"}; None: what is free), "kbit" (each process its own device), or a
+    device for each module ({"model.layers.0": 0, "": "disk"}). What lies on "cpu" beside an
+    accelerator, or on "disk", is fetched for its turn: from the checkpoint's own files where it is
+    in them as in memory, else from `offload_folder`, where it is written once.
     `quantization` is a format's name ("nf4", "nf4-dq", "fp4", "int8" for LLM.int8, "int8-g128",
     "int4-g128"), a dict or object shaped like BitsAndBytesConfig, or a YAML file of its settings;
     `quantization_config` is the same, `load_in_4bit` is "nf4" and `load_in_8bit` "int8". Memory use
@@ -114,15 +130,11 @@ def load(
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    _refuse(
-        max_memory=max_memory,
-        offload_folder=offload_folder,
-    )
     return LM(
         load_model(
             name,
             dtype=_dtype(dtype, torch_dtype),
-            device=_device(device_map),
+            device=requested(device_map, max_memory, offload_folder),
             attn_implementation=attn_implementation,
             quantization=_quantization(
                 quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
@@ -135,17 +147,12 @@ def load(
     )
 
 
+def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
+    """`lm.save`, for those who look for it beside `load`."""
+    lm.save(directory, max_shard_size=max_shard_size)
+
+
 FOUR_BIT = ("nf4", "nf4-dq", "fp4", "fp4-dq")
-NOT_IMPLEMENTED = {
-    "max_memory": "a model lies on one device; leave it out, or give quantization",
-    "offload_folder": "a model lies on one device; leave it out, or give quantization",
-}
-
-
-def _refuse(**given: object) -> None:
-    for key, value in given.items():
-        if value:
-            raise ConfigError(f"{key}={value!r} is not implemented: {NOT_IMPLEMENTED[key]}")
 
 
 def _quantization(quantization: Any, config: Any, *, four: bool, eight: bool) -> Any:
@@ -204,21 +211,3 @@ def _settings(given: dict[str, Any]) -> Settings:
     stop = given.get("stop") or ()
     # A lone string is a sequence too: of its letters.
     return Settings(**given | {"stop": (stop,) if isinstance(stop, str) else tuple(stop)})
-
-
-def _device(device_map: str | int | torch.device | dict[str, Any] | None) -> torch.device:
-    one: Any = device_map
-    if isinstance(one, dict) and one.keys() == {""}:  # the whole model, as accelerate writes it
-        one = one[""]
-    try:
-        device = torch.device("cpu" if one is None else one)
-        if device.type == "meta":
-            raise RuntimeError
-        torch.empty(0, device=device)
-    # An AssertionError is how a torch without CUDA answers.
-    except (RuntimeError, TypeError, AssertionError):
-        raise ConfigError(
-            f"device_map={device_map!r} is not a device of this machine; give one such as cpu or "
-            "cuda:0 (spreading a model over several devices is not implemented)"
-        ) from None
-    return device

@@ -1,7 +1,7 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,35 +20,48 @@ from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
-from ardor.bridge.assemble import Bridged, bridge
-from ardor.bridge.foreign import Foreign
+from ardor.bridge.assemble import bridge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
 from ardor.families.family import BRIDGE, Family
 from ardor.families.hf_config import HFConfig
-from ardor.families.rules import Rules
+from ardor.families.packing import FP8, read_fp8
+from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.files.weights import WeightFiles, open_weights, read_tensors, write_weights
-from ardor.packing import Arrival, PackedFiles, opened, settings, to_disk, wanted
+from ardor.files.weights import (
+    FLOATING,
+    MAX_SHARD_BYTES,
+    WeightFiles,
+    open_weights,
+    read_tensors,
+    write_weights,
+)
+from ardor.packing import (
+    Arrival,
+    PackedFiles,
+    opened,
+    require_linears,
+    settings,
+    to_disk,
+    wanted,
+)
+from ardor.parallel.offload import Turns
+from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.config import Quantization
+from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
 from ardor.text.stops import StopSet
-from ardor.text.tokenizer import Tokenizer
+from ardor.text.tokenizer import Tokenizer, lacks_rows
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHT_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-)  # as values, not codes
+HOST = torch.device("cpu")
 
 
 @runtime_checkable
@@ -60,7 +73,9 @@ class Form(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
     def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    def write(self, decoder: CausalLM, directory: Path) -> None: ...  # all but the JSON files
+    # All files but JSON, the weights in shards of at most so many bytes; what config.json must say
+    # of them, where that is not what it said.
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,7 @@ class Native:
     spec: specs.Decoder
     rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
     kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
+    fp8: FP8 | None = None  # how its weights are held in FP8
 
     needs_trust = False
     files = ()
@@ -79,11 +95,36 @@ class Native:
         """Where transformers, and so PEFT, has each linear map."""
         return self.family.disk_linears(self.spec)
 
-    def write(self, decoder: CausalLM, directory: Path) -> None:
-        """Every tensor under the name and in the shape that it was read with."""
-        state = state_of(decoder)
-        ours = to_disk(self.rules, decoder, lambda name: state[name].detach().cpu())
-        write_weights(directory, chain(ours, self.kept.items()))
+    def write(
+        self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> dict[str, Any]:
+        """Every tensor under the name and in the shape that it was read with.
+
+        FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
+        """
+        rules, kept, state = self.rules, self.kept, state_of(decoder)
+        changed = {}
+        if self.fp8 is not None and not {*state}.issuperset(chain.from_iterable(rules.memory)):
+            # What was merged is FP8 no longer: nor can the others stay so.
+            rules, kept = rules.expanded(), expand_pairs(kept, self.fp8.block)
+            changed = {"quantization_config": None}
+
+        def read(name: str) -> Tensor:
+            if name in state:
+                return state[name].detach()
+            module = decoder.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(module, FP8Linear | FP8Experts), name
+            return module.dequantized(torch.bfloat16)
+
+        tensors = to_disk(rules, decoder, lambda name: read(name).cpu())
+        layout = to_disk(rules, decoder, lambda name: read(name).to("meta"), "meta")
+        write_weights(
+            directory,
+            chain(tensors, kept.items()),
+            max_shard_bytes,
+            layout=chain(layout, kept.items()),
+        )
+        return changed
 
 
 @dataclass
@@ -103,6 +144,8 @@ class Model:
     quantization: str | None = None  # the name of its format
     quantizing: Quantization | None = None  # what was asked, if it was not stored so
     adapter: LoraConfig | None = None
+    placement: Placement | None = None  # None: all on one device
+    turns: Turns | None = None  # what has a spread decoder compute
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
 
 
@@ -121,7 +164,7 @@ def load_model(
     name: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Spread = "cpu",
     attn_implementation: str | None = None,
     quantization: Any = None,
     adapter: str | Path | None = None,
@@ -132,14 +175,12 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory, hub id, adapter directory, or the newest checkpoint of a run.
 
-    Weights are mapped from their files and copied only where the dtype or device asks for it; with
-    dtype "auto" each keeps the dtype it is stored in. `quantization` (see `quant.config.asked`)
-    takes each linear as its tensor arrives. An adapter's base is found through its own files and
-    quantized as it was when the adapter was trained, unless said otherwise. Without
-    `use_safetensors` the base's weights are read from pickles. `check_finite` refuses a NaN or an
-    infinity in them, at 0.1 s a GB. A model that we do not implement is run by transformers, and by
-    code in its repository if it names some, with `trust_remote_code` only; a line on stderr says
-    what runs before it does.
+    Weights are mapped from their files and copied only where dtype or device ask for it, one at a
+    time as they are read; with dtype "auto" each stays as it is stored, unless config.json names
+    another. `quantization` (see `quant.config.asked`) takes each linear as its tensor arrives. An
+    adapter's base is found through its own files and quantized as it was in training, unless said
+    otherwise; without `use_safetensors` its weights are read from pickles. `check_finite` refuses
+    NaN and infinity, at 0.1 s a GB. Models that we lack are run by transformers, if trusted.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
@@ -152,15 +193,12 @@ def load_model(
     raw = read_object(found.path / CONFIG)
     files, how = opened(files, raw, str(found.path / CONFIG))
     quantizing = wanted(quantization, how, origin.base)
-    place = torch.device(device)
-    held = _Held(found, origin.base, raw, files, dtype, place, attn_implementation, quantizing)
+    asked = (device, attn_implementation, quantizing)
+    held = _Held(found, origin.base, raw, files, dtype, *asked)
     theirs = trust_remote_code and not implemented(raw)
-    decoder, form, precision = _bridged(held) if theirs else _implemented(held, check_finite)
-    # "auto" leaves every tensor as it is stored: a file may hold several dtypes.
-    decoder.to(device=device, dtype=None if dtype == "auto" else precision.weights)
-    decoder.requires_grad_(False).eval()
-    lora = _adapted(decoder, origin.adapter, form, check_finite=check_finite)
-    decoder.verify()
+    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    decoder, form, precision, placement = assembled
+    lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
     text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
     tokenizer, template = _text(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
@@ -178,6 +216,8 @@ def load_model(
         quantization=how.name if how else quantizing.format if quantizing else None,
         quantizing=quantizing,
         adapter=lora,
+        placement=placement,
+        turns=turns,
         texts=_texts(found.path / CONFIG, text / GENERATION),
     )
 
@@ -232,14 +272,6 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _require_linears(quantized: Sequence[str], held: "_Held") -> None:
-    if held.quantization is not None and not quantized:
-        raise ConfigError(
-            f"quantization={held.quantization.format!r}: {held.source} has no plain linears to "
-            "quantize; leave it out"
-        )
-
-
 @dataclass(frozen=True)
 class _Held:
     """A checkpoint that is found, and how it is asked to be held."""
@@ -249,28 +281,90 @@ class _Held:
     config: dict[str, Any]
     files: WeightFiles
     dtype: str | torch.dtype
-    device: torch.device
+    place: str | torch.device | Spread
     attn_implementation: str | None
     quantization: Quantization | None
 
+    @property
+    def device(self) -> torch.device:
+        place = self.place
+        return place.device if isinstance(place, Spread) else torch.device(place)
 
-def _implemented(held: _Held, check_finite: bool) -> tuple[Decoder, Native, Precision]:
+    def settle(self, decoder: CausalLM, precision: Precision) -> None:
+        """Move a filled decoder that lies on one device."""
+        decoder.to(device=self.device, dtype=precision.conversion)
+        decoder.requires_grad_(False).eval()
+
+
+Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _implemented(held: _Held, check_finite: bool) -> Assembled:
     """Our own decoder, with its weights."""
     files = held.files
-    attn = backend_for(held.attn_implementation, held.device)
-    family, rules, decoder = _described(held.config, held.found.path, files, attn)
-    arrival = Arrival(decoder, rules, files, held.quantization, held.device)
-    _fill(decoder, files, rules, arrival, check_finite=check_finite)
-    _require_linears(arrival.quantized, held)
-    stored = decoder.embed_tokens.weight.dtype
-    precision = _computing(resolve_precision(held.dtype, stored, held.device), held.quantization)
+    backend_for(held.attn_implementation, held.device)  # refused before anything is read
+    family, rules, decoder = _described(held.config, held.found.path, files)
+    embedding = next(r.names[0] for r in rules.plain if "embed_tokens.weight" in r.memory)
+    stored = files.first_floating() or torch.float32
+    said = HFConfig(held.config, path=str(held.found.path / CONFIG)).weights_dtype()
+    precision = resolve_precision(held.dtype, stored, held.device, said)
+    if held.quantization is not None and held.quantization.compute is not None:
+        why = "as the quantization asks"
+        precision = replace(precision, compute=held.quantization.compute, why=why)
+    device = HOST if isinstance(held.place, Spread) else held.device
+    arrival = Arrival(decoder, rules, files, held.quantization, device)
+    placement = None
+    if isinstance(held.place, Spread):
+        names = family.rules(decoder.spec)
+        placement = _spread(held.place, held, arrival, (rules, names), precision, check_finite)
+    else:
+        _fill(arrival, rules.plain, precision.conversion, check_finite=check_finite)
+        arrival.finish(decoder)
+        require_linears(arrival.quantized, held.quantization, held.source)
+    _check_whole(decoder, files, rules, embedding)
+    if placement is None:
+        held.settle(decoder, precision)
     decoder.compute = precision.compute
+    asked = held.attn_implementation
+    decoder.attend_by(*backend_for(asked, held.device, spec=decoder.spec, compute=decoder.compute))
     kept = {name: files.read(name) for name in rules.kept(files.names())}
-    return decoder, Native(family, decoder.spec, rules, kept), precision
+    fp8 = read_fp8(HFConfig(held.config, path=CONFIG))
+    return decoder, Native(family, decoder.spec, rules, kept, fp8), precision, placement
 
 
-def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
+def _spread(
+    spread: Spread,
+    held: _Held,
+    arrival: Arrival,
+    rules: tuple[Rules, Rules],
+    precision: Precision,
+    check_finite: bool,
+) -> Placement:
+    """Fill a decoder whose parts lie in several places."""
+    decoder, to = arrival.decoder, precision.conversion
+    assert isinstance(decoder, Decoder)
+    filling = Filling(
+        decoder,
+        held.files,
+        *rules,
+        dtype=to,
+        fill=lambda some: _fill(arrival, some, to, check_finite=check_finite),
+        put=lambda name, tensor: _place(decoder, name, tensor),
+        quantize=arrival.finish if arrival.changes else None,
+        quantization=arrival.name,
+    )
+    placement = place(spread, filling)
+    decoder.requires_grad_(False).eval()
+    return placement
+
+
+def _bridged(held: _Held) -> Assembled:
     """transformers' model. Code and weights are of one revision: that of the config.json read."""
+    if isinstance(held.place, Spread):
+        raise ConfigError(
+            f"{held.source} is run by transformers, and spread over devices only by it; "
+            "give one device as device_map"
+        )
     found = held.found
     if found.revision is not None and held.config.get("auto_map"):
         found = resolve(held.source, found.revision, patterns=(*PATTERNS, *CODE))
@@ -283,17 +377,14 @@ def _bridged(held: _Held) -> tuple[Foreign, Bridged, Precision]:
         dtype=held.dtype,
         attn_implementation=held.attn_implementation,
     )
-    if (quantization := held.quantization) is not None:
-        _require_linears(quantize_decoder(decoder, quantization.format, quantization.skip), held)
-    why = "as stored" if held.dtype == "auto" else "as asked"
-    return decoder, form, Precision(decoder.stored, decoder.compute, why)
-
-
-def _computing(precision: Precision, quantization: Quantization | None) -> Precision:
-    """The dtype of computing that a quantization asks for, if it does."""
-    if quantization is None or quantization.compute is None:
-        return precision
-    return Precision(precision.weights, quantization.compute, "as the quantization asks")
+    why = "as transformers chose" if held.dtype == "auto" else "as asked"
+    kept = held.dtype == "auto"
+    precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+    if (asked := held.quantization) is not None:
+        quantized = quantize_decoder(decoder, asked.format, asked.skip)
+        require_linears(quantized, asked, held.source)
+    held.settle(decoder, precision)
+    return decoder, form, precision, None
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -309,27 +400,39 @@ def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
 
 
 def _described(
-    raw: dict[str, Any], path: Path, files: WeightFiles, attn: str
+    raw: dict[str, Any], path: Path, files: WeightFiles
 ) -> tuple[Family, Rules, Decoder]:
     """The decoder that config.json describes, without memory, and the rules to fill it."""
     family = family_of(raw, path=str(path / CONFIG))
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
-    rules = family.rules(spec).bind(files.names())
+    rules, fp8 = bound_rules(family, spec, raw, files.names())
     rules.check(files.names(), str(path))
     rules = files.fit(rules) if isinstance(files, PackedFiles) else rules
-    decoder = on_meta(spec, files, rules, attn)
+    decoder = on_meta(spec, files, rules, fp8)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
     return family, rules, decoder
 
 
-def on_meta(spec: specs.Decoder, files: WeightFiles, rules: Rules, attn: str = "sdpa") -> Decoder:
+def bound_rules(
+    family: Family, spec: specs.Decoder, config: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[Rules, FP8 | None]:
+    """The rules of a checkpoint that holds tensors of these names, and how it holds FP8 weights."""
+    rules, fp8 = family.rules(spec).bind(names), read_fp8(HFConfig(dict(config), path=CONFIG))
+    return (rules if fp8 is None else rules.scaled(names, fp8.block)), fp8
+
+
+def on_meta(
+    spec: specs.Decoder, files: WeightFiles, rules: Rules, fp8: FP8 | None = None
+) -> Decoder:
     """The decoder of `spec` without memory, with packed weights where the files hold such."""
     with torch.device("meta"):
-        decoder = Decoder(spec, attn=attn)
+        decoder = Decoder(spec)
     for name in (name for rule in rules.plain for name in rule.shapes(files.shape)):
         if name.endswith(".blocks"):
             hold_mxfp4(decoder, name.removesuffix(".blocks"))
+        if fp8 is not None and name.endswith(".packed"):
+            hold_fp8(decoder, name.removesuffix(".packed"), fp8.block)
     return decoder
 
 
@@ -341,12 +444,12 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
         stored, where = files.dtype(disk), f"{files.file(disk)}: {disk}"
         for name, shape in rule.shapes(files.shape).items():
             place = wanted[name]
-            if place.is_floating_point() and stored not in WEIGHT_DTYPES:
+            if place.dtype in FLOATING and stored not in FLOATING:
                 yield (
                     f"{where} is {stored}, in a quantized format that Ardor does not read; load "
                     "the checkpoint it was made from, and quantize that"
                 )
-            elif not place.is_floating_point() and stored != place.dtype:
+            elif place.dtype not in FLOATING and stored != place.dtype:
                 yield f"{where} is stored as {stored}, expected {place.dtype}"
             elif tuple(place.shape) != shape:
                 yield (
@@ -357,22 +460,36 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
 
 
 def _fill(
-    decoder: Decoder, files: WeightFiles, rules: Rules, arrival: Arrival, *, check_finite: bool
+    arrival: Arrival,
+    rules: Sequence[Rule | Stack],
+    dtype: torch.dtype | None,
+    *,
+    check_finite: bool,
 ) -> None:
+    """Put weights in their places, in `dtype` (None: as stored); what is quantized is so first."""
+    files = arrival.files
+
     def read(disk: str) -> Tensor:
-        tensor = files.read(disk)
+        tensor = files.read_as(disk, wanted, device)
         if check_finite:
             _check_finite(tensor, disk, files.file(disk))
         return tensor
 
-    for rule in rules.plain:
-        if arrival.take(rule, read):
+    for rule in rules:
+        taken = arrival.takes(rule)
+        wanted = None if taken or memory_of(rule).endswith(PACKED) else dtype
+        device = HOST if taken else arrival.device
+        if taken:
+            arrival.take(rule, read)
             continue
         for name, tensor in rule.to_memory(read).items():
-            _place(decoder, name, tensor)
+            _place(arrival.decoder, name, tensor)
+
+
+def _check_whole(decoder: Decoder, files: WeightFiles, rules: Rules, embedding: str) -> None:
     if rules.head_copied and rules.tied_head is not None:
         copy = files.read(rules.tied_head.disk)
-        if not torch.equal(copy, decoder.embed_tokens.weight):
+        if not torch.equal(copy, files.read(embedding)):
             raise CheckpointError(
                 f"{files.directory}: config.json ties the head to the embedding, but "
                 f"{rules.tied_head.disk} differs from it; set tie_word_embeddings to false"
@@ -390,21 +507,27 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
 
 
 def _adapted(
-    decoder: CausalLM, adapter: Path | None, form: Form, *, check_finite: bool
-) -> LoraConfig | None:
-    """Put the adapter, if there is one, on a decoder that is where it will stay."""
-    if adapter is None:
-        return None
-    lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
-    decoder.requires_grad_(False).to(decoder.device)
-    if check_finite:
-        weights = adapter / ADAPTER_WEIGHTS
-        for name, tensor in read_tensors(weights).items():
-            _check_finite(tensor, name, weights)
-    return lora
+    assembled: Assembled, adapter: Path | None, *, check_finite: bool
+) -> tuple[LoraConfig | None, Turns | None]:
+    """Put the adapter, if there is one, on a decoder that lies where it will; begin its turns."""
+    decoder, form, _, placement = assembled
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(adapter, decoder, disk_names=form.disk_linears())
+        decoder.requires_grad_(False)
+        if check_finite:
+            weights = adapter / ADAPTER_WEIGHTS
+            for name, tensor in read_tensors(weights).items():
+                _check_finite(tensor, name, weights)
+    decoder.verify()
+    if placement is None:
+        decoder.to(decoder.device)
+        return lora, None
+    assert isinstance(decoder, Decoder)
+    return lora, placement.start(decoder)
 
 
-def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
+def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(owner)
     if leaf in dict(module.named_buffers(recurse=False)):
@@ -430,29 +553,6 @@ def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]
     if problem := lacks_rows(tokenizer, rows):
         raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
     return tokenizer, ChatTemplate.from_directory(path)
-
-
-def lacks_rows(tokenizer: Tokenizer, rows: int) -> str | None:
-    """Why an embedding of so many rows is too small for a tokenizer; None if it is not.
-
-    It must hold what any text can become and what begins or ends one. A further added token may
-    lie beyond it, as the image token of Gemma 3's text models does: it is refused where it occurs.
-    """
-    remedy = (
-        "take the tokenizer that belongs to these weights, or let transformers' "
-        "resize_token_embeddings make room and save the model again"
-    )
-    if tokenizer.base_rows > rows:
-        return (
-            f"its vocabulary has {tokenizer.base_rows} ids, but the embedding only {rows} rows; "
-            + remedy
-        )
-    special = {"BOS": tokenizer.special.bos, "EOS": tokenizer.special.eos}
-    special |= {f"the start {id!r}": id for id in tokenizer.prefix}
-    for name, id in special.items():
-        if id is not None and id >= rows:
-            return f"{name} is token {id}, but the embedding has only {rows} rows; {remedy}"
-    return None
 
 
 def stops_of(

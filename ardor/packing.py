@@ -1,6 +1,6 @@
 """Quantized weights between files and a decoder: as they arrive, as they came, and back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ardor.errors import CheckpointError, ConfigError
 from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.json import read_object
 from ardor.files.pages import release
-from ardor.files.weights import WeightFiles
+from ardor.files.weights import FLOATING, WeightFiles
 from ardor.files.yaml import read_yaml
 from ardor.quant.bnb4 import LEVELS, STATE, FourBitWeight
 from ardor.quant.bnb8 import RowsWeight
@@ -23,7 +23,13 @@ from ardor.quant.experts import QuantizedExperts
 from ardor.quant.formats import FORMATS
 from ardor.quant.gptq import AWQWeight, GPTQWeight
 from ardor.quant.groupwise import GroupWeight
-from ardor.quant.linear import DEFAULT_SKIP, QuantizedLinear, check_skip, covers
+from ardor.quant.linear import (
+    DEFAULT_SKIP,
+    QuantizedLinear,
+    StoredLinear,
+    check_skip,
+    covers,
+)
 from ardor.quant.packed import PackedWeight, Rows
 
 Read = Callable[[str], Tensor]
@@ -111,6 +117,14 @@ class PackedFiles(WeightFiles):
             )
         return self._files.read(name)
 
+    def read_as(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        return self.read(name) if self.is_packed(name) else self._files.read_as(name, dtype, device)
+
+    def first_floating(self) -> torch.dtype | None:
+        """Of what is not packed: scales say nothing of the model."""
+        plain = (self._files.dtype(name) for name in self._plain)
+        return next((dtype for dtype in plain if dtype in FLOATING), None)
+
     def fit(self, rules: Rules) -> Rules:
         """The rules of the same tensors: a packed weight is [out, in] whatever a plain one is."""
 
@@ -166,6 +180,17 @@ def wanted(quantization: Any, how: Published | None, source: str) -> Quantizatio
     )
 
 
+def require_linears(
+    quantized: Sequence[str], quantization: Quantization | None, source: str
+) -> None:
+    """Raises: ConfigError if something was to be quantized and nothing was."""
+    if quantization is not None and not quantized:
+        raise ConfigError(
+            f"quantization={quantization.format!r}: {source} has no plain linears to quantize; "
+            "leave it out"
+        )
+
+
 class Arrival:
     """Where a rule's tensors are linear maps, quantized ones in their places."""
 
@@ -178,25 +203,40 @@ class Arrival:
         device: torch.device,
     ):
         self.decoder, self.files, self.device = decoder, files, device
+        self._skip = (*DEFAULT_SKIP, *(() if quantization is None else quantization.skip))
         self.quantization = quantization
         self.quantized: list[str] = []  # our names of what was, in order
         if quantization is not None:
             disk = [name for rule in rules.plain for name in rule.names]
             ours = [name for name, _ in decoder.named_modules() if name]
             theirs = {".".join(name.split(".")[:end]) for name in disk for end in range(1, 9)}
-            check_skip((*DEFAULT_SKIP, *quantization.skip), [*ours, *sorted(theirs)])
+            check_skip(self._skip, [*ours, *sorted(theirs)])
 
-    def take(self, rule: Rule | Stack, read: Read) -> bool:
-        """Fill the rule's places with quantized maps, one tensor at a time, if they are such.
+    @property
+    def name(self) -> str | None:
+        """Of the format in which linear maps are held, if it is not as tensors of numbers."""
+        if isinstance(self.files, PackedFiles):
+            return self.files.how.name
+        return None if self.quantization is None else str(self.quantization.record())
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes any module."""
+        return self.name is not None
+
+    def takes(self, rule: Rule | Stack) -> bool:
+        """Whether it fills the places of a rule."""
+        return self._packed(rule) or self.chosen(rule)
+
+    def take(self, rule: Rule | Stack, read: Read) -> None:
+        """Fill the rule's places with quantized maps, one tensor at a time.
 
         Raises: CheckpointError for a weight that cannot be quantized, or packed ones that are not.
         """
         packed = self._packed(rule)
-        if not packed and not self.chosen(rule):
-            return False
         if isinstance(rule, Stack) or self._experts(rule):
             self._place_experts(rule, read, packed)
-            return True
+            return
         value = self._held(rule.disk) if packed else self._quantize(rule, read)
         groups, start = rule.groups, 0
         sizes = rule.sizes or (value.shape[0] // len(rule.memory),) * len(rule.memory)
@@ -204,7 +244,22 @@ class Arrival:
             part = Rows(start, size // groups, groups) if len(rule.memory) > 1 else None
             start += size // groups
             self._replace(name, lambda bias, part=part: QuantizedLinear(value, bias, part))
-        return True
+
+    def finish(self, root: nn.Module) -> None:
+        """Quantize the maps of `root` that their file keeps in another packed format."""
+        if self.quantization is None:
+            return
+        for name, module in [*root.named_modules()]:
+            skipped = any(covers(entry, name) for entry in self._skip)
+            if (
+                isinstance(module, StoredLinear)
+                and place_of(root, name) == "layers"
+                and not skipped
+            ):
+                weight = module.dequantized()
+                value = self._made(weight, weight)
+                root.set_submodule(name, QuantizedLinear(value, module.bias))
+                self.quantized.append(name)
 
     def values(self, rule: Rule | Stack, read: Read) -> Iterator[tuple[str, PackedWeight, Tensor]]:
         """(name in files, quantized, as it was) of each weight of a chosen rule, one at a time.
@@ -228,17 +283,18 @@ class Arrival:
         """Whether it is to be quantized: a joined one only if no part of it is skipped."""
         if self.quantization is None or not self._linear(rule):
             return False
-        skip = (*DEFAULT_SKIP, *self.quantization.skip)
         names = [name.removesuffix(".weight") for name in (*_memory(rule), *rule.names)]
-        return not any(covers(entry, name) for entry in skip for name in names)
+        return not any(covers(entry, name) for entry in self._skip for name in names)
 
     def _linear(self, rule: Rule | Stack) -> bool:
         """Whether every place of it is a weight of a plain linear map in the layers."""
         for name in _memory(rule):
             owner, _, leaf = name.rpartition(".")
+            if leaf != "weight":
+                return False
             module = self.decoder.get_submodule(owner)
             plain = type(module) in (Linear, ExpertLinear)
-            if leaf != "weight" or not plain or place_of(self.decoder, owner) != "layers":
+            if not plain or place_of(self.decoder, owner) != "layers":
                 return False
         return True
 
@@ -296,8 +352,10 @@ def _memory(rule: Rule | Stack) -> tuple[str, ...]:
     return rule.memory if isinstance(rule, Rule) else (rule.memory,)
 
 
-def to_disk(rules: Rules, decoder: nn.Module, read: Read) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor as files hold it, packed ones by the layout of their format.
+def to_disk(
+    rules: Rules, decoder: nn.Module, read: Read, device: str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as files hold it, packed ones by the layout of their format and on `device`.
 
     Raises: ConfigError if a part of a joined weight is quantized and another is not, or for
     experts in one tensor, which no quantized layout has.
@@ -312,7 +370,8 @@ def to_disk(rules: Rules, decoder: nn.Module, read: Read) -> Iterator[tuple[str,
                 f"{rule.names[0]} joins weights of which some are quantized and some are not (an "
                 "adapter was merged into them); load the model without quantization to save it"
             )
-        yield from _packed_tensors(rule, modules[0])
+        for name, tensor in _packed_tensors(rule, modules[0]):
+            yield name, tensor.to(device)
     if rules.tied_head is not None and rules.head_copied:
         yield from rules.tied_head.to_disk(read).items()
 
@@ -330,7 +389,7 @@ def _packed_tensors(rule: Rule | Stack, module: nn.Module) -> Iterator[tuple[str
         values = [module.quantized]
     for name, value in zip(rule.names, values, strict=True):
         for end, tensor in value.tensors().items():
-            yield f"{name.removesuffix('weight')}{end}", tensor.cpu()
+            yield f"{name.removesuffix('weight')}{end}", tensor
 
 
 def dense_modules(rules: Rules, decoder: nn.Module) -> list[str]:
@@ -371,6 +430,11 @@ def saved_config(
         how = published(config, "config.json")
         return config if how is None else {**config, SECTION: None}
     dense = dense_modules(rules, decoder)
+    if quantization is not None and config.get(SECTION):
+        raise ConfigError(
+            f"the model is stored with {SECTION}={config[SECTION]}, which cannot be said beside "
+            f"{quantization.format}; load it without quantization to save it"
+        )
     if quantization is not None:
         return {**config, SECTION: quantization.section(dense, compute)}
     how = published(config, "config.json")

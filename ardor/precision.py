@@ -24,6 +24,16 @@ class Precision:
     weights: torch.dtype
     compute: torch.dtype
     why: str  # for people: where the choice comes from
+    as_stored: bool = False  # each tensor keeps its own dtype; a checkpoint may hold several
+
+    @property
+    def conversion(self) -> torch.dtype | None:
+        """What floating-point weights are converted to; None where each stays as it is stored."""
+        return None if self.as_stored else self.weights
+
+    def __str__(self) -> str:
+        weights, compute = (str(d).removeprefix("torch.") for d in (self.weights, self.compute))
+        return f"weights in {weights}, computing in {compute} ({self.why})"
 
 
 def dtype_of(name: "str | torch.dtype") -> torch.dtype:
@@ -50,18 +60,32 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def resolve(dtype: "str | torch.dtype", stored: torch.dtype, device: torch.device) -> Precision:
-    """What `dtype` means for a checkpoint whose weights are `stored`.
+def resolve(
+    dtype: "str | torch.dtype",
+    stored: torch.dtype,
+    device: torch.device,
+    said: torch.dtype | None = None,
+) -> Precision:
+    """What `dtype` means for a checkpoint whose first weight is `stored`; config.json has `said`.
 
-    "auto" keeps the weights as they are stored and computes in their dtype, or in float32 where
-    the hardware would only emulate it. A name converts the weights and computes in it.
+    A name converts the weights and computes in it. "auto" is what config.json says, as for
+    transformers, and without that the dtype they are stored in; each weight stays as it is stored
+    unless the two disagree. It computes in that dtype, but for bfloat16 where the hardware would
+    only emulate it: there in float16 on a GPU, and in float32 on a CPU.
     """
     if dtype != "auto":
         chosen = dtype_of(dtype)
         return Precision(chosen, chosen, "as asked")
-    if stored == torch.bfloat16 and not fast_bfloat16(device):
-        return Precision(stored, torch.float32, f"{device.type} has no fast bfloat16")
-    return Precision(stored, stored, "as stored")
+    weights = said or stored
+    why = "as stored"
+    if weights != stored:
+        names = [str(d).removeprefix("torch.") for d in (weights, stored)]
+        why = "config.json says {}, though the files hold {}".format(*names)
+    compute = weights
+    if weights == torch.bfloat16 and not fast_bfloat16(device):
+        compute = torch.float16 if device.type == "cuda" else torch.float32
+        why += f"; {device.type} has no fast bfloat16"
+    return Precision(weights, compute, why, as_stored=weights == stored)
 
 
 def training_compute(dtype: "str | torch.dtype", device: torch.device) -> Precision:

@@ -1,5 +1,6 @@
 """A model back into the files it came from, whole or not at all."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,28 +10,51 @@ from ardor.adapters.lora import lora_parameters
 from ardor.adapters.peft_files import save_adapter
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families.hf_config import HFConfig
+from ardor.families.older import with_older_keys
 from ardor.files.atomic import atomic_directory, write_atomic
 from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
+from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.load import CONFIG, GENERATION, Model, Native
 from ardor.packing import saved_config
 from ardor.quant.linear import QuantizedLinear
 
 
-def save_model(model: Model, directory: str | Path) -> None:
+def save_model(
+    model: Model, directory: str | Path, max_shard_size: int | str = MAX_SHARD_BYTES
+) -> None:
     """Write `directory` as transformers reads it; an adapted model as PEFT does (adapter only).
 
-    An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise.
+    An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise,
+    one tensor at a time; config.json gets the keys that older readers look for. Weights above
+    `max_shard_size` (bytes, or "5GB", "500MiB") are spread over several files with an index.
+    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them. A
+    quantized model is written as its format's files are.
 
-    A quantized model is written as its format's files are.
-
-    Raises: ConfigError for a quantized model that transformers runs: its full weights are not here;
-    CheckpointError if the directory holds anything that is not part of a checkpoint.
+    Raises: ConfigError for a quantized model that transformers runs, or that was FP8;
+    CheckpointError if the directory holds anything that is not part of a checkpoint, or the disk
+    is full: it is then as it was.
     """
+    limit = shard_bytes(max_shard_size)
     _refuse_to_remove(Path(directory), model.form.files)
     with atomic_directory(directory) as partial:
-        write_files(model, partial)
+        write_files(model, partial, limit)
+
+
+def shard_bytes(size: int | str) -> int:
+    """The bytes in 1000, "5GB" (1000s) or "5GiB" (1024s), as transformers counts them.
+
+    Raises: ConfigError for anything else.
+    """
+    match = re.fullmatch(r"(\d+) *(?:([KMGT])(I?)B)?", str(size).upper())
+    if match is None or int(match[1]) == 0:
+        raise ConfigError(
+            f"max_shard_size={size!r} is not a size; give bytes, or a number with a unit: '5GB', "
+            "'500MiB'"
+        )
+    power = "KMGT".index(match[2]) + 1 if match[2] else 0
+    return int(match[1]) * (1024 if match[3] else 1000) ** power
 
 
 def _refuse_to_remove(directory: Path, own: Iterable[str]) -> None:
@@ -46,7 +70,7 @@ def _refuse_to_remove(directory: Path, own: Iterable[str]) -> None:
         )
 
 
-def write_files(model: Model, directory: Path) -> None:
+def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The files of `save_model` into an existing directory, for whoever makes it atomic."""
     if model.adapter is not None and lora_parameters(model.decoder):  # none once it is merged
         save_adapter(
@@ -62,7 +86,7 @@ def write_files(model: Model, directory: Path) -> None:
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
-        _write_weights(model, directory)
+        _write_weights(model, directory, max_shard_bytes)
     if model.generation_config:
         _write_json(model, directory / GENERATION, model.generation_config)
     if model.tokenizer is not None:
@@ -70,20 +94,20 @@ def write_files(model: Model, directory: Path) -> None:
         model.tokenizer.save(directory, template)
 
 
-def _write_weights(model: Model, directory: Path) -> None:
+def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
+    form = model.form
     quantized = any(isinstance(module, QuantizedLinear) for module in model.decoder.modules())
-    if quantized and not isinstance(model.form, Native):
+    if quantized and (not isinstance(form, Native) or form.fp8 is not None):
         raise ConfigError(
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
-    model.form.write(model.decoder, directory)
+    changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = dict(model.config)
-    if isinstance(model.form, Native):
-        config = saved_config(
-            config, model.form.rules, model.decoder, model.quantizing, model.decoder.compute
-        )
+    config = with_older_keys(model.config) | changed
+    if isinstance(form, Native):
+        compute = model.precision.compute
+        config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

@@ -1,23 +1,33 @@
-"""`python -m benchmarks decode|prefill|train|load`: us and a peer in turn, and the ratio."""
+"""`python -m benchmarks TASK`: us and a peer in turn, in one run, and the ratio.
+
+load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
+disk; offload-load: how often a second it can be loaded so.
+"""
 
 import argparse
 import json
 import os
 
-from benchmarks import loading
+from benchmarks import load_quantized
 from benchmarks.duel import duel
+from benchmarks.load import load_duel
 from benchmarks.shapes import MODELS
+
+OFFLOAD = ("offload", "offload-load")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "prefill", "train", "load"])
+    parser.add_argument("task", choices=["decode", "prefill", "train", "load", *OFFLOAD])
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
-        "--quantization", choices=["none", "nf4", "nf4-dq", "fp4", "int8"], default="none"
+        "--quantization",
+        choices=["none", "nf4", "nf4-dq", "fp4", "int8"],
+        default="none",
+        help="load: quantized on the way in, by us and by bitsandbytes",
     )
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (median)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -25,16 +35,23 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     args = parser.parse_args()
     options = {"dtype": args.dtype, "threads": args.threads}
+    if args.task == "load" and args.quantization != "none":
+        given = options | {"model": args.model, "quantization": args.quantization}
+        print(json.dumps(load_quantized.duel(args.rounds, given), indent=2))
+        return
+    if args.task == "load":
+        print(json.dumps(load_duel(args.model, args.rounds, options), indent=2))
+        return
     if args.task == "train":
         options["compiled"] = args.compile
     else:
         options["model"] = args.model
     if args.task == "decode":
         options["new_tokens"] = args.new_tokens
-    if args.task == "load":
-        options["quantization"] = args.quantization
-        print(json.dumps(loading.duel(args.rounds, options), indent=2))
-        return
+    if args.task in OFFLOAD:
+        from benchmarks.checkpoint import checkpoint  # later: the others need no torch here
+
+        options["checkpoint"] = str(checkpoint(args.model, args.dtype))
     print(json.dumps(duel(args.task, args.rounds, options), indent=2))
 
 

@@ -12,7 +12,9 @@ from ardor.data.batches import Batch
 from ardor.families import FAMILIES
 from ardor.families.hf_config import HFConfig
 from ardor.generate.decode import Request, decode
+from ardor.load import load_model
 from ardor.loss import IGNORE
+from ardor.place import Spread
 from ardor.precision import dtype_of
 from ardor.score import document_loss
 from ardor.train.optim import adamw, trainable
@@ -90,7 +92,31 @@ def prefill(model: str, dtype: str) -> Callable[[], tuple[int, float]]:
     return timed(first)
 
 
-TASKS = {"train": train, "decode": generate, "prefill": prefill}
+def _offloaded(checkpoint: str) -> Decoder:
+    decoder = load_model(checkpoint, device=Spread(shapes.OFFLOAD)).decoder
+    assert isinstance(decoder, Decoder)
+    return decoder
+
+
+def offload(model: str, dtype: str, checkpoint: str) -> Callable[[], tuple[int, float]]:
+    """One token of a model whose layers are on disk."""
+    decoder = _offloaded(checkpoint)
+    prompt = list(range(1, shapes.OFFLOAD_PROMPT + 1))
+    return timed(lambda: len(list(decode(decoder, [prompt], Request(max_new_tokens=1)))))
+
+
+def offload_load(model: str, dtype: str, checkpoint: str) -> Callable[[], tuple[int, float]]:
+    """Loading it, up to where it can be given a prompt."""
+    return timed(lambda: int(_offloaded(checkpoint) is not None))
+
+
+TASKS = {
+    "train": train,
+    "decode": generate,
+    "prefill": prefill,
+    "offload": offload,
+    "offload-load": offload_load,
+}
 
 
 def main(task: str, options: dict[str, object]) -> None:

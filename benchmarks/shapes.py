@@ -75,3 +75,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 DECODE_PROMPT, PREFILL_PROMPT = 128, 512
 LEARNING_RATE, MAX_NORM = 1e-4, 1.0
+# A device map as transformers takes it: every layer on disk.
+OFFLOAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+OFFLOAD_PROMPT = 8

@@ -103,7 +103,38 @@ def prefill(model: str, dtype: str) -> Callable[[], tuple[int, float]]:
     return timed(first)
 
 
-TASKS = {"train": train, "decode": generate, "prefill": prefill}
+def _offloaded(checkpoint: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype="auto",
+        device_map=dict(shapes.OFFLOAD),
+        offload_folder=f"{checkpoint}-off",
+    ).eval()
+
+
+def offload(model: str, dtype: str, checkpoint: str) -> Callable[[], tuple[int, float]]:
+    held = _offloaded(checkpoint)
+    prompt = torch.arange(1, shapes.OFFLOAD_PROMPT + 1)[None]
+
+    @torch.inference_mode()
+    def token() -> int:
+        _generate(held, prompt, 1, Clock())
+        return 1
+
+    return timed(token)
+
+
+def offload_load(model: str, dtype: str, checkpoint: str) -> Callable[[], tuple[int, float]]:
+    return timed(lambda: int(_offloaded(checkpoint) is not None))
+
+
+TASKS = {
+    "train": train,
+    "decode": generate,
+    "prefill": prefill,
+    "offload": offload,
+    "offload-load": offload_load,
+}
 
 
 def main(task: str, options: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -294,3 +295,43 @@ def test_a_pickle_that_would_run_code_is_a_message(model, refused, tmp_path):
     torch.save(state | {"x": Evil()}, model / BIN)
     assert "asks for exec, which" in refused("generate", model, "x", "--no-use-safetensors")
     assert not (tmp_path / "ran").exists()
+
+
+# --- a backend that cannot train ---
+
+
+def test_flex_on_a_cpu_is_refused_before_the_run_is_begun(world, refused, tmp_path, monkeypatch):
+    for module in ("ardor.train.finetune", "ardor.train.pretrain"):
+        monkeypatch.setattr(f"{module}.default_device", lambda: torch.device("cpu"))
+    run, flag = tmp_path / "run", ["--attn-implementation", "flex"]
+    for verb in (["finetune", world.base, world.pairs], ["train", world.texts]):
+        said = refused(*verb, "-o", run, *flag)
+        assert "flex' has no backward pass on a CPU" in said and not run.exists()
+
+
+# --- settings of generation ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number of at least 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty=nan must be above 0"),
+    ],
+)
+def test_a_limit_of_no_sense_is_refused(model, settings, says):
+    with pytest.raises(ConfigError, match=says):
+        ardor.load(model).generate("the", **settings)
+
+
+def test_a_limit_is_refused_before_a_model_is_loaded(refused, tmp_path):
+    for verb in (["generate", tmp_path / "no model", "x"], ["chat", tmp_path / "no model"]):
+        assert "max_new_tokens=0 must be a whole" in refused(*verb, "-n", "0")
+
+
+def test_a_limit_that_is_no_whole_number_is_refused_where_no_types_are_checked():
+    script = "from ardor.generate.settings import Settings; Settings(max_new_tokens=2.5)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "ConfigError: max_new_tokens=2.5 must be a whole number" in done.stderr

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parent.parent / "ardor"
 
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
-LAYER_2 = ("families", "quant", "adapters", "parallel")
-LAYER_3 = ("bridge", "packing", "load", "save", "data")
+LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
+LAYER_3 = ("bridge", "place", "packing", "load", "save", "data", "outline")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quantize", "quickstart")
+LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -30,11 +30,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quant": (*LAYER_0, "arch.linear", "kernels"),
     "adapters": (*LAYER_0, "arch.linear", "kernels", "files"),
     "parallel": (*LAYER_0, "arch.linear", "kernels"),
+    # Not layer 4: a decoder's size is asked for before it is loaded, and by whoever trains it.
+    "memory": ("errors", "arch.spec"),
     "bridge": BELOW_3,
+    "place": BELOW_3,
     "packing": BELOW_3,
-    "load": (*BELOW_3, "bridge", "packing"),
+    "load": (*BELOW_3, "bridge", "packing", "place"),
     "save": (*BELOW_3, "load", "packing"),  # the Model that load assembled is what save takes apart
     "data": BELOW_3,
+    "outline": BELOW_3,
     "generate": BELOW_4,
     "score": BELOW_4,
     "train": (*BELOW_4, "generate", "score"),  # for evaluation
@@ -44,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quickstart": (*BELOW_5, "lm"),
+    "plan": BELOW_5,  # presets are train's
     "cli": (*BELOW_5, *LAYER_5, "__init__"),
     "__init__": (*BELOW_5, *LAYER_5),
     "__main__": ("cli",),

@@ -6,15 +6,17 @@ e width of a value.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ardor.arch import spec as specs
 from ardor.arch.blocked import Scores, attend_blocked
-from ardor.arch.flash import flash_attention_2, why_not
-from ardor.arch.flex import flex
+from ardor.arch.flash import flash_attention_2, lacks, why_not
+from ardor.arch.flex import NO_BACKWARD, flex
 from ardor.arch.layout import ALL, Cached, Layout, Packed
 from ardor.errors import ConfigError, ShapeError
 from ardor.kernels.attention import attend_last
@@ -220,13 +222,25 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
-def backend_for(asked: str | None, device: torch.device) -> str:
-    """The backend to use on `device`: as asked, or the one that runs everything everywhere.
+class Choice(NamedTuple):
+    name: str  # of a backend
+    why: str  # for people
 
-    Raises: ConfigError for one that is unknown, or cannot run there.
+
+def backend_for(
+    asked: str | None,
+    device: torch.device,
+    *,
+    spec: specs.Decoder | None = None,
+    compute: torch.dtype = torch.float32,
+    trains: bool = False,
+) -> Choice:
+    """The backend to use on `device`: as asked, or the best that is there for `spec`.
+
+    Raises: ConfigError for one that is unknown, or cannot run there, or cannot train.
     """
     if asked is None:
-        return "sdpa"
+        return _best(device, spec, compute)
     if asked not in BACKENDS:
         raise ConfigError(
             f"attn_implementation={asked!r} is not one of {', '.join(BACKENDS)}; "
@@ -236,4 +250,21 @@ def backend_for(asked: str | None, device: torch.device) -> str:
         raise ConfigError(
             f"attn_implementation='flash_attention_2': {reason}; use 'sdpa', or leave it out"
         )
-    return asked
+    if asked == "flex" and trains and device.type == "cpu":
+        raise ConfigError(NO_BACKWARD)
+    return Choice(asked, "as asked")
+
+
+def _best(device: torch.device, spec: specs.Decoder | None, compute: torch.dtype) -> Choice:
+    if device.type == "cpu":
+        return Choice("sdpa", "the fused kernels of a CPU")
+    missing = why_not(device)
+    if missing is None and compute not in (torch.float16, torch.bfloat16):
+        missing = f"flash-attn does not compute in {compute}"
+    if missing is None and spec is not None:
+        missing = next(filter(None, (lacks(layer.mixer) for layer in spec.layers)), None)
+    if missing is None and spec is not None:
+        return Choice("flash_attention_2", "flash-attn is there, and does all that the model needs")
+    # Not flex, even for what the fused kernels lack: it compiles for every new form of batch, and
+    # makes a mask for every token that is decoded. Whoever trains long enough asks for it.
+    return Choice("sdpa", missing or "nothing is known of the model")

@@ -4,6 +4,7 @@ Axes: B batch rows, T new positions, D what a position's state holds, V vocabula
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,6 +40,14 @@ class Cache(Protocol):
     def keep(self, rows: list[int]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Devices:
+    """Where a model computes that is spread over several."""
+
+    ends: torch.device  # of ids and of logits
+    layers: tuple[torch.device, ...]
+
+
 class CausalLM(nn.Module):
     """Token ids -> states -> logits, in two calls, so that the loss can be chunked.
 
@@ -47,6 +56,7 @@ class CausalLM(nn.Module):
     """
 
     compute: torch.dtype
+    devices: Devices | None = None  # None: where its weights are; said by whoever spreads it
 
     @property
     def facts(self) -> Facts:
@@ -54,7 +64,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(self.parameters()).device if self.devices is None else self.devices.ends
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raises: ShapeError for a token id that has no row in the embedding."""

@@ -4,10 +4,10 @@ Axes: B batch rows, T new positions, D model width, H query heads, K kv heads, d
 F ffn width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,11 +15,12 @@ from torch.func import functional_call
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
 from ardor.arch.blocked import Scores
-from ardor.arch.cache import KVCache
+from ardor.arch.cache import KVCache, Memory
 from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Experts, Routing
+from ardor.arch.inputs import Embedding, TokenGate, TokenInputs, scaled
 from ardor.arch.latent import LatentAttention
-from ardor.arch.layout import Cached, Layout, Packed, Reach
+from ardor.arch.layout import Layout, Packed, Reach
 from ardor.arch.linear import Linear
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import HeadNorm, norm
@@ -28,17 +29,6 @@ from ardor.errors import ShapeError
 from ardor.kernels.linear import linear
 
 Rotations = dict[specs.Rope, Rotation]
-
-
-class Embedding(nn.Module):
-    """Row `id` of the weight for every id."""
-
-    def __init__(self, rows: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-
-    def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        return F.embedding(ids, self.weight)
 
 
 class Attention(nn.Module):
@@ -56,32 +46,37 @@ class Attention(nn.Module):
         )
         inner, shared = spec.heads * spec.head_width, spec.kv_heads * spec.head_width
         self.q_proj = Linear(width, inner, bias=spec.qkv_bias)
-        self.k_proj = Linear(width, shared, bias=spec.qkv_bias)
-        self.v_proj = Linear(width, shared, bias=spec.qkv_bias)
+        own = spec.kv_layer is None
+        self.k_proj = Linear(width, shared, bias=spec.qkv_bias) if own else None
+        apart = own and not spec.values_from_keys
+        self.v_proj = Linear(width, shared, bias=spec.qkv_bias) if apart else None
         self.o_proj = Linear(inner, width, bias=spec.out_bias)
-        self.q_norm, self.k_norm = (
+        self.q_norm, k_norm = (
             _qk_norm(spec.qk_norm, heads, spec.head_width) for heads in (spec.heads, spec.kv_heads)
         )
+        self.k_norm = k_norm if own else None
+        value_norm = spec.value_norm if own else None
+        self.v_norm = None if value_norm is None else norm(spec.head_width, value_norm)
         self.sinks = nn.Parameter(torch.empty(spec.heads)) if spec.sinks else None
 
     def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        layout: Layout,
-        rotations: Rotations,
-        cache: KVCache | None,
-        index: int,
+        self, x: Float[Tensor, "B T D"], rotations: Rotations, memory: Memory, index: int
     ) -> Float[Tensor, "B T D"]:
         turn = None if self.spec.rope is None else rotations[self.spec.rope]
         q = self._heads(self.q_proj(x), self.q_norm, turn)  # (B, H, T, d)
-        k = self._heads(self.k_proj(x), self.k_norm, turn)  # (B, K, T, d)
-        v = self._heads(self.v_proj(x), None, None)
         if self.spec.temperature is not None:
-            q = q * growth(self.spec.temperature, layout.positions(q.device)).to(q.dtype)
-        if cache is not None:
-            assert isinstance(layout, Cached)
-            k, v = cache.write(index, (k, v), layout)
-        mixed = BACKENDS[self.backend](q, k, v, layout, self.scores, self.sinks)
+            q = q * growth(self.spec.temperature, memory.layout.positions(q.device)).to(q.dtype)
+        if self.k_proj is None:
+            assert self.spec.kv_layer is not None
+            k, v = memory.read(self.spec.kv_layer, q.device)
+        else:
+            keys = self.k_proj(x)
+            values = keys if self.v_proj is None else self.v_proj(x)
+            k = self._heads(keys, self.k_norm, turn)  # (B, K, T, d)
+            v = self._heads(values, None, None)
+            v = v if self.v_norm is None else self.v_norm(v)
+            k, v = memory.write(index, (k, v))
+        mixed = BACKENDS[self.backend](q, k, v, memory.layout, self.scores, self.sinks)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def _heads(
@@ -128,7 +123,9 @@ def _ffn(width: int, spec: specs.Mlp | specs.Experts) -> Mlp | Experts:
 class Layer(nn.Module):
     """Mixer and feed-forward on the residual stream, with norms where `placement` puts them."""
 
-    def __init__(self, width: int, spec: specs.Layer, backend: str):
+    def __init__(
+        self, width: int, spec: specs.Layer, backend: str, token_input: specs.TokenInput | None
+    ):
         super().__init__()
         self.spec = spec
         reads_normed = spec.placement not in ("post", "after")
@@ -141,22 +138,39 @@ class Layer(nn.Module):
         self.mixer_norm = norm_if(reads_normed)
         self.mixer = _mixer(width, spec.mixer, backend)
         self.mixer_out_norm = norm_if(writes_normed)
-        self.ffn_norm = norm_if(reads_normed and own)
+        norms_itself = isinstance(spec.ffn, specs.Experts) and spec.ffn.norm is not None
+        self.ffn_norm = norm_if(reads_normed and own and not norms_itself)
         self.ffn = _ffn(width, spec.ffn)
         self.ffn_out_norm = norm_if(writes_normed)
+        self.token_gate = None if token_input is None else TokenGate(width, token_input)
+        # A buffer: it comes with the weights, and is never trained.
+        self.register_buffer("scalar", torch.ones(1) if spec.scalar else None)
 
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        layout: Layout,
         rotations: Rotations,
-        cache: KVCache | None,
+        memory: Memory,
         index: int,
         routings: list[Routing] | None = None,
+        vector: Float[Tensor, "B T P"] | None = None,
     ) -> Float[Tensor, "B T D"]:
+        x = self._mixed_and_fed(x, rotations, memory, index, routings)
+        if self.token_gate is not None:
+            x = x + self.token_gate(x, vector)
+        return x if self.scalar is None else x * self.scalar.to(x.dtype)
+
+    def _mixed_and_fed(
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        memory: Memory,
+        index: int,
+        routings: list[Routing] | None,
+    ) -> Tensor:
         spec = self.spec
         read = x if self.mixer_norm is None else self.mixer_norm(x)
-        mixed = self.mixer(read, layout, rotations, cache, index)
+        mixed = self.mixer(read, rotations, memory, index)
         if spec.placement in ("parallel", "parallel_two"):
             read = read if self.ffn_norm is None else self.ffn_norm(x)
             return x + spec.residual_scale * (mixed + self._ffn(read, routings))
@@ -191,6 +205,7 @@ class Decoder(CausalLM):
         super().__init__()
         assert attn in BACKENDS, attn  # see `backend_for`
         self.spec, self.compute, self.attn = spec, compute, attn
+        self.attn_why = "as asked"  # for people
         narrow = spec.embed_width or spec.width
         projected = spec.embed_width is not None
         self.embed_tokens = Embedding(spec.vocab, narrow)
@@ -201,7 +216,11 @@ class Decoder(CausalLM):
         )
         self.embed_in_proj = Linear(narrow, spec.width) if projected else None
         self.embed_norm = None if spec.embed_norm is None else norm(spec.width, spec.embed_norm)
-        self.layers = nn.ModuleList(Layer(spec.width, layer, attn) for layer in spec.layers)
+        inputs = spec.token_input
+        self.token_inputs = (
+            None if inputs is None else TokenInputs(spec.width, len(spec.layers), inputs)
+        )
+        self.layers = nn.ModuleList(Layer(spec.width, layer, attn, inputs) for layer in spec.layers)
         self.norm = None if spec.norm is None else norm(spec.width, spec.norm)
         self.embed_out_proj = Linear(spec.width, narrow) if projected else None
         self.lm_head = None if spec.tied else Linear(narrow, spec.vocab, bias=spec.head_bias)
@@ -212,9 +231,15 @@ class Decoder(CausalLM):
 
     def new_cache(self, *, rows: int, capacity: int) -> KVCache:
         """An empty cache of `rows` rows that hold up to `capacity` positions each."""
-        return KVCache(
-            self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=self.device
-        )
+        devices = self.device if self.devices is None else self.devices.layers
+        return KVCache(self.spec, rows=rows, capacity=capacity, dtype=self.compute, device=devices)
+
+    def attend_by(self, name: str, why: str) -> None:
+        """Use another backend in every layer; `why` is kept beside it, for people."""
+        self.attn, self.attn_why = name, why
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
+            layer.mixer.backend = name
 
     def hidden(
         self,
@@ -247,8 +272,11 @@ class Decoder(CausalLM):
             )
         x = self._embedded(tokens, positions, layout.longest)
         rotations = self._rotations(layout, positions)
+        memory = Memory(self.spec, layout, cache)
+        vectors = None if self.token_inputs is None else self.token_inputs(tokens, x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, layout, rotations, cache, index, routings)
+            vector = None if vectors is None else vectors[index]
+            x = layer(x, rotations, memory, index, routings, vector)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.embed_out_proj is None else self.embed_out_proj(x)
@@ -261,9 +289,7 @@ class Decoder(CausalLM):
         if spec.embed_scale != 1.0 and not spec.embed_scale_rounded:
             x = x * spec.embed_scale
         elif spec.embed_scale != 1.0:
-            # Rounded as the weights are: that is what such models were trained with.
-            stored = self.embed_tokens.weight.dtype
-            x = x * torch.tensor(spec.embed_scale, dtype=stored, device=x.device).to(x.dtype)
+            x = scaled(x, spec.embed_scale, self.embed_tokens)
         if self.embed_in_proj is not None:
             x = self.embed_in_proj(x)
         if self.embed_positions is not None:

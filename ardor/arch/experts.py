@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ardor.arch import spec as specs
 from ardor.arch.linear import Linear
 from ardor.arch.mlp import Fused, Mlp, activated, fused
+from ardor.arch.norm import norm
 from ardor.kernels.linear import linear
 from ardor.kernels.mlp import Routes
 
@@ -33,10 +34,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, width))
         self.bias = nn.Parameter(torch.empty(count)) if spec.bias else None
         self.correction = nn.Parameter(torch.empty(count)) if spec.correction else None
+        self.norm = None if spec.norm is None else norm(width, spec.norm)
+        self.expert_scale = nn.Parameter(torch.empty(count)) if spec.expert_scale else None
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         """Scores are at least float32; wide and sigmoid routers multiply in it too (DeepSeek)."""
         spec, work = self.spec, torch.promote_types(x.dtype, torch.float32)
+        if self.norm is not None:
+            x = self.norm(x)
+        if spec.read_scale != 1.0:
+            x = x * spec.read_scale
         wide = x.to(work) if spec.wide or spec.score == "sigmoid" else x
         bias = None if self.bias is None else self.bias.to(wide.dtype)
         logits = linear(wide, self.weight.to(wide.dtype), bias).to(work)
@@ -53,6 +60,8 @@ class Router(nn.Module):
         weights = scores.gather(-1, chosen)
         if spec.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.to(work)[chosen]
         return Routing(weights * spec.scale, chosen, scores)
 
     def _within_groups(self, ranked: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
@@ -127,6 +136,13 @@ class Experts(nn.Module):
         self.shared = None if spec.shared is None else Mlp(width, spec.shared)
         self.shared_gate = Linear(width, 1) if spec.shared_gated else None
 
+        def norm_if(wanted: bool) -> nn.Module | None:
+            return norm(width, spec.norm) if wanted and spec.norm is not None else None
+
+        self.in_norm, self.out_norm = norm_if(True), norm_if(True)
+        self.shared_in_norm = norm_if(spec.shared is not None)
+        self.shared_out_norm = norm_if(spec.shared is not None)
+
     def forward(
         self, x: Float[Tensor, "B T D"], routings: list[Routing] | None = None
     ) -> Float[Tensor, "B T D"]:
@@ -134,13 +150,21 @@ class Experts(nn.Module):
         routing = self.router(rows)
         if routings is not None:
             routings.append(routing)
-        out = self._routed(rows, routing)
+        read = rows if self.in_norm is None else self.in_norm(rows)
+        out = self._routed(read, routing)
+        if self.out_norm is not None:
+            out = self.out_norm(out)
         if self.shared is not None:
-            beside = self.shared(rows)
-            if self.shared_gate is not None:
-                beside = beside * self.shared_gate(rows).sigmoid()
-            out = out + beside
+            out = out + self._beside(rows)
         return out.unflatten(0, x.shape[:2])
+
+    def _beside(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """What the expert gives that every token reads."""
+        assert self.shared is not None
+        made = self.shared(rows if self.shared_in_norm is None else self.shared_in_norm(rows))
+        if self.shared_out_norm is not None:
+            made = self.shared_out_norm(made)
+        return made if self.shared_gate is None else made * self.shared_gate(rows).sigmoid()
 
     def _routed(self, rows: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         if len(rows) == 1:  # nothing to sort, and little to gain from anything but the products

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ardor.arch import spec as specs
 from ardor.arch.blocked import Scores
 from ardor.arch.layout import Cached, Layout
 from ardor.errors import ConfigError
 
 OLDEST = (8, 0)  # Ampere
+WIDEST = 256  # of a head
 
 
 def flash_attention_2(
@@ -29,7 +31,7 @@ def flash_attention_2(
 ) -> Float[Tensor, "B H T e"]:
     """`eager` by FlashAttention-2, documents end to end without padding; float16 and bfloat16.
 
-    Raises: ConfigError for sinks and chunks, which that package lacks, and for float32.
+    Raises: ConfigError for what that package lacks (sinks, chunks, rounded ALiBi), and for float32.
     Source: Dao 2023, arXiv:2307.08691; the package's own interface.
     """
     _refuse(q, scores, sinks)
@@ -65,10 +67,27 @@ def _refuse(q: Tensor, scores: Scores, sinks: Tensor | None) -> None:
         missing = "attention sinks"
     elif scores.reach.chunk is not None:
         missing = "chunks"
+    elif scores.alibi_coarse:
+        missing = "the rounding of ALiBi"
     elif q.dtype not in (torch.float16, torch.bfloat16):
         missing = f"{q.dtype} (load with dtype='bfloat16')"
     if missing is not None:
         raise ConfigError(f"flash_attention_2 cannot do {missing}; use attn_implementation='sdpa'")
+
+
+def lacks(mixer: specs.Attention | specs.LatentAttention) -> str | None:
+    """What attention of this kind needs that the package has not; None if it has everything."""
+    if isinstance(mixer, specs.LatentAttention):
+        return "flash-attn wants values as wide as keys, and latent attention has others"
+    if mixer.sinks:
+        return "flash-attn has no attention sinks"
+    if mixer.chunk is not None:
+        return "flash-attn has no chunks"
+    if mixer.alibi_coarse:
+        return "flash-attn does not round ALiBi as this model does"
+    if mixer.head_width > WIDEST:
+        return f"flash-attn takes heads up to {WIDEST} wide, and these are {mixer.head_width}"
+    return None
 
 
 def why_not(device: torch.device) -> str | None:

@@ -16,6 +16,8 @@ from ardor.arch.blocked import Scores
 from ardor.arch.layout import Cached, Layout
 from ardor.errors import ConfigError
 
+NO_BACKWARD = "attn_implementation='flex' has no backward pass on a CPU; train there with sdpa"
+
 
 def flex(
     q: Float[Tensor, "B H T d"],
@@ -31,9 +33,7 @@ def flex(
     Source: Dong et al. 2024, arXiv:2412.05496.
     """
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        raise ConfigError(
-            "attn_implementation='flex' has no backward pass on a CPU; train there with sdpa"
-        )
+        raise ConfigError(NO_BACKWARD)
     bend = _bending(scores, layout, q.device)
     mask = _mask(scores, layout, q.device)
     out, beside = _function(q.device.type)(
@@ -77,7 +77,7 @@ def _bending(scores: Scores, layout: Layout, device: torch.device) -> Callable[.
             score = cap * torch.tanh(score / cap)
         if scores.alibi is not None:
             key = s if keys is None else keys[b, s]
-            score = score + slopes[h] * (key - positions[b, t])
+            score = score + scores.bias(slopes[h], key - positions[b, t], key)
         return score
 
     return bend

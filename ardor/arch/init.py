@@ -15,7 +15,7 @@ import torch
 from ardor.arch.decoder import Decoder
 from ardor.arch.norm import LayerNorm, RMSNorm
 
-RESIDUAL_WRITERS = ("mixer.o_proj.weight", "down_proj.weight")
+RESIDUAL_WRITERS = ("mixer.o_proj.weight", "down_proj.weight", "token_gate.out_proj.weight")
 ZERO = ("bias", "sinks", "correction")
 STD = 0.02  # of the schemes that have one
 
@@ -116,7 +116,7 @@ def initialise(
     for name, parameter in decoder.named_parameters():
         if name.endswith(ZERO) or name in one_plus:
             parameter.zero_()
-        elif "norm" in name:
+        elif "norm" in name or name.endswith("expert_scale"):
             parameter.fill_(1.0)
         else:
             spread = SCHEMES[scheme](_matrix(decoder, name, parameter.shape[-1]), std)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ardor.arch import spec as specs
 from ardor.arch.attention import BACKENDS
 from ardor.arch.blocked import Scores
-from ardor.arch.cache import KVCache
-from ardor.arch.layout import Cached, Layout
+from ardor.arch.cache import Memory
+from ardor.arch.layout import Layout
 from ardor.arch.linear import Linear
 from ardor.arch.norm import norm
 from ardor.arch.positions import Rotation, rotate
@@ -44,9 +44,8 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        layout: Layout,
         rotations: dict[specs.Rope, Rotation],
-        cache: KVCache | None,
+        memory: Memory,
         index: int,
     ) -> Float[Tensor, "B T D"]:
         spec, H = self.spec, self.spec.heads
@@ -58,14 +57,12 @@ class LatentAttention(nn.Module):
 
         latent, k_turning = self.kv_down_proj(x).split((spec.kv_rank, spec.rope.rotated), -1)
         shared = torch.cat([self.kv_norm(latent), rotate(k_turning[:, None], turn)[:, 0]], -1)
-        shared = shared[:, None]  # (B, 1, T, k)
-        if cache is not None:
-            assert isinstance(layout, Cached)
-            (shared,) = cache.write(index, (shared,), layout)
+        (shared,) = memory.write(index, (shared[:, None],))  # (B, 1, S, k)
         # A module that stands in for the map is only to be called, so what it gives is expanded.
-        one_by_one = cache is not None and x.shape[1] == 1 and type(self.kv_up_proj) is Linear
+        cached = memory.cache is not None
+        one_by_one = cached and x.shape[1] == 1 and type(self.kv_up_proj) is Linear
         attend = self.attend_latents if one_by_one else self.attend_expanded
-        return self.o_proj(attend(q, shared, layout).transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(q, shared, memory.layout).transpose(1, 2).flatten(-2))
 
     def attend_expanded(
         self, q: Float[Tensor, "B H T d"], shared: Float[Tensor, "B 1 S k"], layout: Layout

@@ -15,6 +15,7 @@ from ardor.arch.spec import (
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    ProportionalScaling,
     Rope,
     Temperature,
     YarnScaling,
@@ -46,6 +47,9 @@ def frequencies(rope: Rope, lengths: Int[Tensor, "B T"]) -> Float[Tensor, "#B #T
             return plain
         case LinearScaling(factor=factor):
             return plain / factor
+        case ProportionalScaling(turning=turning, factor=factor):
+            still = torch.arange(rope.rotated // 2, device=device) >= turning
+            return plain.masked_fill(still, 0.0) / factor
         case Llama3Scaling() as scaling:
             return _llama3(plain, scaling)
         case YarnScaling() as scaling:

@@ -85,14 +85,34 @@ class LongScaling:
 
 
 @spec
+class ProportionalScaling:
+    """The first `turning` pairs turn as if all did, `factor` times slower; the rest stand still.
+
+    Source: transformers' rope_type "proportional" (Gemma 4).
+    """
+
+    turning: int
+    factor: float = 1.0
+
+
+Scaling = (
+    LinearScaling
+    | DynamicScaling
+    | Llama3Scaling
+    | YarnScaling
+    | LongScaling
+    | ProportionalScaling
+    | None
+)
+
+
+@spec
 class Rope:
     theta: float
     rotated: int  # leading channels of each head that turn; the rest pass through
     # halves: channel i turns with i + rotated / 2; neighbours: 2i with 2i + 1
     pairing: Literal["halves", "neighbours"] = "halves"
-    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongScaling | None = (
-        None
-    )
+    scaling: Scaling = None
 
     def regime(self, length: int) -> int:
         """Texts of equal regime turn alike; in others all positions turn otherwise, past ones too.
@@ -138,6 +158,11 @@ class Attention:
     clip: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    value_norm: Norm | None = None  # of the values of each head
+    values_from_keys: bool = False  # values are the projected keys, before their norm
+    kv_layer: int | None = (
+        None  # it makes no keys and values, but reads those of this earlier layer
+    )
 
 
 @spec
@@ -185,6 +210,9 @@ class Router:
     group_score: Literal["max", "top2"] = "max"
     jitter: float = 0.0  # sparsemixer: how near is near
     wide: bool = False  # its scores are float32 products (those of sigmoid are anyway)
+    norm: Norm | None = None  # of what it reads
+    read_scale: float = 1.0  # multiplies what it reads, after the norm
+    expert_scale: bool = False  # a trained factor per expert, of its weight
     scales_input: bool = False  # the weight multiplies what an expert reads, not what it gives
 
 
@@ -195,6 +223,9 @@ class Experts:
     router: Router
     shared: Mlp | None = None  # read by every token
     shared_gated: bool = False  # its output is multiplied by the sigmoid of a trained score
+    # The experts together, and the shared one, read and write through norms of their own; the
+    # router reads what comes before them, and the layer has no norm before its feed-forward.
+    norm: Norm | None = None
 
 
 @spec
@@ -208,6 +239,23 @@ class Layer:
     placement: Literal["pre", "post", "sandwich", "after", "parallel", "parallel_two"] = "pre"
     residual_scale: float = 1.0  # multiplies what mixer and ffn add
     residual_normed: bool = False  # pre: it is added to norm(x), not to x
+    scalar: bool = False  # a number beside the weights, never trained, multiplies what leaves
+
+
+@spec
+class TokenInput:
+    """Each layer gets a narrow vector of each token, which gates what it adds last.
+
+    x + norm(out(act(gate(x)) * vector)), where the vector is (row of a table + norm of a
+    projection of the embedded token) / sqrt(2).
+
+    Source: Gemma 3n's per-layer embeddings; transformers 5.23, models/gemma4.
+    """
+
+    rows: int  # of the table
+    width: int
+    act: Act
+    norm: Norm
 
 
 @spec
@@ -224,6 +272,7 @@ class Decoder:
     embed_scale: float = 1.0
     embed_scale_rounded: bool = True  # to the dtype of the table
     embed_norm: Norm | None = None
+    token_input: TokenInput | None = None
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None

@@ -39,18 +39,17 @@ class Bridged:
         """Where transformers has each module: all of them, as no target may match another."""
         return self.places
 
-    def write(self, decoder: CausalLM, directory: Path) -> None:
+    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
         """Weights as transformers' save_pretrained writes them, and the code they came with."""
         assert isinstance(decoder, Foreign)
         decoder.settle()
-        decoder.foreign.save_pretrained(directory)
-        for name in (
-            "config.json",
-            "generation_config.json",
-        ):  # the caller has those that were read
+        decoder.foreign.save_pretrained(directory, max_shard_size=max_shard_bytes)
+        for name in ("config.json", "generation_config.json"):
+            # The caller has those that were read.
             (directory / name).unlink(missing_ok=True)
         for name, source in self.code.items():
             write_atomic(directory / name, source)
+        return {}
 
 
 def bridge(

@@ -38,7 +38,7 @@ C = TypeVar("C")
 
 STDIN = "(standard input)"  # stands for a lone "-", which cyclopts takes for a flag
 
-SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t"}
+SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t", "purpose": "--for"}
 ARGUMENTS = Group("Arguments", sort_key=0)
 OPTIONS = Group("Options", sort_key=1)
 
@@ -102,6 +102,7 @@ def _signature(config_class: type) -> inspect.Signature:
             alias=SHORT.get(field.name, ()),
             group=ARGUMENTS if leads else OPTIONS,
             converter=CONVERTERS.get(hints[field.name]),
+            show_default=_shown if isinstance(_default(field), tuple) else None,
         )
         parameters.append(
             inspect.Parameter(
@@ -123,6 +124,11 @@ def _signature(config_class: type) -> inspect.Signature:
         )
     )
     return inspect.Signature(parameters)
+
+
+def _shown(values: tuple[object, ...]) -> str:
+    """A default of several values as one would type it."""
+    return " ".join(map(str, values)) or "none"
 
 
 def _positional(settable: list[Field[Any]]) -> list[Field[Any]]:

@@ -3,10 +3,12 @@
 import sys
 from dataclasses import asdict, dataclass
 
-from ardor.cli.console import print_json
+from ardor.cli.console import print_json, remarks
 from ardor.cli.model import ModelFlags
 from ardor.errors import ConfigError
 from ardor.generate.settings import Settings
+
+BYTES_PER_TOKEN = 4  # about: the tokenizer is not there yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ def run(config: Config) -> int:
     prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one character")
+    _tell_memory(config, prompt)
     lm = config.load(config.model)
     settings = asdict(Settings.of(config))
     if config.json:
@@ -36,3 +39,24 @@ def run(config: Config) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
+
+
+def _tell_memory(config: Config, prompt: str) -> None:
+    """One line on stderr with the peak to come, where one device holds the model."""
+    from ardor.memory.fit import note  # later: help needs no torch
+    from ardor.plan import Settings as Planned
+    from ardor.plan import expected_generation
+
+    if config.device_map is not None and not config.device_map.startswith(("cpu", "cuda")):
+        return
+    planned = Planned(
+        purpose="generate",
+        dtype=config.dtype,
+        quantization=config.quantization,
+        max_length=max(1, len(prompt.encode()) // BYTES_PER_TOKEN),
+        max_new_tokens=config.max_new_tokens,
+        revision=config.revision,
+    )
+    found = expected_generation(config.model, planned, on_cpu=config.device_map == "cpu")
+    if found is not None:
+        remarks().print(note(found))

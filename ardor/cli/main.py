@@ -1,7 +1,8 @@
 """`ardor VERB ...`: finds the verb, and turns whatever happens into one message and an exit code.
 
 0 success, 2 a mistake the user can correct, 1 a bug of ours, 130 interrupted, 141 closed pipe.
-`ardor doctor` answers 0, 1 or 2 by itself: clean, warnings, errors.
+`ardor doctor` answers 0, 1 or 2 by itself: clean, warnings, errors; `ardor plan` too: it fits, fits
+with changes, fits in no way.
 """
 
 import errno
@@ -19,11 +20,13 @@ from ardor.errors import ArdorError, ConfigError
 # Verb -> its module (with `Config` and `run(config) -> int`), and its line in the help.
 VERBS = {
     "quickstart": ("ardor.cli.quickstart", "the whole job on this machine, offline, in 5 minutes"),
+    "download": ("ardor.cli.download", "fetch a model from the hub, as far as it is needed"),
     "train": ("ardor.cli.train", "train a model and its tokenizer from scratch"),
     "finetune": ("ardor.cli.finetune", "tune a model on your data: full, LoRA or QLoRA"),
     "generate": ("ardor.cli.generate", "continue a prompt"),
     "chat": ("ardor.cli.chat", "talk with a model or a run"),
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),
+    "plan": ("ardor.cli.plan", "what a model takes in memory, whether it fits, and what would"),
     "quantize": ("ardor.cli.quantize", "write a checkpoint in 4 or 8 bits, and what that costs"),
     "doctor": ("ardor.cli.doctor", "what is wrong with a checkpoint, and what to do about it"),
 }

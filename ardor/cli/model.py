@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ardor.cli.console import remarks
+from ardor.errors import ConfigError
 
 if TYPE_CHECKING:
     from ardor.lm import LM
@@ -16,9 +18,17 @@ class ModelFlags:
     """How to hold the model."""
 
     device_map: str | None = None
-    """cpu, or a GPU such as cuda:0. Default: the GPU where there is one."""
+    """cpu, a GPU such as cuda:0, or how to spread over all there is: auto, balanced,
+    balanced_low_0, sequential; or JSON such as {"model.layers": "disk", "": "cpu"}. Default: the
+    GPU where there is one."""
+    max_memory: str | None = None
+    """With auto and the like: what may lie where, such as 0=10GiB,cpu=30GiB; the rest goes to the
+    disk. Default: what is free."""
+    offload_folder: str | None = None
+    """Where layers that are kept on disk are written, if they are not in the checkpoint as they
+    are in memory."""
     dtype: str = "auto"
-    """auto (as stored), float32, bfloat16 or float16."""
+    """auto (as config.json says, else as stored), float32, bfloat16 or float16."""
     quantization: str | None = None
     """nf4, nf4-dq, fp4, int8 (LLM.int8), int8-g128, int4-g128 (and -g64, -g32), none, or a YAML
     file of BitsAndBytesConfig's settings. Default: as stored, or as the run was trained."""
@@ -29,7 +39,7 @@ class ModelFlags:
     adapter: str | None = None
     """A PEFT adapter directory to put on the model."""
     attn_implementation: str | None = None
-    """sdpa, eager (the reference), flex or flash_attention_2. Default: sdpa."""
+    """sdpa, eager (the reference), flex or flash_attention_2. Default: the best there is."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -45,7 +55,9 @@ class ModelFlags:
 
         lm = load(
             name,
-            device_map=self.device_map or str(default_device()),
+            device_map=_devices(self.device_map) or str(default_device()),
+            max_memory=_amounts(self.max_memory),
+            offload_folder=self.offload_folder,
             dtype=self.dtype,
             quantization=self.quantization,
             load_in_4bit=self.load_in_4bit,
@@ -57,8 +69,32 @@ class ModelFlags:
             use_safetensors=self.use_safetensors,
         )
         model = lm.model
-        held = model.quantization or str(model.precision.weights).removeprefix("torch.")
-        compute = str(model.precision.compute).removeprefix("torch.")
-        text = f"{name}: {held}, computing in {compute} on {model.decoder.device}"
+        at = "" if model.revision is None else f" at {model.revision[:12]}"
+        form = "" if model.quantization is None else f"linears in {model.quantization}, other "
+        text = f"{name}{at}: {form}{model.precision}, on {model.decoder.device}"
+        if model.placement is not None:
+            text = f"{text}; {model.placement.summary()}"
         remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
         return lm
+
+
+def _devices(given: str | None) -> str | dict[str, str | int] | None:
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"--device-map {given} is no JSON: {error}; write names and devices in double quotes"
+        ) from None
+
+
+def _amounts(given: str | None) -> dict[str, str] | None:
+    if given is None:
+        return None
+    pairs = [pair.partition("=") for pair in given.split(",")]
+    if wrong := next((name for name, equals, _ in pairs if not equals), None):
+        raise ConfigError(
+            f"--max-memory {given}: {wrong!r} has no amount; write it as 0=10GiB,cpu=30GiB"
+        )
+    return {name.strip(): amount.strip() for name, _, amount in pairs}

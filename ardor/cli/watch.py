@@ -48,6 +48,8 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                 case "eval":
                     evaluations.append(event)
                     progress.note(f"step {event['step']}: {evaluation_line(event)}")
+                case "memory":
+                    progress.note(memory_line(event))
                 case "sample":
                     text = " ".join(f"{event['prompt']}{event['text']}".split())
                     progress.note(f"step {event['step']}: sample: {text[:SHOWN]}")
@@ -59,6 +61,12 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if not json:
         console.print(f"report: {run.folder / REPORT}")
     return evaluations
+
+
+def memory_line(event: Mapping[str, Any]) -> str:
+    """What was held at the peak, beside what was foretold."""
+    peak, told = event["peak_memory"], event["predicted_memory"]
+    return f"peak memory {peak / 2**30:.2f} GiB, predicted {told / 2**30:.2f} GiB"
 
 
 def evaluation_line(event: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ardor.errors import DataError
+from ardor.files.hub import dataset_unreachable
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 
@@ -295,6 +296,11 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
         raise DataError(
             f"{source} is no file here; to fetch it from the hub, pip install datasets"
         ) from None
+    if dataset_unreachable(name):
+        raise DataError(
+            f"{source} is no file or folder here, and the hub cannot be reached; check the name "
+            "and the network, or pass a local file"
+        )
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
     # Everything that goes wrong in there is about the name, the split, or the network.

@@ -15,7 +15,7 @@ from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Account, Rules
 from ardor.files.json import read_object
 from ardor.files.weights import INDEX, PICKLED, SINGLE, WeightFiles, open_file, open_weights
-from ardor.load import CONFIG, GENERATION, on_meta, tensor_problems
+from ardor.load import CONFIG, GENERATION, bound_rules, on_meta, tensor_problems
 from ardor.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def compare(found: Checkpoint) -> None:
     if found.files is None or found.spec is None or found.config is None:
         return
     names = found.files.names()
-    rules = family_of(found.config).rules(found.spec).bind(names)
+    rules, fp8 = bound_rules(family_of(found.config), found.spec, found.config, names)
     found.account = rules.account(names)
     misfits: list[str] = []
     whole = tuple(rule for rule in rules.plain if {*rule.names} <= {*names})
@@ -102,5 +102,5 @@ def compare(found: Checkpoint) -> None:
         else:
             fitting.append(rule)
     rules: Rules = replace(rules, rules=tuple(fitting))
-    misfits += tensor_problems(on_meta(found.spec, found.files, rules), found.files, rules)
+    misfits += tensor_problems(on_meta(found.spec, found.files, rules, fp8), found.files, rules)
     found.misfits = tuple(misfits)

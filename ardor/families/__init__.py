@@ -17,6 +17,7 @@ from ardor.families.family import BRIDGE, Family
 from ardor.families.gemma import GEMMA
 from ardor.families.gemma2 import GEMMA2
 from ardor.families.gemma3 import GEMMA3, GEMMA3_TEXT
+from ardor.families.gemma4 import GEMMA4, GEMMA4_TEXT
 from ardor.families.glm import GLM, GLM4
 from ardor.families.gpt2 import GPT2
 from ardor.families.gpt_bigcode import GPT_BIGCODE
@@ -27,7 +28,8 @@ from ardor.families.granite import GRANITE
 from ardor.families.granite_moe import GRANITE_MOE
 from ardor.families.llama import LLAMA
 from ardor.families.llama4 import LLAMA4_TEXT
-from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from ardor.families.llama4_images import LLAMA4
+from ardor.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL, MISTRAL3
 from ardor.families.mixtral import MIXTRAL
 from ardor.families.mpt import MPT
 from ardor.families.native import NATIVE
@@ -40,6 +42,7 @@ from ardor.families.phi3 import PHI3
 from ardor.families.phimoe import PHIMOE
 from ardor.families.qwen import QWEN2, QWEN3
 from ardor.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from ardor.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from ardor.families.seed_oss import SEED_OSS
 from ardor.families.smollm3 import SMOLLM3
 from ardor.families.stablelm import STABLELM
@@ -60,8 +63,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "ministral": MINISTRAL,
     "ministral3": MINISTRAL3,
+    "mistral3": MISTRAL3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_vl": QWEN3_VL,
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "granite": GRANITE,
@@ -76,6 +83,8 @@ FAMILIES: dict[str, Family] = {
     "nemotron": NEMOTRON,
     "gemma3": GEMMA3,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma4": GEMMA4,
+    "gemma4_text": GEMMA4_TEXT,
     "olmo": OLMO,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
@@ -85,6 +94,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v2": DEEPSEEK_V2,
     "gpt_oss": GPT_OSS,
+    "llama4": LLAMA4,
     "llama4_text": LLAMA4_TEXT,
     "arcee": ARCEE,
     "mixtral": MIXTRAL,

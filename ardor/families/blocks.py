@@ -147,29 +147,22 @@ def layers_by_type(
 
     Raises: ConfigError if one slides and there is no window.
     """
-    kinds = read_layer_types(hf, sliding)
+    windows = read_windows(hf, read_layer_types(hf, sliding), window)
+    return tuple(with_attention(layer, window=window) for window in windows)
+
+
+def read_windows(
+    hf: HFConfig, kinds: tuple[str, ...], window: int | None
+) -> tuple[int | None, ...]:
+    """The window of each layer: `window` on those whose kind says that they slide.
+
+    Raises: ConfigError if one slides and there is no window.
+    """
     if window is None and "sliding_attention" in kinds:
         raise ConfigError(
             f"{hf.path}: layer_types has sliding_attention, but no window is in use; "
             "set sliding_window, and use_sliding_window where the family has it"
         )
-    return tuple(
-        with_attention(layer, window=window if kind == "sliding_attention" else None)
-        for kind in kinds
-    )
-
-
-def read_windows(hf: HFConfig, kinds: tuple[str, ...], default: int) -> tuple[int | None, ...]:
-    """The window of each layer: `sliding_window`, on those whose kind says that they slide.
-
-    Raises: ConfigError if there are some, but the window is null.
-    """
-    if "sliding_attention" not in kinds:
-        hf.take("sliding_window", default)
-        return (None,) * len(kinds)
-    if hf.raw.get("sliding_window", default) is None:
-        raise ConfigError(f"{hf.path}: some layer_types are sliding, but sliding_window is null")
-    window = hf.count("sliding_window", default)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

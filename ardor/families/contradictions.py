@@ -16,6 +16,7 @@ from ardor.arch.spec import (
     LatentAttention,
     LongScaling,
     Norm,
+    ProportionalScaling,
     QKNorm,
     Rope,
     Router,
@@ -23,7 +24,7 @@ from ardor.arch.spec import (
 from ardor.errors import ConfigError
 
 # Whole numbers that may be 0; all others are at least 1.
-_MAY_BE_ZERO = {"position_offset", "first", "plain_width"}
+_MAY_BE_ZERO = {"position_offset", "first", "plain_width", "kv_layer", "turning"}
 # Numbers that must be above 0; the rest only finite.
 _POSITIVE = {"eps", "theta", "factor", "softcap", "logit_softcap", "limit", "clip"}
 _NOT_NEGATIVE = {"jitter", "balance"}
@@ -101,6 +102,8 @@ def _qk_norm(qk: QKNorm) -> Iterator[tuple[str, str]]:
 def _rope(rope: Rope) -> Iterator[tuple[str, str]]:
     if rope.rotated % 2:
         yield "rotated", f"is {rope.rotated}, which is odd; channels turn in pairs"
+    if isinstance(rope.scaling, ProportionalScaling) and rope.scaling.turning > rope.rotated // 2:
+        yield "scaling.turning", f"is {rope.scaling.turning}, more than {rope.rotated // 2} pairs"
     if isinstance(rope.scaling, LongScaling):
         for name in ("short", "long"):
             if (found := len(getattr(rope.scaling, name))) != rope.rotated // 2:
@@ -151,3 +154,24 @@ def _decoder(spec: Decoder) -> Iterator[tuple[str, str]]:
         yield "layers", "is empty, expected at least one"
     if spec.head_bias and spec.tied:
         yield "head_bias", "is true, but a tied head is the embedding, which has no bias"
+    for index, layer in enumerate(spec.layers):
+        why = (
+            None if isinstance(layer.mixer, LatentAttention) else _source(spec, index, layer.mixer)
+        )
+        if why is not None:
+            yield f"layers[{index}].mixer.kv_layer", why
+
+
+def _source(spec: Decoder, index: int, mixer: Attention) -> str | None:
+    """What is wrong with the layer whose keys and values another one reads."""
+    at = mixer.kv_layer
+    if at is None:
+        return None
+    if at >= index:
+        return f"is {at}, which is no layer before this one"
+    source = spec.layers[at].mixer
+    if isinstance(source, LatentAttention) or source.kv_layer is not None:
+        return f"is {at}, a layer that makes no keys and values of its own"
+    if (source.kv_heads, source.head_width) != (mixer.kv_heads, mixer.head_width):
+        return f"is {at}, a layer whose keys have another shape"
+    return None

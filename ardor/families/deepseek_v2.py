@@ -35,7 +35,7 @@ def _router(hf: HFConfig) -> Router:
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
-    models="DeepSeek V2 (bfloat16 files)",
+    models="DeepSeek V2",
     unlike="latent attention, grouped routing",
     read=_read,
     name_tensors=NAMES.rules,

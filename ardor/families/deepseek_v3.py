@@ -11,7 +11,8 @@ from ardor.families.blocks import LLAMA_MLP, LLAMA_OUTSIDE, Heads, read_decoder,
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
 from ardor.families.latent import LATENT_ATTENTION, read_latent_attention
-from ardor.families.names import Names, PerExpert
+from ardor.families.moe import expert_places
+from ardor.families.names import Names
 from ardor.families.rules import Ignorable, Rules
 
 NAMES = Names(
@@ -24,9 +25,7 @@ NAMES = Names(
         **LLAMA_MLP,
         "ffn.router": "mlp.gate",
         "ffn.router.correction": "mlp.gate.e_score_correction_bias",
-        "ffn.experts.gate_proj": PerExpert("mlp.experts.{}.gate_proj"),
-        "ffn.experts.up_proj": PerExpert("mlp.experts.{}.up_proj"),
-        "ffn.experts.down_proj": PerExpert("mlp.experts.{}.down_proj"),
+        **expert_places("mlp.experts.{}", "gate_proj", "up_proj", "down_proj"),
         "ffn.shared.gate_proj": "mlp.shared_experts.gate_proj",
         "ffn.shared.up_proj": "mlp.shared_experts.up_proj",
         "ffn.shared.down_proj": "mlp.shared_experts.down_proj",
@@ -51,12 +50,12 @@ def read_deepseek(
         hf.take(key, None)  # transformers derives them from the widths of queries and keys
     mixer = read_latent_attention(hf, heads, max_positions)
     layer = Layer(mixer=mixer, ffn=dense, norm=rms(hf))
-    first = int(hf.number("first_k_dense_replace", dense_layers))
     count = hf.count("num_hidden_layers")
+    first = min(hf.natural("first_k_dense_replace", dense_layers), count)
     return read_decoder(
         hf,
         Heads(width, heads, heads, width // heads),
-        (layer,) * min(first, count) + (replace(layer, ffn=experts),) * (count - first),
+        (layer,) * first + (replace(layer, ffn=experts),) * (count - first),
         max_positions=max_positions,
     )
 
@@ -119,7 +118,7 @@ def _rules(spec: Decoder) -> Rules:
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
-    models="DeepSeek V3, R1, Moonlight (bfloat16 files)",
+    models="DeepSeek V3, R1, Moonlight",
     unlike="latent attention, grouped sigmoid routing",
     read=_read,
     name_tensors=_rules,

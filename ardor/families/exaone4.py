@@ -40,7 +40,7 @@ def _read(hf: HFConfig) -> Decoder:
         norm=norm,
         placement="post",
     )
-    windows = read_windows(hf, _read_kinds(hf), 4096)
+    windows = read_windows(hf, _read_kinds(hf), hf.optional_count("sliding_window", 4096))
     # Beside windows, what reads everything does not turn, even if all layers do.
     turns_all = "sliding_window" in hf.raw and hf.raw["sliding_window"] is None
     return read_decoder(

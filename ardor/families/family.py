@@ -7,6 +7,7 @@ from typing import Any
 from ardor.arch.spec import Act, Decoder
 from ardor.errors import ConfigError
 from ardor.families.hf_config import HFConfig
+from ardor.families.packing import read_fp8
 from ardor.families.rules import DiskPart, Rules, disk_linears
 
 
@@ -23,6 +24,7 @@ class Family:
     code: tuple[str, ...] = ()
     # ways of quantization in which its checkpoints may come (quant_method)
     packed: tuple[str, ...] = ()
+    uneven: bool = False  # it reads per_layer_config, what transformers writes of unlike layers
 
     def spec(self, hf: HFConfig) -> Decoder:
         """The decoder that a config.json describes.
@@ -42,7 +44,7 @@ class Family:
 
         Raises: ConfigError for a value that we cannot honour exactly.
         """
-        refuse_foreign(hf, self.code, self.packed)
+        refuse_foreign(hf, self.code, self.packed, uneven=self.uneven)
         return self.read(hf)
 
     def rules(self, spec: Decoder) -> Rules:
@@ -127,13 +129,17 @@ HELD = ("bitsandbytes", "gptq", "awq", "ardor")
 _LOADS = ("load_in_4bit", "load_in_8bit")  # bitsandbytes, before it said so
 
 
-def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = ()) -> None:
+def refuse_foreign(
+    hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = (), *, uneven: bool = False
+) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     section = hf.section("quantization_config")
     method = None if section is None else section.take("quant_method", None)
     loads = section is not None and any(section.raw.get(key) for key in _LOADS)
-    if method in HELD or (method is None and loads):
-        pass  # every family may come so, and whoever reads the tensors accounts for its keys
+    if read_fp8(hf) is not None:
+        pass  # a format that every family may come in
+    elif method in HELD or (method is None and loads):
+        pass  # so are these, and whoever reads the tensors accounts for the keys
     elif section is not None and method in packed:
         section.take("modules_to_not_convert", None)  # the names of the tensors tell
         section.finish({})
@@ -144,7 +150,8 @@ def refuse_foreign(hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, 
     hf.require("is_encoder_decoder", False, "only decoders are")
     hf.require("add_cross_attention", False, "there is no encoder to attend to")
     hf.require("pruned_heads", {}, "remove the heads from the weights instead")
-    hf.require("per_layer_config", None, "layers are all alike in this family")
+    if not uneven:
+        hf.require("per_layer_config", None, "layers are all alike in this family")
 
 
 def _files_of(auto_map: Any) -> set[str]:

@@ -10,13 +10,11 @@ from ardor.families.blocks import (
     LLAMA_MLP,
     LLAMA_OUTSIDE,
     attention,
+    layers_by_type,
     read_decoder,
     read_heads,
-    read_layer_types,
     read_mlp,
-    read_windows,
     rms,
-    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -58,11 +56,10 @@ def _read(hf: HFConfig) -> Decoder:
         norm=rms(hf, weight="one_plus", late_cast=True),
         placement="sandwich",
     )
-    kinds = read_layer_types(hf, lambda i: i % 2 == 0)
     return read_decoder(
         hf,
         found,
-        tuple(with_attention(layer, window=window) for window in read_windows(hf, kinds, 4096)),
+        layers_by_type(hf, layer, hf.optional_count("sliding_window", 4096), lambda i: i % 2 == 0),
         max_positions=max_positions,
         tied=True,
         embed_scale=found.width**0.5,

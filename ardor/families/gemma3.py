@@ -4,8 +4,6 @@ Source: Gemma Team 2025, arXiv:2503.19786; transformers 5.23, models/gemma3. Its
 ignores a `type` in `rope_scaling`, an older name of `rope_type`; here that scales, too.
 """
 
-from dataclasses import replace
-
 from ardor.arch.spec import Decoder, Layer, QKNorm
 from ardor.families.blocks import (
     attention,
@@ -20,9 +18,8 @@ from ardor.families.blocks import (
 from ardor.families.family import Family
 from ardor.families.gemma2 import NAMES
 from ardor.families.hf_config import HFConfig
-from ardor.families.names import Names
+from ardor.families.images import beside_images, read_text, text_keys
 from ardor.families.rope import read_layer_ropes
-from ardor.families.rules import Ignorable
 
 _THETAS = {
     "full_attention": ("rope_theta", 1_000_000.0),
@@ -57,12 +54,13 @@ def _read(hf: HFConfig) -> Decoder:
     # Newer files keep the first key only as a note, with an underscore, beside layer_types.
     pattern = hf.count("sliding_window_pattern", hf.count("_sliding_window_pattern", 6))
     kinds = read_layer_types(hf, lambda i: (i + 1) % pattern != 0)
+    windows = read_windows(hf, kinds, hf.optional_count("sliding_window", 4096))
     return read_decoder(
         hf,
         found,
         tuple(
             with_attention(layer, rope=ropes[kind], window=window)
-            for kind, window in zip(kinds, read_windows(hf, kinds, 4096), strict=True)
+            for kind, window in zip(kinds, windows, strict=True)
         ),
         max_positions=max_positions,
         tied=True,
@@ -87,44 +85,20 @@ _TEXT_DEFAULTS = {
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
 }
-_IMAGES = (
-    "vision_config",
-    "mm_tokens_per_image",
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-)
 
 
 def _read_multimodal(hf: HFConfig) -> Decoder:
-    """The decoder of text alone: no images come in here."""
-    for key in _IMAGES:
-        hf.take(key, None)
     held = hf.section("text_config")
-    raw = {} if held is None else held.raw
-    text = HFConfig({**_TEXT_DEFAULTS, **raw}, path=f"{hf.path}, text_config")
-    for part in (hf, text):
+    for part in (hf,) if held is None else (hf, held):
         part.require("tie_word_embeddings", True, "the head is the embedding beside images, too")
-    return GEMMA3_TEXT.spec(text)
+    return read_text(hf, text_keys(hf, _TEXT_DEFAULTS), {"gemma3_text": GEMMA3_TEXT})
 
 
-MULTIMODAL_NAMES: Names = replace(
+MULTIMODAL_NAMES = beside_images(
     NAMES,
-    prefix="model.language_model.",
+    "model.language_model.",
+    r"(model\.)?(vision_tower|multi_modal_projector)\..+",
     aliases=("language_model.model.",),  # as files have it
-    layer="model.language_model.layers.{}.",
-    outside={
-        "embed_tokens": "model.language_model.embed_tokens",
-        "norm": "model.language_model.norm",
-        "lm_head": "lm_head",
-    },
-    ignorable=(
-        Ignorable(
-            pattern=r"(model\.)?(vision_tower|multi_modal_projector)\..+",
-            reason="turns images into embeddings",
-            kept=True,
-        ),
-    ),
 )
 
 GEMMA3 = Family(

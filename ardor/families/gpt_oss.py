@@ -13,11 +13,10 @@ from ardor.families.blocks import (
     LLAMA_ATTENTION,
     LLAMA_OUTSIDE,
     attention,
+    layers_by_type,
     read_decoder,
     read_heads,
-    read_layer_types,
     rms,
-    with_attention,
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
@@ -90,16 +89,8 @@ def _read(hf: HFConfig) -> Decoder:
         norm=rms(hf, 1e-5, late_cast=True),
     )
     window = hf.optional_count("sliding_window", 128)
-    kinds = read_layer_types(hf, lambda i: i % 2 == 0)
-    return read_decoder(
-        hf,
-        found,
-        tuple(
-            with_attention(layer, window=window if kind == "sliding_attention" else None)
-            for kind in kinds
-        ),
-        max_positions=max_positions,
-    )
+    layers = layers_by_type(hf, layer, window, lambda i: i % 2 == 0)
+    return read_decoder(hf, found, layers, max_positions=max_positions)
 
 
 def _rope(hf: HFConfig, head_width: int, max_positions: int) -> Rope:

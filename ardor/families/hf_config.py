@@ -2,10 +2,27 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ardor.errors import ConfigError
+from ardor.precision import dtype_of
+
+# A layer takes memory before any weight is read: a wrong digit must not take all of it.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# By which something is divided, or which would make all scores alike. No number is below 0.
+POSITIVE = (
+    *("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor", "attention_factor"),
+    *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+    *("partial_rotary_factor", "rotary_pct"),
+    *("query_pre_attn_scalar", "attention_multiplier", "softmax_scale", "alibi_bias_max"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"),
+    *("clip_qkv", "swiglu_limit"),
+)
+MOST_LAYERS, MOST = 10_000, 2**31 - 1
 
 
 class HFConfig:
@@ -35,6 +52,10 @@ class HFConfig:
                 )
             self._names[key] = other
 
+    def _at(self, key: str) -> str:
+        """The place of `key`, by the name that the file has for it."""
+        return f"{self.path}: {self._names.get(key, key)}"
+
     def take(self, key: str, default: Any = ...) -> Any:
         """The value of `key`, whatever its type.
 
@@ -52,14 +73,34 @@ class HFConfig:
     def count(self, key: str, default: Any = ...) -> int:
         value = self.take(key, default)
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{self.path}: {key}={value!r} is not a whole number above 0")
+            raise ConfigError(f"{self._at(key)}={value!r} is not a whole number above 0")
+        if value > (most := MOST_LAYERS if key in LAYERS else MOST):
+            raise ConfigError(f"{self._at(key)}={value} is more than any model has ({most})")
         return value
 
     def number(self, key: str, default: Any = ...) -> float:
         value = self.take(key, default)
-        if type(value) not in (int, float):
-            raise ConfigError(f"{self.path}: {key}={value!r} is not a number")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ConfigError(f"{self._at(key)}={value!r} is not a number")
+        if value < 0 or (value == 0 and key in POSITIVE):
+            least = "above 0" if key in POSITIVE else "at least 0"
+            raise ConfigError(f"{self._at(key)}={value!r} is not {least}")
         return float(value)
+
+    def natural(self, key: str, default: Any = ...) -> int:
+        """A count that may be 0."""
+        value = self.take(key, default)
+        return 0 if type(value) is int and value == 0 else self.count(key, default)
+
+    def layer_set(self, key: str, count: int, default: Any = ...) -> frozenset[int]:
+        """A list of some of `count` layers, by index."""
+        value = self.take(key, default)
+        known = range(count)
+        if not isinstance(value, list) or not all(type(i) is int and i in known for i in value):
+            raise ConfigError(
+                f"{self._at(key)}={value!r} is not a list of layers, which are 0 to {count - 1}"
+            )
+        return frozenset(value)
 
     def optional_number(self, key: str, default: float | None = None) -> float | None:
         """A number, or None where the file says null: unlike elsewhere, that is not its absence."""
@@ -76,7 +117,7 @@ class HFConfig:
     def flag(self, key: str, default: Any = ...) -> bool:
         value = self.take(key, default)
         if type(value) is not bool:
-            raise ConfigError(f"{self.path}: {key}={value!r} is neither true nor false")
+            raise ConfigError(f"{self._at(key)}={value!r} is neither true nor false")
         return value
 
     def choice(self, key: str, known: Mapping[str, Any], default: Any = ...) -> Any:
@@ -84,7 +125,7 @@ class HFConfig:
         value = self.take(key, default)
         if not isinstance(value, str) or value not in known:
             raise ConfigError(
-                f"{self.path}: {key}={value!r} is not implemented; expected {' | '.join(known)}"
+                f"{self._at(key)}={value!r} is not implemented; expected {' | '.join(known)}"
             )
         return known[value]
 
@@ -110,6 +151,20 @@ class HFConfig:
         if not isinstance(value, str):
             raise ConfigError(f"{self.path}: dtype={value!r} is not the name of a dtype")
         return value.removeprefix("torch.")
+
+    def weights_dtype(self) -> torch.dtype | None:
+        """The dtype that the file gives the weights, or its part about text does.
+
+        Raises: ConfigError if it is none that weights are held in.
+        """
+        text = self.section("text_config")
+        name = self.dtype() or (None if text is None else text.dtype())
+        if name is None:
+            return None
+        try:
+            return dtype_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}; correct it, or remove the key") from error
 
     def unread(self, harmless: Mapping[str, str]) -> list[str]:
         """The keys that nothing read, and that are not `harmless`."""

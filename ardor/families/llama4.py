@@ -1,4 +1,4 @@
-"""The language model of Llama 4 (Scout, Maverick), by itself. HF model_type "llama4_text".
+"""The language model of Llama 4 (Scout, Maverick). HF model_type "llama4_text".
 
 Source: Meta 2025, "The Llama 4 herd"; transformers 5.23, models/llama4.
 """
@@ -93,25 +93,30 @@ def _temperature(hf: HFConfig) -> Temperature | None:
         slope=hf.number("attn_scale", 0.1), span=hf.count("floor_scale", 8192), first=1
     )
     # Older files have a number, of which only that it is not zero counts.
-    return found if hf.take("attn_temperature_tuning", True) else None
+    asked = hf.take("attn_temperature_tuning", True)
+    if not isinstance(asked, bool):
+        asked = bool(hf.number("attn_temperature_tuning"))
+    return found if asked else None
 
 
 def _turning_layers(hf: HFConfig) -> tuple[bool, ...]:
     """Which layers rotate: a 1 in `no_rope_layers`; an empty list means all but every fourth."""
     count, interval = hf.count("num_hidden_layers"), hf.count("no_rope_layer_interval", 4)
     default = [int((i + 1) % interval != 0) for i in range(count)]
-    found: Any = hf.take("no_rope_layers", None) or default
-    if not isinstance(found, list) or len(found) != count or not {*found} <= {0, 1}:
+    found: Any = hf.take("no_rope_layers", default)
+    found = default if found == [] else found
+    if (
+        not isinstance(found, list)
+        or len(found) != count
+        or any(type(turns) is not int or turns not in (0, 1) for turns in found)
+    ):
         raise ConfigError(f"{hf.path}: no_rope_layers={found!r} is not a list of {count} 0s and 1s")
     return tuple(bool(turns) for turns in found)
 
 
 def _layers_with_experts(hf: HFConfig) -> frozenset[int]:
     step, count = hf.count("interleave_moe_layer_step", 1), hf.count("num_hidden_layers")
-    found: Any = hf.take("moe_layers", list(range(step - 1, count, step)))
-    if not isinstance(found, list) or not {*found} <= {*range(count)}:
-        raise ConfigError(f"{hf.path}: moe_layers={found!r} are not indices of {count} layers")
-    return frozenset(found)
+    return hf.layer_set("moe_layers", count, list(range(step - 1, count, step)))
 
 
 def _feed_forwards(hf: HFConfig) -> tuple[Mlp, Experts]:

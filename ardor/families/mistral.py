@@ -1,7 +1,8 @@
-"""Mistral 7B to Large, Ministral 1 and 3. HF model_types "mistral", "ministral", "ministral3".
+"""Mistral 7B to Large, Ministral 1 and 3. HF model_types "mistral", "ministral", "ministral3", and
+"mistral3", which is one of the first and the third with images beside it (Mistral Small 3.1).
 
-Source: Jiang et al. 2023, arXiv:2310.06825; transformers 5.23, models/mistral, ministral and
-ministral3.
+Source: Jiang et al. 2023, arXiv:2310.06825; transformers 5.23, models/mistral, ministral,
+ministral3 and mistral3.
 """
 
 from typing import Any
@@ -19,6 +20,7 @@ from ardor.families.blocks import (
 )
 from ardor.families.family import Family
 from ardor.families.hf_config import HFConfig
+from ardor.families.images import beside_images, read_text, text_keys
 from ardor.families.llama import NAMES
 from ardor.families.rope import read_rope
 
@@ -106,4 +108,33 @@ MINISTRAL = Family(
     unlike="windows on some layers",
     read=_read,
     name_tensors=NAMES.rules,
+)
+
+_TEXT_DEFAULTS = {
+    "vocab_size": 131_072,
+    "hidden_size": 5120,
+    "intermediate_size": 32_768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+}
+
+
+def _read_multimodal(hf: HFConfig) -> Decoder:
+    texts = {"mistral": MISTRAL, "ministral3": MINISTRAL3}
+    return read_text(hf, text_keys(hf, _TEXT_DEFAULTS), texts)
+
+
+MULTIMODAL_NAMES = beside_images(
+    NAMES,
+    "model.language_model.",
+    r"(model\.)?(vision_tower|multi_modal_projector)\..+",
+    head=("lm_head", "language_model.lm_head"),
+    aliases=("language_model.model.",),  # as files have it
+)
+MISTRAL3 = Family(
+    model_type="mistral3",
+    models="Mistral Small 3.1, Ministral 3 with images",
+    unlike="as `mistral` or `ministral3`; the image tensors are kept unread",
+    read=_read_multimodal,
+    name_tensors=MULTIMODAL_NAMES.rules,
 )

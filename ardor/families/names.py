@@ -18,6 +18,13 @@ Order = Literal["parts", "heads", "kv_heads", "rows"]
 
 
 @_value
+class Bare:
+    """A parameter of theirs, outside of any module, that is the weight of a module of ours."""
+
+    name: str
+
+
+@_value
 class Joined:
     """Several modules of ours in one of theirs."""
 
@@ -63,7 +70,7 @@ class Apart:
     places: tuple["Place", ...]
 
 
-Place = str | Joined | PerExpert | AllExperts | PackedExperts | Apart
+Place = str | Bare | Joined | PerExpert | AllExperts | PackedExperts | Apart
 Table = Mapping[str | tuple[str, ...], Place | tuple[Place, ...]]
 """Our module (or several that are joined, or a bare parameter) -> its place under theirs.
 
@@ -76,7 +83,7 @@ there counts."""
 class Names:
     layer: str  # of layer {} of theirs, with the dot at its end
     modules: Table  # within a layer
-    outside: Mapping[str, str]  # beside the layers
+    outside: Mapping[str, str | tuple[str, ...]]  # beside the layers
     prefix: str = ""  # in front of most names; checkpoints of the bare body lack it
     aliases: tuple[str, ...] = ()  # prefixes that checkpoints have instead
     transposed: bool = False  # linear weights in layers are [in, out]
@@ -88,13 +95,13 @@ class Names:
         outside = outside_modules(spec)
         for name, module in outside.items():
             if name not in ("norm", "embed_out_proj", "lm_head"):
-                found += _alone(self.outside[name], name, module, False)
+                found += self._outside(name, module)
         for index, layer in enumerate(spec.layers):
-            found += self._layer(index, layer, spec.width)
+            found += self._layer(index, layer, spec)
         for name in ("norm", "embed_out_proj", "lm_head"):
             if name in outside:
-                found += _alone(self.outside[name], name, outside[name], False)
-        tied = Rule(f"{self.outside['lm_head']}.weight", ("embed_tokens.weight",))
+                found += self._outside(name, outside[name])
+        tied = Rule(f"{_options(self.outside['lm_head'])[0]}.weight", ("embed_tokens.weight",))
         return Rules(
             rules=tuple(found),
             prefix=self.prefix,
@@ -103,9 +110,17 @@ class Names:
             ignorable=self.ignorable,
         )
 
-    def _layer(self, index: int, layer: Layer, width: int) -> Iterator[Rule | Stack | Either]:
+    def _outside(self, name: str, module: "Module") -> Iterator[Rule | Either]:
+        options = _options(self.outside[name])
+        ways = tuple(tuple(_alone(place, name, module, False)) for place in options)
+        if len(ways) > 1:
+            yield Either(ways)
+        else:
+            yield from ways[0]
+
+    def _layer(self, index: int, layer: Layer, spec: Decoder) -> Iterator[Rule | Stack | Either]:
         theirs, ours = self.layer.format(index), f"layers.{index}."
-        modules = layer_modules(layer, width)
+        modules = layer_modules(layer, spec)
         covered: set[str] = set()
         for key, places in self.modules.items():
             members = (key,) if isinstance(key, str) else key
@@ -140,6 +155,8 @@ class Names:
         for parameter in parameters:
             memory = tuple(f"{name}.{parameter}" for name in names)
             match place:
+                case Bare():
+                    yield Rule(disk, memory)
                 case PerExpert():
                     assert first.experts is not None
                     numbered = (disk.format(e) for e in range(first.experts))
@@ -187,6 +204,10 @@ def outside_modules(spec: Decoder) -> dict[str, Module]:
     found = {"embed_tokens": Module()}
     if spec.embed_width is not None:
         found["embed_in_proj"] = Module(spec.width)
+    if (inputs := spec.token_input) is not None:
+        found["token_inputs.embed"] = Module()
+        found["token_inputs.context_proj"] = Module(len(spec.layers) * inputs.width)
+        found["token_inputs.context_norm"] = _norm(inputs.norm)
     if spec.learned_positions:
         found["embed_positions"] = Module()
     if spec.embed_norm is not None:
@@ -200,15 +221,17 @@ def outside_modules(spec: Decoder) -> dict[str, Module]:
     return {name: module for name, module in found.items() if module.weight or module.bias}
 
 
-def layer_modules(layer: Layer, width: int) -> dict[str, Module]:
+def layer_modules(layer: Layer, spec: Decoder) -> dict[str, Module]:
     """The modules of one layer, by their names within it; those without parameters left out."""
+    width = spec.width
     placement, norm = layer.placement, _norm(layer.norm)
     reads = placement not in ("post", "after")
     writes = placement in ("post", "sandwich", "after")
+    normed = isinstance(layer.ffn, Experts) and layer.ffn.norm is not None
     norms = {
         "mixer_norm": reads,
         "mixer_out_norm": writes,
-        "ffn_norm": reads and placement != "parallel",
+        "ffn_norm": reads and placement != "parallel" and not normed,
         "ffn_out_norm": writes,
     }
     found = {name: norm for name, wanted in norms.items() if wanted}
@@ -220,6 +243,12 @@ def layer_modules(layer: Layer, width: int) -> dict[str, Module]:
         found |= _experts(layer.ffn, width)
     else:
         found |= _mlp("ffn", layer.ffn, width)
+    if (inputs := spec.token_input) is not None:
+        found["token_gate.gate_proj"] = Module(inputs.width)
+        found["token_gate.out_proj"] = Module(width)
+        found["token_gate.out_norm"] = _norm(inputs.norm)
+    if layer.scalar:
+        found["scalar"] = Module(bare=True)
     return {name: module for name, module in found.items() if module.weight or module.bias}
 
 
@@ -239,6 +268,14 @@ def _attention(mixer: Attention, width: int) -> dict[str, Module]:
         norm = Module(experts=mixer.heads) if qk.over == "heads" else _norm(qk.norm)
         shared = Module(experts=mixer.kv_heads) if qk.over == "heads" else norm
         found |= {"mixer.q_norm": norm, "mixer.k_norm": shared}
+    if mixer.value_norm is not None:
+        found["mixer.v_norm"] = _norm(mixer.value_norm)
+    if mixer.kv_layer is not None:
+        found = {
+            name: found[name] for name in found if not name.startswith(("mixer.k_", "mixer.v_"))
+        }
+    elif mixer.values_from_keys:
+        del found["mixer.v_proj"]
     if mixer.sinks:
         found["mixer.sinks"] = Module(bare=True)
     return found
@@ -274,12 +311,24 @@ def _experts(ffn: Experts, width: int) -> dict[str, Module]:
     found = {"ffn.router": Module(bias=ffn.router.bias)}
     if ffn.router.correction:
         found["ffn.router.correction"] = Module(bare=True)
+    if ffn.router.norm is not None:
+        found["ffn.router.norm"] = _norm(ffn.router.norm)
+    if ffn.router.expert_scale:
+        found["ffn.router.expert_scale"] = Module(bare=True)
+    if ffn.norm is not None:
+        ends = ("in_norm", "out_norm")
+        ends += ("shared_in_norm", "shared_out_norm") if ffn.shared is not None else ()
+        found |= {f"ffn.{end}": _norm(ffn.norm) for end in ends}
     found |= _mlp("ffn.experts", ffn.expert, width, ffn.count)
     if ffn.shared is not None:
         found |= _mlp("ffn.shared", ffn.shared, width)
     if ffn.shared_gated:
         found["ffn.shared_gate"] = Module(1)
     return found
+
+
+def _options(places: str | tuple[str, ...]) -> tuple[str, ...]:
+    return places if isinstance(places, tuple) else (places,)
 
 
 def _alone(disk: str, memory: str, module: Module, transposed: bool) -> Iterator[Rule]:

@@ -28,7 +28,7 @@ def _write(spec: Decoder) -> dict[str, Any]:
 def _rules(spec: Decoder) -> Rules:
     modules = outside_modules(spec)
     for index, layer in enumerate(spec.layers):
-        inside = layer_modules(layer, spec.width)
+        inside = layer_modules(layer, spec)
         modules |= {f"layers.{index}.{name}": module for name, module in inside.items()}
     rules = []
     for name, module in modules.items():

@@ -91,9 +91,10 @@ def _read_olmo3(hf: HFConfig) -> Decoder:
     )
     layer = _post_norm_layer(hf, found)
     kinds = read_layer_types(hf, lambda i: (i + 1) % 4 != 0)
+    windows = read_windows(hf, kinds, hf.optional_count("sliding_window", 4096))
     layers = tuple(
         with_attention(layer, rope=ropes[kind], window=window)
-        for kind, window in zip(kinds, read_windows(hf, kinds, 4096), strict=True)
+        for kind, window in zip(kinds, windows, strict=True)
     )
     return read_decoder(hf, found, layers, max_positions=max_positions)
 

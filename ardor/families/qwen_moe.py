@@ -97,9 +97,8 @@ def _layers(
     hf: HFConfig, found: Heads, mixer: dict[str, Any], mlp: Mlp, experts: Experts
 ) -> tuple[Layer, ...]:
     """Experts in every `decoder_sparse_step`-th layer that `mlp_only_layers` does not name."""
-    step, dense = hf.count("decoder_sparse_step", 1), hf.take("mlp_only_layers", [])
-    if not isinstance(dense, list):
-        raise ConfigError(f"{hf.path}: mlp_only_layers={dense!r} is not a list of layer indices")
+    step, count = hf.count("decoder_sparse_step", 1), hf.count("num_hidden_layers")
+    dense = hf.layer_set("mlp_only_layers", count, [])
     rope = read_rope(hf, head_width=found.head_width, max_positions=_max_positions(hf))
     attend: Attention = attention(found, rope, **mixer)
     return tuple(

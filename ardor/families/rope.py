@@ -12,7 +12,9 @@ from ardor.arch.spec import (
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    ProportionalScaling,
     Rope,
+    Scaling,
     YarnScaling,
 )
 from ardor.errors import ConfigError
@@ -22,7 +24,7 @@ _HARMLESS = {
     "finetuned": "says that the weights were trained with this scaling",
     "type": "an older name of rope_type, which wins where both are given",
 }
-_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 _ALIASES = {"su": "longrope"}  # as Phi-3 was first published
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -107,6 +109,24 @@ def read_layer_ropes(
     return found
 
 
+def read_kind_rope(
+    hf: HFConfig, kind: str, *, head_width: int, default: Mapping[str, Mapping[str, Any]]
+) -> Rope:
+    """The rotation of layers of one kind, for which `rope_parameters` has an object.
+
+    `default` is what a file without any relies on, and names the kinds.
+
+    Raises: ConfigError if there is no such object, or it is not read in full.
+    """
+    nested = hf.section("rope_parameters") or HFConfig(default, path=hf.path)
+    sections = {name: nested.section(name) for name in default}
+    nested.finish({})
+    if (section := sections[kind]) is None:
+        raise ConfigError(f"{nested.path}: no {kind!r}, which some layers are")
+    plain = Rope(theta=10_000.0, rotated=_rotated(hf, head_width, None))
+    return read_section(section, plain, head_width, hf.count("max_position_embeddings", 1), None)
+
+
 def _agreed(hf: HFConfig, ropes: list[Rope], plain: Rope) -> Rope:
     """What the forms of a file say together; `plain` if it has none."""
     if len(ropes) == 2 and ropes[0] != ropes[1]:
@@ -130,8 +150,8 @@ def _rotated(hf: HFConfig, head_width: int, partial: float | None) -> int:
     rotated = head_width if partial is None else int(head_width * partial)
     if rotated % 2 or not 0 < rotated <= head_width:
         raise ConfigError(
-            f"{hf.path}: {partial} of heads of width {head_width} are {rotated} channels, which "
-            "cannot be turned in pairs"
+            f"{hf.path}: partial_rotary_factor={partial} of heads of width {head_width} is "
+            f"{rotated} channels, which cannot be turned in pairs"
         )
     return rotated
 
@@ -148,12 +168,20 @@ def read_section(
 
     Raises: ConfigError for a kind of scaling we do not have, or a key that nothing reads.
     """
-    kind = hf.take("rope_type", None) or hf.take("type", "default")
-    kind = aliases.get(kind, kind)
-    partial = _partial(hf, "partial_rotary_factor", partial)
+    older = hf.take("type", "default")  # of which rope_type is the newer name, and decides
+    kind = hf.take("rope_type", older)
+    kind = aliases.get(kind, kind) if isinstance(kind, str) else kind
     theta = hf.number("rope_theta", plain.theta)
+    scaling: Scaling
+    if kind == "proportional":
+        # The whole head is rotated, most of it by nothing; `partial` is another key of that name.
+        share, rotated = hf.number("partial_rotary_factor", 1.0), _rotated(hf, head_width, None)
+        turning, factor = int(share * head_width // 2), hf.number("factor", 1.0)
+        scaling = ProportionalScaling(turning=turning, factor=factor)
+        hf.finish(_HARMLESS)
+        return Rope(theta=theta, rotated=rotated, pairing=plain.pairing, scaling=scaling)
+    partial = _partial(hf, "partial_rotary_factor", partial)
     rotated = _rotated(hf, head_width, partial)
-    scaling: LinearScaling | DynamicScaling | Llama3Scaling | LongScaling | YarnScaling | None
     match kind:
         case "default":
             hf.take("original_max_position_embeddings", None)

@@ -48,17 +48,17 @@ class Rule:
         """
         on_disk = tuple(shape_on_disk(self.disk))
         shape = (*on_disk[:-2], *on_disk[-2:][::-1]) if self.transposed else on_disk
+        if len(self.memory) == 1:
+            return {self.memory[0]: shape}
         if len(shape) <= self.axis:
             raise CheckpointError(f"{self.disk} has the shape {list(on_disk)}: too few axes")
         length = shape[self.axis]
         sizes = self.sizes or (length // len(self.memory),) * len(self.memory)
-        if sum(sizes) != length and len(self.memory) > 1:
+        if sum(sizes) != length:
             raise CheckpointError(
                 f"{self.disk} of shape {list(on_disk)} does not split into {len(self.memory)} parts"
                 + (f" of {list(self.sizes)}" if self.sizes else "")
             )
-        if len(self.memory) == 1:
-            sizes = (length,)
         return {
             name: (*shape[: self.axis], size, *shape[self.axis + 1 :])
             for name, size in zip(self.memory, sizes, strict=True)
@@ -177,6 +177,11 @@ class Rules:
         ways = (rule.ways[0] if isinstance(rule, Either) else (rule,) for rule in self.rules)
         return tuple(chain.from_iterable(ways))
 
+    @property
+    def memory(self) -> Iterator[tuple[str, ...]]:
+        """The names in memory that each rule fills."""
+        return (_memory(rule) for rule in self.plain)
+
     def bind(self, disk_names: Iterable[str]) -> "Rules":
         """The same rules with the names of this checkpoint, so that saving gives them back.
 
@@ -192,6 +197,26 @@ class Rules:
         best = max(options, key=lambda ways: sum(_held(way, names) for way in ways))
         copied = self.tied_head is not None and self.tied_head.disk in names
         return replace(self, rules=tuple(chain.from_iterable(best)), head_copied=copied)
+
+    def scaled(self, disk_names: Iterable[str], block: tuple[int, int] | None) -> "Rules":
+        """The rules of a checkpoint in which linear maps may be FP8 numbers beside their scales.
+
+        `X.weight` with a `weight_scale_inv` on disk is `X.packed` and `X.scales` in memory; `block`
+        says how many rows and columns share a scale (None: all of a matrix do).
+
+        Raises: CheckpointError if maps joined in one tensor share a scale.
+        """
+        names = frozenset(disk_names)
+        found: list[Rule | Stack] = []
+        for rule in self.plain:
+            packed = any(f"{name}{_SCALES}" in names for name in rule.names)
+            found += _scaled(rule, block) if packed else (rule,)
+        return replace(self, rules=tuple(found), ignorable=(*self.ignorable, _ACTIVATION_SCALES))
+
+    def expanded(self) -> "Rules":
+        """The rules of such a checkpoint once its weights are written as plain numbers again."""
+        kept = (rule for rule in self.plain if not _memory(rule)[0].endswith(".scales"))
+        return replace(self, rules=tuple(_renamed(rule, ".packed", ".weight") for rule in kept))
 
     def account(self, disk_names: Iterable[str]) -> Account:
         """What a checkpoint with these names lacks, and what it has that nothing reads."""
@@ -241,6 +266,43 @@ class Rules:
             yield from rule.to_disk(read).items()
         if self.tied_head is not None and self.head_copied:
             yield from self.tied_head.to_disk(read).items()
+
+
+_SCALES = "_scale_inv"  # added to the name of the weight
+_ACTIVATION_SCALES = Ignorable(
+    pattern=r".+\.activation_scale",
+    reason="how a GPU may round what a map reads; here nothing is rounded",
+    kept=True,
+)
+
+
+def _scaled(rule: Rule | Stack, block: tuple[int, int] | None) -> tuple[Rule | Stack, ...]:
+    """The rule of the numbers, and that of their scales."""
+    numbers, scales = (_renamed(rule, ".weight", name) for name in (".packed", ".scales"))
+    if isinstance(scales, Stack):
+        return numbers, replace(scales, disk=tuple(f"{name}{_SCALES}" for name in scales.disk))
+    scales = replace(scales, disk=f"{scales.disk}{_SCALES}")
+    if len(scales.memory) == 1 and not scales.transposed:
+        return numbers, replace(scales, sizes=None)
+    height, sizes = (0 if block is None else block[0]), scales.sizes or ()
+    if not height or scales.transposed or scales.groups > 1 or any(n % height for n in sizes):
+        raise CheckpointError(
+            f"{scales.disk}: not each of {', '.join(scales.memory)} has scales of its own there; "
+            "load the checkpoint it was made from"
+        )
+    return numbers, replace(scales, sizes=tuple(size // height for size in sizes))
+
+
+def _memory(rule: Rule | Stack) -> tuple[str, ...]:
+    return rule.memory if isinstance(rule, Rule) else (rule.memory,)
+
+
+def _renamed(rule: Rule | Stack, end: str, new: str) -> Rule | Stack:
+    """The rule with another ending of its names in memory."""
+    names = (name.removesuffix(end) + new if name.endswith(end) else name for name in _memory(rule))
+    if isinstance(rule, Stack):
+        return replace(rule, memory=next(names))
+    return replace(rule, memory=tuple(names))
 
 
 def _held(way: tuple[Rule | Stack, ...], names: frozenset[str]) -> int:

@@ -22,6 +22,7 @@ from ardor.arch.spec import (
     Llama3Scaling,
     LongScaling,
     Mlp,
+    ProportionalScaling,
     YarnScaling,
 )
 from ardor.errors import ConfigError
@@ -37,6 +38,7 @@ KINDS: dict[str, type] = {
     "llama3": Llama3Scaling,
     "yarn": YarnScaling,
     "long": LongScaling,
+    "proportional": ProportionalScaling,
 }
 _KIND_OF = {kind: name for name, kind in KINDS.items()}
 LONGEST_PATTERN = 12  # layers

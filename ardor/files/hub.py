@@ -1,12 +1,15 @@
 """Where a named checkpoint is: a directory as it stands, or a snapshot from the hub."""
 
 import difflib
+import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 from ardor.errors import CheckpointError
+from ardor.files.fetch import RemoteFile, fetch
 
 # What a causal language model is read from: never code, never pickles, never other formats.
 PATTERNS = (
@@ -40,6 +43,8 @@ PICKLE_PATTERNS = (
     "pytorch_model.bin.index.json",
 )
 
+TIMEOUT = 10.0  # seconds without an answer, after which the hub counts as out of reach
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -48,15 +53,27 @@ class Resolved(NamedTuple):
     revision: str | None  # the commit of a hub snapshot; None for a directory of the user's
 
 
+class Listing(NamedTuple):
+    """What of a repository is wanted."""
+
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+
 def resolve(
     name: str | Path,
     revision: str | None = None,
     token: str | None = None,
     patterns: Sequence[str] = PATTERNS,
+    *,
+    into: Path | None = None,
+    tell: Callable[[Listing], None] | None = None,
 ) -> Resolved:
     """The directory of a checkpoint: `name` itself if it is one, else a download by hub id.
 
-    Only files that match `patterns` are downloaded, into the hub's own cache.
+    Only files that match `patterns` are downloaded, into the hub's own cache, or the directory
+    `into`. What is there already stays; what was cut short goes on where it stopped. `tell` hears
+    what there is before anything is downloaded; offline it is not called, and the cache is used.
 
     Raises: CheckpointError if it is neither, cannot be reached, does not exist, or is gated.
     """
@@ -75,42 +92,140 @@ def resolve(
         raise CheckpointError(
             f"{name} is not a directory{_nearest(path)}, and not a hub id like 'owner/model'"
         )
-    return _download(name, revision, token, patterns)
+    from huggingface_hub import errors  # later: it is slow to import, and often not needed
+
+    try:
+        return _download(name, revision, token, patterns, into, tell)
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+        raise CheckpointError(_refusal(name, revision, error)) from error
 
 
 def _download(
-    name: str, revision: str | None, token: str | None, patterns: Sequence[str]
+    name: str,
+    revision: str | None,
+    token: str | None,
+    patterns: Sequence[str],
+    into: Path | None,
+    tell: Callable[[Listing], None] | None,
 ) -> Resolved:
     from huggingface_hub import errors, snapshot_download
 
+    answer: Exception | None = None
+    listing = None
+    try:
+        listing = listed(name, revision, token, patterns)
+    except errors.RevisionNotFoundError:
+        raise
+    except (errors.HTTPError, OSError) as error:
+        answer = error  # what the cache holds whole is as good
+    if listing is not None:
+        if tell is not None:
+            tell(listing)
+        for file in listing.files:
+            if file.sha256 is not None and not _cached(name, listing.commit, file.name, into):
+                fetch(name, listing.commit, file, into, token)
     try:
         found = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=list(patterns)
+            name,
+            revision=revision,
+            token=token,
+            allow_patterns=list(patterns),
+            local_dir=into,
+            local_files_only=listing is None,  # it would ask the same again, and wait as long
         )
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run "
-            "'hf auth login' or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{name} has no revision {revision!r} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is not a directory{_nearest(Path(name))}, and the hub has no model of that "
-            "name that you may see; if it is private, set HF_TOKEN"
-        ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{name} is not a directory{_nearest(Path(name))}, not whole in the local cache, and "
-            f"the hub cannot be reached; on a connected machine run 'hf download {name} "
-            "--local-dir DIRECTORY', copy DIRECTORY here and give its path"
-        ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise CheckpointError(f"the hub refused {name}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot download {name}: {error}") from error
+        if isinstance(answer, errors.HfHubHTTPError):
+            raise answer from error
+        raise
     path = Path(found)
-    return Resolved(path, path.name)
+    return Resolved(path, path.name if into is None or listing is None else listing.commit)
+
+
+def _cached(name: str, commit: str, file: str, into: Path | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return into is None and isinstance(try_to_load_from_cache(name, file, revision=commit), str)
+
+
+def listed(name: str, revision: str | None, token: str | None, patterns: Sequence[str]) -> Listing:
+    """The commit that `revision` is now, and its files that match `patterns`.
+
+    Raises: what the hub's client raises.
+    """
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(
+        name, revision=revision, token=token, timeout=TIMEOUT, files_metadata=True
+    )
+    assert info.sha is not None
+    return Listing(
+        info.sha,
+        tuple(
+            RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None)
+            for file in info.siblings or ()
+            if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+        ),
+    )
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> str:
+    """What to do about an exception of the hub's client."""
+    from huggingface_hub import errors
+
+    here = f"{name} is not a directory{_nearest(Path(name))}"
+    match error:
+        case errors.GatedRepoError():
+            return (
+                f"{name} is gated: accept its terms at https://huggingface.co/{name}, then run "
+                "'hf auth login' or set HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision!r} on the hub"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{here}, and the hub has no model of that name that you may see; if it is "
+                "private, set HF_TOKEN"
+            )
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"the hub refused the token for {name}; set HF_TOKEN to one that is valid"
+        case errors.HfHubHTTPError() | errors.HFValidationError():
+            return f"the hub refused {name}: {error}"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            return (
+                f"{here}, not whole in the local cache, and the hub cannot be reached; on a "
+                f"connected machine run 'ardor download {name} -o DIRECTORY', copy DIRECTORY "
+                "here and give its path"
+            )
+        case errors.HTTPError():
+            return (
+                f"the connection broke while downloading {name}: {error}; run the same command "
+                "again: it goes on where it stopped"
+            )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left for {name} ({error.filename or 'the hub cache'}); what has come is "
+            "kept: free some space and run the same command again, or set HF_HOME or give -o "
+            "with a directory on another disk"
+        )
+    return f"cannot download {name}: {error}"
+
+
+def dataset_unreachable(name: str) -> bool:
+    """Whether the hub cannot be reached and has left no copy of the dataset `name` here.
+
+    Its own client would find that out too, after half a minute of trying.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if (Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}").is_dir():
+        return False
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT)
+    except errors.HfHubHTTPError:
+        return False  # it answers
+    except (errors.HTTPError, OSError):
+        return True
+    return False
 
 
 def _nearest(path: Path) -> str:

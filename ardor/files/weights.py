@@ -18,26 +18,16 @@ from torch import Tensor
 from ardor.errors import CheckpointError
 from ardor.files import pickles
 from ardor.files.atomic import explained
+from ardor.files.convert import converted
 from ardor.files.json import read_json, write_json
+from ardor.files.stream import CODES, write_shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (pickles.SINGLE, pickles.INDEX)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # values, not codes
+MAX_SHARD_BYTES = 50_000_000_000  # as transformers 5
 
 
 class WeightFiles:
@@ -75,12 +65,34 @@ class WeightFiles:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU, in the dtype it is stored in."""
+        """The tensor on the CPU, in the dtype it is stored in; mapped from its file."""
+        return self._from(self._handles[self.file(name)], name)
+
+    def read_as(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        """The tensor on `device`; if it is floating, in `dtype` (None: as it is stored).
+
+        What is converted or moved is copied, and its pages of the file are given back at once:
+        host memory holds one mapped tensor at a time beside what was read.
+        """
+        stored = self.dtype(name)
+        to = dtype if dtype is not None and stored in FLOATING else stored
+        if to == stored and device.type == "cpu":
+            return self.read(name)
         path = self.file(name)
+        # Pages of a mapping count as ours until it ends, so each tensor has a mapping to itself.
+        own = _open(path) if path.suffix == ".safetensors" else self._handles[path]
+        tensor = self._from(own, name)
+        return converted(tensor, to) if device.type == "cpu" else tensor.to(device).to(to)
+
+    def first_floating(self) -> torch.dtype | None:
+        """The dtype of the first tensor that holds floating-point values; None if none does."""
+        return next((d for d in map(self.dtype, self._homes) if d in FLOATING), None)
+
+    def _from(self, handle: Any, name: str) -> Tensor:
         try:
-            return self._handles[path].get_tensor(name)
+            return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
+            raise CheckpointError(f"{self.file(name)}: cannot read {name}: {error}") from error
 
     def _slice(self, name: str) -> Any:
         return self._handles[self.file(name)].get_slice(name)
@@ -134,44 +146,50 @@ def open_file(path: str | Path) -> WeightFiles:
 def write_weights(
     directory: str | Path,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    layout: Iterable[tuple[str, Tensor]] | None = None,
 ) -> tuple[Path, ...]:
     """Write tensors bit for bit, as one file or as shards with an index; returns the files.
 
-    Consumes `tensors` as it goes and holds one shard at most; a tensor above the limit has a shard
-    to itself. Files appear under their names after all are written, and those of an earlier
-    checkpoint go last. To replace a checkpoint in one step, write into an `atomic_directory`.
+    `layout` has names, shapes and dtypes in the order of `tensors`, without the contents (on the
+    meta device): with it each tensor is written as it comes, and only one is held. A tensor above
+    the limit has a shard to itself. Files appear under their names after all are written, and those
+    of an earlier checkpoint go last. To replace a checkpoint in one step, write into an
+    `atomic_directory`.
 
     Raises: CheckpointError if the disk is full or the place cannot be written.
     """
     directory = Path(directory)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    pairs = cast("Iterable[tuple[str, Tensor]]", pairs)
+    pairs = cast(
+        "Iterable[tuple[str, Tensor]]",
+        tensors.items() if isinstance(tensors, Mapping) else tensors,
+    )
+    if layout is None:
+        layout = pairs = list(pairs)
+    shards, coming = list(_shards(layout, max_shard_bytes)), iter(pairs)
+    count = len(shards)
+    files = [directory / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [directory / SINGLE]
+    partials = [directory / f".shard-{i + 1}.partial-{os.getpid()}" for i in range(count)]
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    partials: list[Path] = []
-    names: list[list[str]] = []
-    elements = size = 0
-    try:
-        for shard in _shards(pairs, max_shard_bytes):
-            partials.append(directory / f".shard-{len(partials) + 1}.partial-{os.getpid()}")
-            _save(shard, partials[-1])
-            names.append(list(shard))
-            elements += sum(tensor.numel() for tensor in shard.values())
-            size += sum(tensor.nbytes for tensor in shard.values())
-        count = len(partials)
-        files = [directory / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        if count == 1:
-            files = [directory / SINGLE]
-        with explained(directory):
+        try:
+            for partial, shard in zip(partials, shards, strict=True):
+                write_shard(partial, shard, coming)
             for partial, file in zip(partials, files, strict=True):
                 os.replace(partial, file)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+        finally:
+            for partial in partials:
+                partial.unlink(missing_ok=True)
     if count > 1:
-        homes = {name: f.name for f, held in zip(files, names, strict=True) for name in held}
-        metadata = {"total_parameters": elements, "total_size": size}
+        homes = {name: f.name for f, held in zip(files, shards, strict=True) for name in held}
+        all_held = [tensor for shard in shards for tensor in shard.values()]
+        metadata = {
+            "total_parameters": sum(tensor.numel() for tensor in all_held),
+            "total_size": sum(tensor.nbytes for tensor in all_held),
+        }
         files.append(directory / INDEX)
         write_json(files[-1], {"metadata": metadata, "weight_map": homes})
     for stale in {
@@ -202,17 +220,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def _shards(pairs: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(layout: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     seen: set[str] = set()
-    for name, tensor in pairs:
+    for name, tensor in layout:
         assert name not in seen, f"{name} was given twice"
         seen.add(name)
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.detach().contiguous()
+        shard[name] = tensor
         size += tensor.nbytes
     if shard or not seen:
         yield shard
@@ -251,7 +269,7 @@ def _open(path: Path) -> Any:
 
 
 def _open_pickle(path: Path) -> Any:
-    return pickles.open_pickle(path, _CODES)
+    return pickles.open_pickle(path, CODES)
 
 
 @contextmanager

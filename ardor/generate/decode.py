@@ -91,13 +91,13 @@ def decode(
 def _row(decoder: CausalLM, index: int, prompt: Sequence[int]) -> _Row:
     if not prompt:
         raise ShapeError(
-            f"prompt {index} holds no tokens, and this tokenizer adds none at the start; "
+            f"prompt {index + 1} holds no tokens, and this tokenizer adds none at the start; "
             "give at least one character"
         )
     room = decoder.facts.max_positions - len(prompt)
     if room < 1:
         raise ShapeError(
-            f"prompt {index} has {len(prompt)} tokens, but the model's context holds "
+            f"prompt {index + 1} has {len(prompt)} tokens, but the model's context holds "
             f"{decoder.facts.max_positions}; shorten it"
         )
     decoder.check_ids(prompt)

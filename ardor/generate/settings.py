@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, fields
 
+from ardor.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to continue a prompt. None: as the model's generation_config.json says, else greedy;
-    with top_k, top_p or min_p, sampled."""
+    with top_k, top_p or min_p, sampled.
+
+    Raises: ConfigError for a limit or penalty outside its range, before a model is loaded.
+    """
 
     max_new_tokens: int = 256
     """Tokens to write at most."""
@@ -24,6 +29,15 @@ class Settings:
     """Texts that end the answer and do not belong to it."""
     seed: int = 0
     """Of the samples."""
+
+    def __post_init__(self) -> None:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ConfigError(
+                f"max_new_tokens={self.max_new_tokens!r} must be a whole number of at least 1"
+            )
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < float("inf"):
+            raise ConfigError(f"repetition_penalty={penalty} must be above 0, and finite")
 
     @classmethod
     def of(cls, holder: "Settings") -> "Settings":

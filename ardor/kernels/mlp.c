@@ -32,6 +32,7 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
                     right[j] = (__m512bh)_mm512_loadu_si512(b + p * 16 * J + 16 * j);           \
                 _Pragma("GCC unroll 16")                                                        \
                 for (int i = 0; i < R; i++) {                                                   \
+                    if (p % 16 == 0) __builtin_prefetch(a + (first + i + ROWS) * pairs + p, 0, 2); \
                     int32_t both = (int32_t)a[(first + i) * pairs + p];                         \
                     __m512bh left = (__m512bh)_mm512_set1_epi32(both);                          \
                     _Pragma("GCC unroll 4")                                                     \
@@ -122,7 +123,7 @@ static void feed(const uint16_t *x, const uint16_t *gate, const uint16_t *up, co
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tiles; t++)
         pack_tile(x, packed + t * COLUMNS * pairs, width, some, t);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t f = 0; f < inner; f += ROWS)
         for (int64_t t = 0; t < tiles; t++) {
             float gates[ROWS * COLUMNS], ups[ROWS * COLUMNS];
@@ -133,7 +134,7 @@ static void feed(const uint16_t *x, const uint16_t *gate, const uint16_t *up, co
             pack_gated(gates, ups, hidden + t * COLUMNS * inner / 2 + f / 2 * 16 * parts, 16 * parts,
                        gelu);
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, 8)
     for (int64_t d = 0; d < width; d += ROWS)
         for (int64_t t = 0; t < tiles; t++) {
             float made[ROWS * COLUMNS];

@@ -35,6 +35,16 @@ class KeepsDtypes(nn.Module):
         return self
 
 
+class StoredLinear(KeepsDtypes):
+    """A linear map that is kept in the packed format of its file."""
+
+    bias: nn.Parameter | None
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        """Its weight as a new tensor, rounded once to `dtype` (None: what the format is for)."""
+        raise NotImplementedError
+
+
 class QuantizedLinear(KeepsDtypes):
     """y = x W~^T + b in the dtype of x, where W~ is the dequantized weight. Frozen.
 
@@ -170,11 +180,12 @@ class QuantizedLinear(KeepsDtypes):
 def quantize_decoder(
     decoder: nn.Module, format: str = "nf4", skip: Iterable[str] = DEFAULT_SKIP
 ) -> list[str]:
-    """Replace the dense linears inside the layers of `decoder` by quantized ones; their names.
+    """Replace the linears inside the layers of `decoder` by quantized ones; their names.
 
-    One weight is replaced at a time, so the extra memory is that of one. Embeddings, norms and the
-    head are never touched. `skip` adds to the default and never replaces it; an entry covers the
-    modules whose dotted name contains it as whole parts ("o_proj", "mixer", "layers.0").
+    One that its file keeps in another format is expanded first. One weight is replaced at a time,
+    so the extra memory is that of one. Embeddings, norms and the head are never touched. `skip`
+    adds to the default and never replaces it; an entry covers the modules whose dotted name
+    contains it as whole parts ("o_proj", "mixer", "layers.0").
 
     Raises: ConfigError for an unknown format, or an entry of `skip` that covers no module.
     """
@@ -186,13 +197,14 @@ def quantize_decoder(
     for name in names:
         linear = decoder.get_submodule(name)
         # Exactly torch's: a class derived from it may do more than multiply.
-        dense = isinstance(linear, Linear) or type(linear) is nn.Linear
+        dense = isinstance(linear, Linear | StoredLinear) or type(linear) is nn.Linear
         if not dense or place_of(decoder, name) != "layers":
             continue
-        assert isinstance(linear, Linear | nn.Linear)
+        assert isinstance(linear, Linear | StoredLinear | nn.Linear)
         if any(covers(entry, name) for entry in skipped):
             continue
-        decoder.set_submodule(name, QuantizedLinear(quantizer(linear.weight), linear.bias))
+        weight = linear.dequantized() if isinstance(linear, StoredLinear) else linear.weight
+        decoder.set_submodule(name, QuantizedLinear(quantizer(weight), linear.bias))
         replaced.append(name)
     return replaced
 

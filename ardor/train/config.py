@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,8 @@ class Optimisation:
     """
 
     output: Path | None = None
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html."""
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html. Default: the next
+    free runs/VERB-N."""
     learning_rate: float | None = None
     """Peak learning rate. Default: 2e-3 from scratch, 2e-4 for adapters, 2e-5 for all weights."""
     num_train_epochs: float = 1.0
@@ -98,7 +99,8 @@ class Optimisation:
     dtype: str = "auto"
     """Compute dtype: auto (bfloat16 where it is fast), bfloat16 or float32. Masters are float32."""
     attn_implementation: str | None = None
-    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: sdpa."""
+    """sdpa, eager (the reference), or on a GPU flex or flash_attention_2. Default: the
+    best there is."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
     eval_data: str | None = None
@@ -184,6 +186,9 @@ class Train(Optimisation):
             )
 
 
+ADAPTER_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Optimisation):
     """Fine-tune a model on your data: full, LoRA or QLoRA."""
@@ -232,4 +237,15 @@ class Finetune(Optimisation):
             raise ConfigError(
                 f"quantization={self.quantization} is for method qlora, and method {self.method} "
                 "trains on whole weights; leave it out, or choose qlora"
+            )
+        set_for_adapters = [
+            f"{field.name}={value}"
+            for field in fields(Finetune)
+            if field.name in ADAPTER_FIELDS
+            and (value := getattr(self, field.name)) != field.default
+        ]
+        if self.method == "full" and set_for_adapters:
+            raise ConfigError(
+                f"{', '.join(set_for_adapters)}: method full trains every weight and has no "
+                "adapters; leave it out, or choose lora"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Conversation, recognise
@@ -15,13 +16,23 @@ from ardor.errors import ConfigError
 from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
+from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
-from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
+from ardor.train.peak import check_finetune
+from ardor.train.run import (
+    Run,
+    begin,
+    choose_attention,
+    data_note,
+    output_folder,
+    resumed_from,
+    split,
+)
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -37,6 +48,7 @@ def prepare(config: Finetune) -> Run:
     rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
+    check_finetune(config, default_device())
     model, added = _model(config, checkpoint, chats=_chats(rows))
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
@@ -60,6 +72,7 @@ def prepare(config: Finetune) -> Run:
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
         ),
     )
@@ -108,18 +121,20 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     """
     device = default_device()
     precision = training_compute(config.dtype, device)
+    backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
     full = config.method == "full"
+    resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(
-        config.model if not full or checkpoint is None else checkpoint,
+        checkpoint if full and checkpoint is not None else config.model,
         dtype=precision.weights if full else precision.compute,
         device=device,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization if config.method == "qlora" else "none",
         adapter=None if full else checkpoint,
-        revision=config.revision,
+        revision=None if resumed else config.revision,
         trust_remote_code=config.trust_remote_code,
         # A checkpoint of the run is ours, and never a pickle.
-        use_safetensors=config.use_safetensors or (full and checkpoint is not None),
+        use_safetensors=config.use_safetensors or resumed,
         check_finite=True,
     )
     if model.adapter is not None and checkpoint is None:
@@ -177,12 +192,17 @@ def _make_trainable(config: Finetune, model: Model, template_added: bool) -> Non
     _require_grad(config, model)
 
 
+# Modules whose weights are kept in the format of their file, and its name.
+_STORED: dict[type, str] = {MXFP4Experts: "MXFP4", FP8Experts: "FP8", FP8Linear: "FP8"}
+
+
 def _require_grad(config: Finetune, model: Model) -> None:
     if config.method == "full":
-        if any(isinstance(module, MXFP4Experts) for module in model.decoder.modules()):
+        kinds = {_STORED[type(m)] for m in model.decoder.modules() if type(m) in _STORED}
+        if kinds:
             raise ConfigError(
-                f"the experts of {config.model} are stored in MXFP4, which full fine-tuning cannot "
-                "change; use --method lora, or a checkpoint of bfloat16 weights"
+                f"weights of {config.model} are stored in {' and '.join(sorted(kinds))}, which "
+                "full fine-tuning cannot change; use --method lora, or a checkpoint in bfloat16"
             )
         for parameter in model.decoder.parameters():
             # What a file is mapped to must not be written to.

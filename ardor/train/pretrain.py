@@ -19,13 +19,22 @@ from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.generate.text import Settings, generate
 from ardor.load import Model, Native, default_device, load_model, stops_of
+from ardor.memory.shapes import count, parameters
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate
-from ardor.train.memory import count_parameters, fitting
-from ardor.train.run import Run, begin, data_note, output_folder, resumed_from, split
+from ardor.train.peak import check_scratch
+from ardor.train.run import (
+    Run,
+    begin,
+    choose_attention,
+    data_note,
+    output_folder,
+    resumed_from,
+    split,
+)
 
 LEARNING_RATE = 2e-3
 VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
@@ -52,7 +61,7 @@ def prepare(
     blueprint, device = read_blueprint(config), default_device()
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
-    fitting(count_parameters(rough.spec), device)
+    check_scratch(rough.spec, config, device)
     rows = list(read_rows(config.data)) if rows is None else rows
     if heldout is None and config.eval_data is not None:
         heldout = list(read_rows(config.eval_data))
@@ -64,7 +73,8 @@ def prepare(
     data = Dataset.build(rows, tokenizer, **cut)
     held = None if heldout is None else Dataset.build(heldout, tokenizer, **cut)
     train, held = split(config, data, held)
-    size = fitting(count_parameters(blueprint.spec), device)
+    check_scratch(blueprint.spec, config, device)
+    size = f"{count(parameters(blueprint.spec)) / 1e6:,.1f} M parameters"
     notes = (*blueprint.notes(), f"{size}; {blueprint.spec.vocab:,} embedding rows")
     if tell is not None:
         for note in notes:
@@ -85,6 +95,7 @@ def prepare(
             data_note(data, train, held, limit),
             *(notes if tell is None else ()),
             f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
+            *choose_attention(model, config.attn_implementation),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
     )
@@ -137,11 +148,8 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
     """A randomly initialised model of `blueprint`, seeded by config.seed."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    decoder = Decoder(
-        blueprint.spec,
-        compute=precision.compute,
-        attn=backend_for(config.attn_implementation, device),
-    )
+    backend_for(config.attn_implementation, device, trains=True)
+    decoder = Decoder(blueprint.spec, compute=precision.compute)
     initialise(
         decoder,
         torch.Generator().manual_seed(config.seed),

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ardor import __version__
 from ardor.adapters.peft_files import ADAPTER_CONFIG
+from ardor.arch.attention import backend_for
+from ardor.arch.decoder import Decoder
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import CheckpointError, ConfigError
@@ -15,8 +18,11 @@ from ardor.files.runs import checkpoints, newest_checkpoint
 from ardor.files.yaml import to_yaml
 from ardor.load import CONFIG as MODEL
 from ardor.load import Model
+from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
+from ardor.train.metrics import METRICS, Metrics
+from ardor.train.peak import measured, predicted
 from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Trainer
 
@@ -36,15 +42,27 @@ class Run:
     resumed: bool
     notes: tuple[str, ...]  # for people: what was found and chosen
     opening: str | None = None  # of a text to continue; None where the data are conversations
+    predicted: int | None = None  # bytes at the peak
 
     def events(self) -> Iterator[Event]:
-        """Train to the end; report.html follows every checkpoint."""
+        """Train to the end; report.html follows every checkpoint, peak memory comes last."""
         for event in self.trainer.events():
             if event["kind"] == "checkpoint":
                 write_report(self.folder)
             yield event
+        yield from self._memory()
         if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
             write_report(self.folder)
+
+    def _memory(self) -> Iterator[Event]:
+        peak = measured(self.model.decoder.device)
+        if peak is None or self.predicted is None:
+            return
+        row = {"step": self.trainer.progress.step, "kind": "memory", "peak_memory": peak}
+        row["predicted_memory"] = self.predicted
+        file = self.folder / METRICS
+        Metrics(file, keep_bytes=file.stat().st_size).append(row)
+        yield row
 
 
 def output_folder(config: Optimisation, verb: str) -> Path:
@@ -115,6 +133,21 @@ def data_note(data: Dataset, train: Dataset, heldout: Dataset | None, limit: int
     )
 
 
+def choose_attention(model: Model, asked: str | None) -> tuple[str, ...]:
+    """Let attention run by what is best for the dtype that is computed in; a note of it.
+
+    Raises: ConfigError if what was asked for cannot run here, or cannot train.
+    """
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        return ()
+    choice = backend_for(
+        asked, decoder.device, spec=decoder.spec, compute=decoder.compute, trains=True
+    )
+    decoder.attend_by(*choice)
+    return (f"attention: {choice.name} ({choice.why})",)
+
+
 def begin(
     config: Optimisation,
     folder: Path,
@@ -145,6 +178,9 @@ def begin(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,
     )
+    found = predicted(model, plan, heldout, config.gradient_accumulation_steps)
+    if found is not None:
+        notes = (*notes, note(found))
     trainer = Trainer(model.decoder, plan, config, folder, hooks)
     resumed = config.resume and trainer.resume()
     if other_model:
@@ -155,5 +191,16 @@ def begin(
             "resume with the model the run was begun with, or choose another output folder"
         )
     text = to_yaml(replace(config, output=folder, resume=False))
-    write_atomic(folder / CONFIG, f"# ardor {__version__}\n{text}")
-    return Run(folder, model, trainer, train, heldout, resumed, notes)
+    write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
+    run = Run(folder, model, trainer, train, heldout, resumed, notes)
+    run.predicted = None if found is None else found.estimate.bytes
+    return run
+
+
+def _header(file: Path, model: Model, resumed: bool) -> str:
+    """Comments that say what a run began from; those of a run that is resumed stay."""
+    if resumed and file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        return "".join(takewhile(lambda line: line.startswith("#"), lines))
+    at = "" if model.revision is None else f" at {model.revision}"
+    return f"# ardor {__version__}\n# model: {model.source!r}{at}; {model.precision}\n"

@@ -25,7 +25,7 @@ from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
-from ardor.train.metrics import Metrics
+from ardor.train.metrics import METRICS, Metrics
 from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
 from ardor.train.schedule import rate_share
 
@@ -39,7 +39,8 @@ _FREE = frozenset(
 )
 
 Event = Mapping[str, Any]
-"""A line of metrics.jsonl: "kind" is train | eval | sample | checkpoint, "step" the steps done."""
+"""A line of metrics.jsonl: its "kind" is train | eval | sample | checkpoint | memory, and "step"
+counts the steps that are done."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Trainer:
         config, every = self.config, math.ceil(self.steps / 10)
         evaluate_every = config.eval_steps or every
         save_every = config.save_steps or evaluate_every
-        metrics = Metrics(self.run / "metrics.jsonl", keep_bytes=self.progress.metrics_bytes)
+        metrics = Metrics(self.run / METRICS, keep_bytes=self.progress.metrics_bytes)
         windows = self._windows()
         saved = self.progress.step
         if config.eval_on_start and self.progress.step == 0:

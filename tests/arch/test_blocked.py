@@ -17,6 +17,7 @@ SCORES = {
     "window and chunk": Scores(0.7, Reach(window=3, chunk=5)),
     "softcap": Scores(0.7, softcap=1.5),
     "alibi": Scores(0.7, alibi=(0.5, 0.25, 0.1, 0.9, 0.0, 0.3)),
+    "coarse alibi": Scores(0.7, alibi=(0.5, 0.25, 0.1, 0.9, 0.0, 0.3), alibi_coarse=True),
     "all": Scores(0.7, Reach(window=4), 2.0, (0.5, 0.25, 0.1, 0.9, 0.0, 0.3)),
     "plain": Scores(0.7),
 }

@@ -57,6 +57,33 @@ def gpt2() -> specs.Decoder:
     )
 
 
+def gemma4() -> specs.Decoder:
+    """Two kinds of layers; the last two read the keys and values of the first two."""
+    norm = specs.Norm(eps=1e-2, late_cast=True)  # a small one makes noise of small vectors
+    full = specs.Attention(
+        heads=4,
+        kv_heads=1,
+        head_width=16,
+        scale=0.2,
+        rope=specs.Rope(theta=50.0, rotated=16, scaling=specs.ProportionalScaling(turning=2)),
+        qk_norm=specs.QKNorm(norm=norm),
+        value_norm=replace(norm, weight="none"),
+        values_from_keys=True,
+    )
+    local = replace(full, head_width=8, rope=specs.Rope(theta=10.0, rotated=8), window=3)
+    local = replace(local, values_from_keys=False)
+    mlp = specs.Mlp(width=40, act="gelu_tanh")
+    router = specs.Router(per_token=2, norm=norm, read_scale=0.2, expert_scale=True)
+    experts = specs.Experts(count=4, expert=mlp, router=router, shared=mlp, norm=norm)
+    mixers = (local, full, replace(local, kv_layer=0), replace(full, kv_layer=1))
+    layers = tuple(
+        specs.Layer(mixer=mixer, ffn=ffn, norm=norm, placement="sandwich", scalar=True)
+        for mixer, ffn in zip(mixers, (mlp, experts, mlp, experts), strict=True)
+    )
+    inputs = specs.TokenInput(rows=V, width=5, act="gelu_tanh", norm=norm)
+    return llama(layers=layers, norm=norm, tied=True, token_input=inputs)
+
+
 def random_decoder(spec: specs.Decoder, attn: str = "sdpa", scale: float = 8.0) -> Decoder:
     """Weights far larger than a fresh model's: attention is peaked, so that errors show."""
     decoder = Decoder(spec, attn=attn)
@@ -68,7 +95,7 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-both = pytest.mark.parametrize("spec", [llama(), gpt2()], ids=["llama", "gpt2"])
+both = pytest.mark.parametrize("spec", [llama(), gpt2(), gemma4()], ids=["llama", "gpt2", "gemma4"])
 backends = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 
 
@@ -151,6 +178,35 @@ def test_rows_of_unequal_length_decode_as_if_alone(spec, attn):
     left = decoder.hidden(ids(1, 1, seed=7), cache=cache)
     full = torch.cat([prompts[2], following[2:], ids(1, 1, seed=7)], 1)
     torch.testing.assert_close(left, decoder.hidden(full)[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_holds_shared_keys_and_values_once():
+    spec = gemma4()
+    cache = KVCache(spec, rows=2, capacity=10, dtype=torch.float32)
+    decoder = random_decoder(spec)
+    decoder.hidden(ids(2, 7), cache=cache)
+    cache.advance(7)
+    held = [kv.numel() for kv in cache._layers]
+    assert held == [2 * 2 * 10 * 8, 2 * 2 * 10 * 16, 0, 0]
+    cache.keep([1])
+    one = cache.row(0)
+    found = decoder.hidden(ids(1, 2, seed=1), cache=one)
+    again = torch.cat([ids(2, 7)[1:], ids(1, 2, seed=1)], 1)
+    torch.testing.assert_close(found, decoder.hidden(again)[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layers_scalar_and_a_tokens_vector_act():
+    decoder, tokens = random_decoder(gemma4()), ids(1, 6)
+    before = decoder.hidden(tokens)
+    decoder.layers[0].scalar.fill_(0.5)
+    halved = decoder.hidden(tokens)
+    assert (halved - before).abs().max() > 0.05
+    decoder.token_inputs.embed.weight[tokens[0, 3]] += 1.0
+    changed = (decoder.hidden(tokens) - halved).abs().amax((0, 2))
+    assert changed[tokens[0] == tokens[0, 3]].min() > 0.05
+    assert changed[:3].max() < 1e-5  # what comes before does not see it
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ardor.arch.positions import growth, rotate, rotation, turned
-from ardor.arch.spec import Rope, Temperature
+from ardor.arch.spec import ProportionalScaling, Rope, Temperature
 from ardor.kernels.native import library
 
 # What two roundings may differ by, for values of about 4.
@@ -57,3 +57,17 @@ def test_queries_grow_in_steps_of_a_span():
     found = growth(Temperature(slope=0.5, span=4), torch.tensor([[0, 3, 4, 11]]))
     expected = [1.0, 1.0, 1 + 0.5 * math.log(2), 1 + 0.5 * math.log(3)]
     torch.testing.assert_close(found.flatten(), torch.tensor(expected))
+
+
+def test_pairs_that_are_no_part_of_the_proportion_stand_still():
+    """The rest turn as in a head that turns whole, with its partner half a head away."""
+    positions, g = torch.arange(5)[None], torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 5, 12, generator=g)
+    whole = Rope(theta=50.0, rotated=12)
+    part = Rope(theta=50.0, rotated=12, scaling=ProportionalScaling(turning=2))
+    found, expected = (rotate(x, rotation(r, positions, torch.float32)) for r in (part, whole))
+    turning = [0, 1, 6, 7]
+    assert torch.equal(found[..., turning], expected[..., turning])
+    still = [i for i in range(12) if i not in turning]
+    assert torch.equal(found[..., still], x[..., still])
+    assert not torch.equal(expected[..., still], x[..., still])

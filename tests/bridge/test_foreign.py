@@ -257,8 +257,13 @@ def test_weights_that_code_changes_for_evaluation_are_saved_as_they_were(tokeniz
     assert all(torch.equal(found[name], was[name]) for name in was)
 
 
-def test_saving_draws_no_random_number(odd, tmp_path):
-    lm = load(odd, trust_remote_code=True)
+def test_saving_draws_no_random_number(tokenizer, tmp_path):
+    def restless(source):
+        writes = "torch.autograd.graph.increment_version(self.unembed.weight)"
+        return source.replace("past = 0 if", f"{writes}\n        past = 0 if")
+
+    lm = load(write_odd(tmp_path / "odd", tokenizer, restless, dropout=0.2), trust_remote_code=True)
+    assert lm.model.decoder._restless
     before = torch.get_rng_state()
     lm.save(tmp_path / "saved")
     assert torch.equal(torch.get_rng_state(), before)

@@ -182,11 +182,16 @@ def test_from_the_hub_code_and_weights_are_of_one_commit(fresh, tmp_path, hub): 
     assert len({len(held) for held in hub.files.values()}) == len(hub.files)  # its ETags
     asked: list[str] = []
     get = hub.RequestHandlerClass.do_GET
-    hub.RequestHandlerClass = type(
-        "Noting",
-        (hub.RequestHandlerClass,),
-        {"do_GET": lambda self: (asked.append(self.path), get(self))},
-    )
+
+    def answer(self):
+        """Someone pushes as soon as a process has asked what `main` is."""
+        asked.append(self.path)
+        if "/revision/main" in self.path and sum("/revision/main" in path for path in asked) > 1:
+            self.reply(200, json.dumps({"id": "owner/model", "sha": "d" * 40}).encode())
+        else:
+            get(self)
+
+    hub.RequestHandlerClass = type("Moving", (hub.RequestHandlerClass,), {"do_GET": answer})
     script = """
         import sys
         from ardor.lm import load
@@ -207,6 +212,7 @@ def test_from_the_hub_code_and_weights_are_of_one_commit(fresh, tmp_path, hub): 
     without = subprocess.run(run, env=env, capture_output=True, text=True, check=True)
     assert "model_type='odd' is not implemented" in without.stdout
     assert not any(path.endswith(".py") for path in asked) and not ran(fresh)
+    asked.clear()
     trusted = subprocess.run([*run, FLAG], env=env, capture_output=True, text=True, check=True)
     files = "configuration_odd.py modeling_odd.py layers_odd.py"
     assert trusted.stdout.strip() == f"{COMMIT} owner/model {files}", trusted

@@ -203,14 +203,16 @@ def test_a_target_that_is_not_there_names_those_near(odd):
 
 
 def test_a_saved_target_names_no_module_that_is_not_adapted(tokenizer, tmp_path):
-    """PEFT compares targets with all modules: "key" is a linear of both mixers of RWKV."""
-    path = write_native(tmp_path / "bert", tokenizer, "bert", is_decoder=True)
-    lm = adapted(path, LoraConfig(r=2, target_modules=("attention.output.dense",)))
+    """PEFT compares targets with all modules, and refuses one that is no linear."""
+
+    def ambiguous(source):
+        return source.replace("self.table = None", "self.out = nn.Identity(); self.table = None")
+
+    path = write_odd(tmp_path / "odd", tokenizer, ambiguous)
+    lm = adapted(path, LoraConfig(r=2, target_modules=("out",)))
     save_model(lm.model, tmp_path / "adapter")
-    (target,) = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
-        "target_modules"
-    ]
-    assert target == "attention.output.dense"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["0.out", "1.out"]
     with torch.no_grad():
         peer = PeftModel.from_pretrained(theirs(path), tmp_path / "adapter").eval()
         same(lm.logits(TOKENS), peer(TOKENS).logits)
@@ -241,6 +243,7 @@ def test_a_merged_adapter_is_saved_with_the_weights(odd, tmp_path):
         same(theirs(tmp_path / "merged")(TOKENS).logits, before)
 
 
+@pytest.mark.sweep
 def test_a_linear_that_their_code_takes_apart_is_named(tokenizer, rows, tmp_path):
     path = write_native(tmp_path / "rwkv", tokenizer, "rwkv")
     with pytest.raises(ConfigError, match=r"Rwkv\w+ reads 'weight' of rwkv\.blocks.* a LoraLinear"):

@@ -27,7 +27,8 @@ from ..tiny import World, make_world, sentences, write_rows
 SIZES = "--vocab-size 280 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 1"
 TRAIN = f"{SIZES} --num-attention-heads 2 --max-length 48 --tokens-per-batch 96 --dtype float32"
 TRAIN = TRAIN.split()
-TUNE = ["--max-steps", "3", "--lora-r", "2", "--dtype", "float32", "--learning-rate", "0.01"]
+STEPS = ["--max-steps", "3", "--dtype", "float32", "--learning-rate", "0.01"]
+TUNE = [*STEPS, "--lora-r", "2"]
 
 
 class Said(NamedTuple):
@@ -106,7 +107,7 @@ def test_train_leaves_a_run_that_its_hint_generates_from(world, say, tmp_path):
     assert hint[:2] == ["generate", str(run)]
     done = say(*hint, "-n", 5)
     assert done.code == 0 and done.out.endswith("\n")
-    assert "float32, computing in float32 on cpu" in done.err
+    assert "weights in float32, computing in float32 (as stored), on cpu" in done.err
 
 
 def test_train_in_json_prints_the_lines_of_metrics(world, say, tmp_path):
@@ -177,7 +178,9 @@ def test_finetune_learns_each_format_with_each_method(world, say, tmp_path, meth
     pairs = zip(sentences(22, 1), sentences(22, 2), strict=True)
     write_rows(data, [FORMATS[format](q, a) for q, a in pairs])
     args = ["--method", method, "--stop-rate-samples", 1, "--eval-fraction", 0.1]
-    said = say("finetune", world.base, data, "-o", run, *TUNE, *args)
+    said = say(
+        "finetune", world.base, data, "-o", run, *(STEPS if method == "full" else TUNE), *args
+    )
     assert (said.code, said.out) == (0, ""), said
     assert "22 rows" in said.err and f"model: {method}, " in said.err
     assert ("base in nf4" in said.err) == (method == "qlora")
@@ -361,7 +364,8 @@ def test_the_saved_settings_of_a_run_take_it_up_again(world, say, refused, tmp_p
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.sweep
 def test_a_tuning_is_taken_up_again_from_its_saved_settings(world, say, tmp_path, method):
-    args = ["finetune", world.base, world.pairs, *TUNE, "--method", method]
+    settings = STEPS if method == "full" else TUNE
+    args = ["finetune", world.base, world.pairs, *settings, "--method", method]
     args += ["--save-steps", 2, "--lora-dropout", 0.2]
     say(*args, "-o", tmp_path / "whole")
     run = tmp_path / "run"

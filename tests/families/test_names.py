@@ -4,6 +4,7 @@ import torch
 
 from ardor.arch.decoder import Decoder
 from ardor.families.names import layer_modules, outside_modules
+from ardor.load import state_of
 
 from ..parity.cases import CASES
 from .test_families import family_of, read
@@ -14,10 +15,10 @@ def test_the_modules_of_a_spec_are_those_of_its_decoder():
         raw = case.config().to_dict()
         spec = read(raw)
         with torch.device("meta"):
-            built = {n for n, _ in Decoder(spec).named_parameters()}
+            built = {*state_of(Decoder(spec))}
         named = dict(outside_modules(spec))
         for i, layer in enumerate(spec.layers):
-            modules = layer_modules(layer, spec.width)
+            modules = layer_modules(layer, spec)
             named |= {f"layers.{i}.{n}": module for n, module in modules.items()}
         told = set()
         for module_name, module in named.items():

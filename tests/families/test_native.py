@@ -39,7 +39,7 @@ def test_any_decoder_is_loaded_as_it_was_and_saved_bitwise(tmp_path_factory, spe
     decoder = decoder_of(spec, 0)
     path = written(decoder, folder / "a")
     model = load_model(path)
-    assert model.decoder.spec == spec and model.family is NATIVE
+    assert model.decoder.spec == spec and model.form.family is NATIVE
     assert {*contents(path)} == {*state_of(decoder)}  # their names are those in memory
     torch.testing.assert_close(
         logits(model.decoder, some_ids()), logits(decoder, some_ids()), rtol=0, atol=0

@@ -17,6 +17,8 @@ from ardor.arch.spec import (
     YarnScaling,
 )
 from ardor.errors import ConfigError
+from ardor.families.hf_config import HFConfig
+from ardor.families.packing import FP8, read_fp8
 
 from .test_families import read
 
@@ -238,10 +240,58 @@ def test_deepseek_v2_and_its_lite_form():
     assert (router.renormalise, router.scale) == (False, 16.0)
 
 
+FP8_FILES = {
+    # deepseek-ai/DeepSeek-V3, and the "scale_fmt" that version 3.1 has beside
+    "deepseek v3": (
+        V3,
+        {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+        (128, 128),
+    ),
+    "qwen3 8b fp8": (  # Qwen/Qwen3-8B-FP8
+        {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 9}
+        | {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {
+            "activation_scheme": "dynamic",
+            "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"],
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        (128, 128),
+    ),
+    "ministral 3": (  # mistralai/Ministral-3-8B-Instruct-2512, its text model
+        {"model_type": "ministral3", "hidden_size": 4096, "intermediate_size": 14336}
+        | {"num_hidden_layers": 34, "num_attention_heads": 32, "vocab_size": 131072},
+        {
+            "activation_scheme": "static",
+            "dequantize": False,
+            "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector"],
+            "quant_method": "fp8",
+            "weight_block_size": None,
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("base", "section", "block"), FP8_FILES.values(), ids=FP8_FILES)
+def test_weights_in_eight_bits_are_those_of_the_same_decoder(base, section, block):
+    config = {**base, "quantization_config": section}
+    assert read(config) == read(base)
+    assert read_fp8(HFConfig(config, path="config.json")) == FP8(block)
+    assert read_fp8(HFConfig(base, path="config.json")) is None
+
+
 @pytest.mark.parametrize(
     ("config", "keys", "message"),
     [
-        (V3, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8"),
+        (V3, {"quantization_config": {"quant_method": "awq"}}, "quantization_config=.*awq"),
         (V3, {"auto_map": {"AutoModel": "modeling_else.Model"}}, "auto_map=.*never run"),
         (V3, {"auto_map": {"AutoModel": "me/else--modeling_kimi.Model"}}, "auto_map=.*never run"),
         (V3, {"scoring_func": "softmax"}, "scoring_func='softmax'"),

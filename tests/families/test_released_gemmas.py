@@ -451,7 +451,7 @@ def test_exaone_4_turns_windows_only_unless_it_has_none():
         (GEMMA, {"hidden_activation": "relu"}, "hidden_activation='relu' is not implemented"),
         (GEMMA3_1B, {"use_bidirectional_attention": True}, "never reads what follows it"),
         (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50"),
-        (GEMMA3_1B, {"sliding_window": None}, "sliding, but sliding_window is null"),
+        (GEMMA3_1B, {"sliding_window": None}, "sliding_attention, but no window is in use"),
         (GEMMA3_4B, {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         (GEMMA3_4B, {"text_config": {"clip": 8}}, "json, text_config: nothing reads clip=8"),
         (OLMO3, {"layer_types": ["full_attention"]}, "not a list of 32 kinds"),

@@ -1,5 +1,6 @@
 """Weights come back bit for bit, and damaged checkpoints are refused by name."""
 
+import errno
 import json
 import os
 import stat
@@ -7,10 +8,10 @@ import stat
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ardor.errors import CheckpointError
-from ardor.files import weights
+from ardor.files import stream, weights
 from ardor.files.weights import open_weights, read_tensors, write_tensors, write_weights
 
 
@@ -59,7 +60,8 @@ def test_shards_keep_to_the_limit_and_the_index_counts_them(tmp_path):
     }
 
 
-def test_only_one_shard_is_alive_at_a_time(tmp_path):
+@pytest.mark.parametrize("limit", [10**9, 800])
+def test_only_one_tensor_is_alive_at_a_time(tmp_path, limit):
     alive: set[int] = set()
     most = 0
 
@@ -70,15 +72,28 @@ def test_only_one_shard_is_alive_at_a_time(tmp_path):
     def stream():
         nonlocal most
         for i in range(12):
-            tensor = torch.zeros(100).as_subclass(Watched)
+            tensor = torch.full((100,), float(i)).as_subclass(Watched)
             alive.add(id(tensor))
             most = max(most, len(alive))
             yield str(i), tensor
             del tensor
 
-    write_weights(tmp_path, stream(), max_shard_bytes=800)
-    assert len(open_weights(tmp_path).names()) == 12
-    assert 0 < most <= 4  # a shard is two tensors, and two more are on their way
+    layout = [(str(i), torch.empty(100, device="meta")) for i in range(12)]
+    write_weights(tmp_path, stream(), limit, layout=layout)
+    found = open_weights(tmp_path)
+    assert all(torch.equal(found.read(str(i)), torch.full((100,), float(i))) for i in range(12))
+    assert 0 < most <= 3  # one is written while the next is made, and views of it
+
+
+def test_the_file_is_what_the_library_itself_writes(tmp_path):
+    (path,) = write_weights(tmp_path, tensors())
+    held = {name: tensor.clone().contiguous() for name, tensor in tensors().items()}
+    save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
+    ours, theirs = path.read_bytes(), (tmp_path / "theirs").read_bytes()
+    assert len(ours) == len(theirs)
+    for name, tensor in load_file(path).items():
+        assert bits(tensor) == bits(held[name])
+        assert tensor.data_ptr() % tensor.itemsize == 0
 
 
 def test_a_new_checkpoint_leaves_no_file_of_the_old(tmp_path):
@@ -100,13 +115,18 @@ def test_files_are_readable_by_others_and_marked_for_old_readers(tmp_path):
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     write_weights(tmp_path, {"old": torch.zeros(2)})
+    written = 0
 
-    def full(*_, **__):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def write_bytes(tensor):
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return bytes(tensor.nbytes)
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(stream, "_bytes", write_bytes)
     with pytest.raises(CheckpointError, match="no space left"):
-        write_weights(tmp_path, tensors())
+        write_weights(tmp_path, tensors(), max_shard_bytes=20)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert open_weights(tmp_path).names() == ("old",)
 
@@ -150,6 +170,26 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
     value["weight_map"]["ghost"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(value))
     with pytest.raises(CheckpointError, match="not a file beside it"):
+        open_weights(tmp_path)
+
+
+def test_a_tensor_that_the_index_puts_in_another_shard_is_named(tmp_path):
+    write_weights(tmp_path, tensors(), max_shard_bytes=100)
+    index = tmp_path / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    homes = value["weight_map"]
+    other = next(file for file in homes.values() if file != homes["half"])
+    homes["half"] = other
+    index.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=rf"says that {other} holds half, but it does not"):
+        open_weights(tmp_path)
+
+
+def test_a_shard_cut_short_is_named(tmp_path):
+    write_weights(tmp_path, tensors(), max_shard_bytes=100)
+    shard = next(tmp_path.glob("model-00002-of-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is damaged or was cut short"):
         open_weights(tmp_path)
 
 

@@ -134,9 +134,9 @@ def test_the_context_ends_a_row_and_the_others_go_on(path: Path):
 
 
 def test_a_prompt_without_room_or_without_tokens_is_refused(model):
-    with pytest.raises(ShapeError, match=f"prompt 1 has {CONTEXT} tokens, but .* holds {CONTEXT}"):
+    with pytest.raises(ShapeError, match=f"prompt 2 has {CONTEXT} tokens, but .* holds {CONTEXT}"):
         run(model.decoder, [[1], [2] * CONTEXT])
-    with pytest.raises(ShapeError, match="prompt 0 holds no tokens"):
+    with pytest.raises(ShapeError, match="prompt 1 holds no tokens"):
         run(model.decoder, [[]])
     assert len(run(model.decoder, [[2] * (CONTEXT - 1)])[0]) == 1
     assert run(model.decoder, []) == []

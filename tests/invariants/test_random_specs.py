@@ -1,5 +1,7 @@
 """What holds of every decoder that a spec can describe, shown on random ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -16,9 +18,11 @@ from ardor.arch.spec import (
     Llama3Scaling,
     Mlp,
     Norm,
+    ProportionalScaling,
     QKNorm,
     Rope,
     Router,
+    TokenInput,
     YarnScaling,
 )
 from ardor.arch.spec import Decoder as Spec
@@ -41,6 +45,7 @@ scalings = st.sampled_from(
     [
         None,
         LinearScaling(factor=3.0),
+        ProportionalScaling(turning=1, factor=2.0),
         YarnScaling(factor=2.0, original_positions=4, attention_factor=0.8),
         Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=6),
     ]
@@ -83,6 +88,8 @@ def attentions(draw) -> Attention:
         clip=draw(st.sampled_from([None, 0.5])),
         qkv_bias=draw(st.booleans()),
         out_bias=draw(st.booleans()),
+        value_norm=draw(st.none() | norms),
+        values_from_keys=draw(st.booleans()),
     )
 
 
@@ -106,6 +113,9 @@ routers = st.builds(
     groups=st.sampled_from([1, 2]),
     group_score=st.sampled_from(["max", "top2"]),
     jitter=st.just(0.1),
+    norm=st.none() | norms,
+    read_scale=st.sampled_from([1.0, 0.4]),
+    expert_scale=st.booleans(),
     scales_input=st.booleans(),
 )
 experts = st.builds(
@@ -115,6 +125,7 @@ experts = st.builds(
     router=routers,
     shared=st.none() | mlps,
     shared_gated=st.just(False),
+    norm=st.none() | norms,
 )
 layers = st.builds(
     Layer,
@@ -124,14 +135,34 @@ layers = st.builds(
     placement=st.sampled_from(["pre", "post", "sandwich", "after", "parallel", "parallel_two"]),
     residual_scale=st.sampled_from([1.0, 0.5]),
     residual_normed=st.booleans(),
+    scalar=st.booleans(),
 )
+
+
+@st.composite
+def stacks(draw) -> tuple[Layer, ...]:
+    """Layers, of which some read the keys and values of an earlier one of the same shape."""
+    found: list[Layer] = []
+    for layer in draw(st.lists(layers, min_size=1, max_size=4)):
+        own = [i for i, before in enumerate(found) if before.mixer.kv_layer is None]
+        source = draw(st.none() | st.sampled_from(own)) if own else None
+        if source is not None:
+            mixer, there = layer.mixer, found[source].mixer
+            group = mixer.heads // mixer.kv_heads
+            mixer = replace(
+                there, heads=there.kv_heads * group, window=mixer.window, kv_layer=source
+            )
+            mixer = replace(mixer, alibi=mixer.alibi and tuple(0.3 * i for i in range(mixer.heads)))
+            layer = replace(layer, mixer=mixer)
+        found.append(layer)
+    return tuple(found)
 
 
 specs = st.builds(
     Spec,
     vocab=st.just(V),
     width=st.just(6),
-    layers=st.lists(layers, min_size=1, max_size=3).map(tuple),
+    layers=stacks(),
     norm=st.none() | norms,
     tied=st.booleans(),
     max_positions=st.just(T),
@@ -140,6 +171,14 @@ specs = st.builds(
     embed_width=st.sampled_from([None, 4]),
     embed_scale=st.sampled_from([1.0, 2.0]),
     embed_norm=st.none() | norms,
+    token_input=st.none()
+    | st.builds(
+        TokenInput,
+        rows=st.just(V),
+        width=st.integers(1, 3),
+        act=st.sampled_from(["silu", "gelu_tanh"]),
+        norm=norms,
+    ),
     logit_scale=st.sampled_from([1.0, 0.5]),
     logit_softcap=st.sampled_from([None, 3.0]),
 )
@@ -149,8 +188,8 @@ specs = st.builds(
 def decoder_of(spec: Spec, seed: int) -> Decoder:
     decoder = Decoder(spec, compute=torch.float64).double().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in decoder.parameters():
-        parameter.normal_(0, 0.7, generator=generator)
+    for tensor in (*decoder.parameters(), *decoder.buffers()):
+        tensor.normal_(0, 0.7, generator=generator)
     return decoder
 
 
@@ -172,6 +211,20 @@ many = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_what_is_drawn_holds_layers_that_share_and_vectors_of_tokens():
+    """The probes below try what they are there for."""
+    shared = [False, False]
+
+    @many
+    @given(specs)
+    def look(spec):
+        shared[0] |= any(layer.mixer.kv_layer is not None for layer in spec.layers)
+        shared[1] |= spec.token_input is not None
+
+    look()
+    assert all(shared)
 
 
 @many

@@ -64,8 +64,13 @@ gradients and saving.
 
 Refused by name, with the list of what is known: every other `model_type`, and code in the
 repository (`auto_map`), both without `trust_remote_code`; a family's own first publication is
-accepted, but ours is what runs. Refused always: FP8 weights; soft prompts, bidirectional attention
+accepted, but ours is what runs. Refused always: soft prompts, bidirectional attention
 and whatever else a config.json asks for that nothing here honours exactly.
+
+Weights may come in FP8 (E4M3, with a scale for each block of 128 x 128, or for a whole matrix), as
+those of DeepSeek V3 and Qwen3-FP8 do, whatever the family. They are kept so, expanded to float32
+for the moment of each product and rounded to its dtype, and saved bit for bit. Full fine-tuning
+cannot change them; once an adapter is merged into some, all are saved in bfloat16.
 
 `ardor` is one more: what `ardor train` makes of a spec that none of these can write. Anything in
 `ardor/arch/spec.py` can be in it, and only Ardor reads it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ardor.files.weights import open_weights
 
@@ -38,12 +38,18 @@ class Case:
     model_type: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     matrix: float = 0.15  # size of the weights of linear maps; the vocabulary's are 0.3
+    q_norm: float = 1.0  # size of its weights; small where nothing else scales the scores
     sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     attn: str = "eager"  # their attention, where the reference itself is odd
     in_bfloat16: bool = True  # saved so; False where a part of it must stay float32
     batched: bool = True  # False: there a row depends on how long the others of its batch are
     # What their padded batch is given; without positions where these follow from the mask.
     padding: tuple[str, ...] = ("attention_mask", "position_ids")
+
+    @property
+    def auto(self) -> Any:
+        """What makes such models; that of images where there is a text model inside."""
+        return AutoModelForImageTextToText if "text_config" in self.keys else AutoModelForCausalLM
 
     def config(self) -> Any:
         keys = deepcopy({**self.sizes, **self.keys})  # theirs writes into what it is given
@@ -52,7 +58,7 @@ class Case:
 
 def peer(case: Case, seed: int = 0) -> nn.Module:
     """A model of transformers in evaluation mode, with random weights: norms and biases too."""
-    model = AutoModelForCausalLM.from_config(case.config(), attn_implementation=case.attn)
+    model = case.auto.from_config(case.config(), attn_implementation=case.attn)
     generator = torch.Generator().manual_seed(seed)
     held = model.state_dict()  # with the buffers that are trained, such as a router's correction
     shared = {tensor.data_ptr() for tensor in held.values()}
@@ -64,6 +70,8 @@ def peer(case: Case, seed: int = 0) -> nn.Module:
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.ndim == 1 or "norm" in name:
                 tensor.add_(0.3 * noise)  # to ones, or to the zeros of biases and of 1 + w
+                if name.endswith("q_norm.weight"):
+                    tensor.mul_(case.q_norm)
             else:
                 tensor.copy_((0.3 if V in tensor.shape else case.matrix) * noise)
     return model.float().eval()
@@ -84,7 +92,7 @@ def logits(model: nn.Module, ids: Tensor, **keys: Any) -> Tensor:
 
 
 def reloaded(directory: Path, case: Case) -> nn.Module:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = case.auto.from_pretrained(
         directory, dtype="auto", attn_implementation=case.attn, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

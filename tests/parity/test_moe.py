@@ -1,41 +1,46 @@
 """What is special to families with experts: two ways to hold them, and Phi's long factors."""
 
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import ardor
 from ardor.files.weights import open_weights
 
+from . import cases_deep
 from .cases_moe import CASES
 from .peer import CLOSE, contents, logits, peer, saved, tokens
 
 pytestmark = pytest.mark.sweep
 
-ONE_EACH = {name.split(":")[0]: case for name, case in CASES.items()}
+IN_TWO_WAYS = {**CASES, **{n: c for n, c in cases_deep.CASES.items() if n.startswith("deepseek")}}
+ONE_EACH = {name.split(":")[0]: case for name, case in IN_TWO_WAYS.items()}
 
 
 @pytest.mark.parametrize("case", ONE_EACH.values(), ids=ONE_EACH)
 def test_experts_are_read_and_saved_in_either_layout(tmp_path, case):
-    """The published one, and that of transformers' memory since version 5."""
+    """The published one, as they save by default, and that of their memory since version 5."""
     theirs = peer(case)
-    published, stacked = saved(theirs, tmp_path / "published"), tmp_path / "stacked"
-    stacked.mkdir()
-    shutil.copy(published / "config.json", stacked)
-    held = {n: t.contiguous() for n, t in theirs.state_dict().items()}
-    if case.keys.get("tie_word_embeddings"):
-        del held["lm_head.weight"]
-    save_file(held, stacked / "model.safetensors")
-    names = {*open_weights(published).names()}
-    assert "model.layers.0.mlp.experts.down_proj" not in names and names != held.keys()
+    published = saved(theirs, tmp_path / "published")
+    stacked = saved(theirs, tmp_path / "stacked", save_original_format=False)
+    names, others = ({*open_weights(place).names()} for place in (published, stacked))
+    assert not any(name.endswith("experts.down_proj") for name in names)
+    assert any(name.endswith("experts.down_proj") for name in others)
 
     one, other = ardor.load(published), ardor.load(stacked)
     assert torch.equal(one.logits(tokens()), other.logits(tokens()))
     for lm, source in ((one, published), (other, stacked)):
         lm.save(tmp_path / "again" / source.name)
         assert contents(tmp_path / "again" / source.name) == contents(source)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
+def test_experts_that_are_stacked_as_published_have_one_layout(tmp_path, name):
+    case = next(case for case in cases_deep.CASES.values() if case.model_type == name)
+    theirs = peer(case)
+    one = saved(theirs, tmp_path / "published")
+    other = saved(theirs, tmp_path / "stacked", save_original_format=False)
+    assert contents(one) == contents(other)
+    assert any(name.endswith("experts.down_proj") for name in open_weights(one).names())
 
 
 def test_long_texts_turn_by_phis_long_factors_as_its_own_code_does(tmp_path):

@@ -137,8 +137,7 @@ def test_a_checkpoint_gives_the_logits_of_its_dense_numbers(tmp_path, case, sect
     assert all(t.dtype != torch.float32 for m in held for t in m.quantized.storage.values())
     ardor.load(folder).save(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
-    before, after = (read_json(f / "config.json") for f in (folder, tmp_path / "again"))
-    assert before == after
+    assert read_json(tmp_path / "again" / "config.json")["quantization_config"] == section
 
 
 @pytest.mark.parametrize(

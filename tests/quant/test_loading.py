@@ -104,7 +104,7 @@ def test_what_transformers_saves_is_read_and_saved_bitwise(tmp_path, case, forma
     assert quantized(lm) and lm.model.quantization == format
     assert distance(lm.logits(tokens()), expected) < CLOSE[format]
     plain = ardor.load(tmp_path / "dense", dtype="float32").logits(tokens())
-    assert distance(plain, expected) > 0.02  # the probe sees the rounding
+    assert distance(plain, expected) > 0.01  # the probe sees the rounding
     ardor.load(tmp_path / "theirs").save(tmp_path / "ours")
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
     section = [

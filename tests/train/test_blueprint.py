@@ -15,12 +15,12 @@ from ardor.families import FAMILIES
 from ardor.files.json import read_json
 from ardor.files.runs import newest_checkpoint
 from ardor.load import load_model, state_of
+from ardor.memory.machine import Machine
 from ardor.save import save_model
 from ardor.text.tokenizer import Tokenizer
-from ardor.train import memory, pretrain
+from ardor.train import peak, pretrain
 from ardor.train.blueprint import _RENAMED, Blueprint, read_blueprint
 from ardor.train.config import Train
-from ardor.train.memory import fitting
 from ardor.train.presets import PRESETS
 
 from ..parity.cases import CASES
@@ -243,17 +243,16 @@ def test_the_vocabulary_is_the_models_or_the_tokenizers(file):
         rows(settings(None, vocab_size=100), blueprint(None), tokenizer)
 
 
+def machine(monkeypatch, gibibytes: int) -> None:
+    monkeypatch.setattr(peak, "this_machine", lambda: Machine((), gibibytes * 2**30))
+
+
 def test_what_cannot_fit_is_refused_before_it_is_allocated(texts, tmp_path, monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(memory, "physical_memory", lambda device: 16 * 2**30)
-    assert fitting(2**30, cpu).startswith("1,073.7 M parameters take 16.0 GiB as float32 weights")
-    with pytest.raises(
-        ConfigError, match="take 16.0 GiB .* is 16.0 GiB; choose .* less than 1,074"
-    ):
-        fitting(2**30 + 1, cpu)
+    machine(monkeypatch, 16)
     monkeypatch.setattr(pretrain, "Decoder", None)  # which would allocate
     config = Train(data=str(texts), model="llama-2-7b", output=tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"6,738.4 M parameters take 100.4 GiB .* 16.0 GiB"):
+    message = r"takes about 100.8 GiB \(100.4 GiB of it weights, .* there are 16.0 GiB"
+    with pytest.raises(ConfigError, match=message):
         pretrain.prepare(config)
     assert not (tmp_path / "run").exists()
 
@@ -266,15 +265,11 @@ def test_it_is_refused_before_the_data_is_read_and_by_the_vocabulary_it_will_hav
         raise DataRead
 
     monkeypatch.setattr(pretrain, "read_rows", read)
-    monkeypatch.setattr(memory, "physical_memory", lambda device: 35 * 2**30)
-    with pytest.raises(ConfigError, match="2,614.3 M parameters take 39.0 GiB"):
+    machine(monkeypatch, 36)
+    with pytest.raises(ConfigError, match="from scratch takes about 4"):
         pretrain.prepare(settings("gemma-2-2b"))
     with pytest.raises(DataRead):
         pretrain.prepare(settings("gemma-2-2b", vocab_size=4096))
-
-
-def test_the_memory_of_this_machine_is_some_gibibytes():
-    assert 2**28 < memory.physical_memory(torch.device("cpu")) < 2**50
 
 
 # --- runs ---

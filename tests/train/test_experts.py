@@ -123,7 +123,7 @@ def test_a_run_on_experts_says_what_becomes_of_them(experts, pairs, tmp_path, fa
         method=method,
         max_steps=2,
         learning_rate=1e-2,
-        lora_r=2,
+        lora_r=2 if method != "full" else Finetune.lora_r,
         dtype="float32",
     )
     run = finetune.prepare(config)

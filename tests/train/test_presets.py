@@ -11,7 +11,7 @@ from ardor.arch.init import SCHEMES
 from ardor.families import FAMILIES, family_of
 from ardor.families.contradictions import check
 from ardor.families.hf_config import HFConfig
-from ardor.train.memory import count_parameters
+from ardor.memory.shapes import count, parameters
 from ardor.train.presets import INITS, PRESETS, STDS
 
 DOC = Path(__file__).parents[2] / "docs" / "TRAINING.md"
@@ -25,7 +25,7 @@ def test_a_preset_has_its_published_number_of_parameters(name):
     preset = PRESETS[name]
     spec = family_of(preset.config).spec(HFConfig(preset.config, path=name))
     check(spec, name)
-    assert count_parameters(spec) == preset.parameters
+    assert count(parameters(spec)) == preset.parameters
     size = re.findall(r"([\d.]+)([mb])(?:-|$)", name)[-1]
     said = float(size[0]) * {"m": 1e6, "b": 1e9}[size[1]]
     if not name.endswith("a400m") and name != "olmoe-1b-7b":
@@ -39,8 +39,8 @@ def test_counting_counts_the_parameters_of_a_real_decoder():
     spec = FAMILIES["llama"].spec(HFConfig(config, path="x"))
     with torch.device("cpu"):
         decoder = Decoder(spec)
-    assert count_parameters(spec) == sum(p.numel() for p in decoder.parameters())
-    assert count_parameters(spec) != PRESETS["llama-15m"].parameters
+    assert count(parameters(spec)) == sum(p.numel() for p in decoder.parameters())
+    assert count(parameters(spec)) != PRESETS["llama-15m"].parameters
 
 
 def test_the_tables_of_inits_name_families_and_schemes_there_are():

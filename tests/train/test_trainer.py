@@ -287,6 +287,7 @@ def test_a_number_outside_its_range_is_refused(setting, message):
     [
         ({"target_modules": ()}, "target_modules is empty; name at least one linear"),
         ({"method": "lora", "quantization": "nf4-dq"}, "quantization=nf4-dq is for method qlora"),
+        ({"method": "full", "lora_r": 4}, "lora_r=4: method full trains every weight"),
         ({"method": "full", "quantization": "nf4-dq"}, "and method full trains on whole weights"),
     ],
 )

@@ -1,57 +1,29 @@
-"""Loading: each round is a fresh process on either side, which says its seconds and peak memory.
+"""Quantized loads: a fresh process for each measurement, ours and bitsandbytes' in turn.
 
-`python -m benchmarks.loading ours|peer OPTIONS` is one such process (options as JSON).
+`python -m benchmarks.load_quantized ours|peer OPTIONS` is one such process (options as JSON).
 """
 
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shapes
+from benchmarks.checkpoint import checkpoint
 from benchmarks.duel import PEERS
-
-
-def checkpoint(model: str) -> Path:
-    """A directory with random bfloat16 weights of a shape; made once and kept."""
-    folder = Path(tempfile.gettempdir(), f"ardor-bench-{model}")
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-
-    from ardor.arch.decoder import Decoder
-    from ardor.arch.init import initialise
-    from ardor.families import FAMILIES
-    from ardor.families.hf_config import HFConfig
-    from ardor.files.atomic import atomic_directory
-    from ardor.files.json import write_json
-    from ardor.files.weights import write_weights
-
-    shape = shapes.MODELS[model]
-    family = FAMILIES[shape["model_type"]]
-    spec = family.spec(HFConfig(dict(shape), path="benchmarks/shapes.py"))
-    decoder = Decoder(spec)
-    initialise(decoder, torch.Generator().manual_seed(0))
-    state = dict(decoder.to(torch.bfloat16).named_parameters())
-    with atomic_directory(folder) as partial:
-        write_weights(partial, family.rules(spec).to_disk(lambda name: state[name].detach()))
-        write_json(partial / "config.json", {**shape, "dtype": "bfloat16"})
-    return folder
 
 
 def duel(rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Median seconds and peak bytes of both sides over alternating rounds, and their ratios."""
-    folder = checkpoint(options["model"])
+    folder = checkpoint(options["model"], "bfloat16")
     pythons = {"ours": sys.executable, "peer": str(_peer(options["quantization"]))}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in pythons}
     for number in range(rounds):
         for side, python in pythons.items():
             given = json.dumps({**options, "folder": str(folder)})
-            command = [python, "-m", "benchmarks.loading", side, given]
+            command = [python, "-m", "benchmarks.load_quantized", side, given]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             taken[side].append(json.loads(found.stdout.splitlines()[-1]))
         latest = ", ".join(

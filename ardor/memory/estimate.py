@@ -1,0 +1,378 @@
+"""What a model takes while it is held, run and trained: bytes by purpose, moment by moment.
+
+Every figure follows from what the implementation keeps: who changes what is saved for the backward
+pass changes `saved` too, and tests/memory measures both. Bytes are those a process has resident.
+
+Axes: D model width, V vocabulary, N tokens of a micro-batch, R adapter rank.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from ardor.arch import spec as specs
+from ardor.memory.saved import How, per_token, working_per_token
+from ardor.memory.shapes import Shape, count, is_linear, parameters
+
+MIB = 1 << 20
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
+
+# Measured, with torch 2.13 for CPUs on Linux: the interpreter, torch and what the verb imports.
+PROCESS = {"generate": 262 * MIB, "train": 360 * MIB}
+# Of an accelerator: CUDA's context and the libraries that it loads. Not measured here.
+CONTEXT = 500 * MIB
+# glibc gives blocks back to the system at once from 32 MiB on, and keeps smaller ones for later;
+# where those that come later do not fit into the gaps, both are resident. Measured: so much of
+# what comes and goes in such blocks is.
+LARGE_BLOCK = 32 * MIB
+KEPT_FREE = 0.3
+LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
+FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+NF4_FORMATS = ("nf4", "nf4-dq")
+FORMATS = (*NF4_FORMATS, "fp4", "fp4-dq", "llm-int8", "int8-g128", "int4-g128")  # that plan takes
+GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What is to be done with a model, and how it is to be held meanwhile."""
+
+    task: Literal["generate", "train"]
+    method: Literal["full", "lora", "qlora"] = "full"  # of training
+    weights: str  # dtype that they are held in where they are not quantized
+    compute: str  # dtype of activations
+    quantization: str | None = None  # nf4, nf4-dq: of the linears in the layers
+    rows: int = 1  # sequences side by side: prompts, or the examples of a micro-batch
+    length: int  # tokens of each: the prompt's, or the longest example's
+    ragged: bool = False  # the examples of a micro-batch differ in length
+    new_tokens: int = 0  # of generation, beyond the prompt
+    accumulation: int = 1  # micro-batches of an optimizer step
+    rank: int = 16  # of adapters
+    scratch: bool = False  # trained from random weights: there is nothing that could be adapted
+    adapted: frozenset[str] | None = None  # linears with an adapter; None: all of the layers
+    trained_rows: int = 0  # of the embedding, beside the adapters
+    evaluated: int = 0  # tokens of the largest batch of held-out data
+    accelerator: bool = False
+    mapped: bool = True  # weights are pages of their file
+    beside: int = 0  # bytes of the file's pages that stay in memory beside copies of them
+    compiled: bool = True  # kernels/*.c are there, with those that multiply bfloat16
+    threads: int = 2
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+class Term(NamedTuple):
+    name: str
+    bytes: int
+    why: str  # for people
+
+
+class Moment(NamedTuple):
+    """What is held at once."""
+
+    name: str
+    terms: tuple[Term, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The moments that could be the largest; `peak` is."""
+
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+    @property
+    def bytes(self) -> int:
+        return self.peak.bytes
+
+
+def estimate(spec: specs.Decoder, use: Use) -> Estimate:
+    """What `use` of a decoder of `spec` takes of the device it runs on, moment by moment."""
+    held = Held(spec, use)
+    moments = _generating(held) if use.task == "generate" else _training(held)
+    return Estimate(tuple(Moment(name, _shown(terms)) for name, *terms in moments))
+
+
+def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> int:
+    """Bytes of one weight: exact, for nf4 and fp4 with a float32 scale for each block of 64.
+
+    "-dq" holds these scales in 8 bits, with a float32 for 256 of them and one for all. GPTQ and AWQ
+    count as 4 bits in groups of 128.
+    """
+    n, outputs = math.prod(shape), math.prod(shape[:-1])
+    if quantization is None:
+        return n * WIDTHS[dtype]
+    if quantization in ("int8", "llm-int8"):
+        return n + 4 * outputs
+    if quantization in ("int4", "gptq", "awq"):
+        quantization = "int4-g128"
+    if grouped := GROUPED.fullmatch(quantization):
+        groups = -(-shape[-1] // int(grouped["group"]))
+        return n * int(grouped["bits"]) // 8 + 5 * groups * outputs
+    blocks = -(-n // NF4_BLOCK)
+    if quantization.endswith("-dq"):
+        return (n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
+    assert quantization in ("nf4", "fp4"), quantization
+    return (n + 1) // 2 + 4 * blocks
+
+
+def cache_bytes(spec: specs.Decoder, rows: int, capacity: int, dtype: str) -> int:
+    """Keys and values of `capacity` positions, or the latents that both are made from.
+
+    A window bounds what is read and not what is kept, so it saves nothing here. A layer that reads
+    the keys of another keeps none.
+    """
+    return rows * capacity * WIDTHS[dtype] * sum(_kept(layer.mixer) for layer in spec.layers)
+
+
+def _kept(mixer: specs.Attention | specs.LatentAttention) -> int:
+    """Numbers that a layer keeps of each position."""
+    if isinstance(mixer, specs.LatentAttention):
+        return mixer.kv_rank + mixer.rope.rotated
+    return 0 if mixer.kv_layer is not None else 2 * mixer.kv_heads * mixer.head_width
+
+
+class Held:
+    """The parts of a model under one use, in bytes."""
+
+    def __init__(self, spec: specs.Decoder, use: Use):
+        self.spec, self.use = spec, use
+        self.shapes = parameters(spec)
+        self.width = WIDTHS[use.compute]
+
+    @cached_property
+    def weights(self) -> int:
+        """All weights; what is quantized, in that format."""
+        return self._bytes(self.shapes)
+
+    @cached_property
+    def untouched(self) -> int:
+        """Bytes of a mapped embedding that no token reads: they never come into memory.
+
+        A tied one is read whole by the head.
+        """
+        use = self.use
+        if not use.mapped or self.spec.tied or use.accelerator:
+            return 0
+        table = weight_bytes(self.shapes["embed_tokens.weight"], use.weights)
+        read = use.rows * (use.length + use.new_tokens) * FAULT
+        return max(0, table - read)
+
+    @cached_property
+    def adapters(self) -> dict[str, int]:
+        """Numbers of A and B beside each adapted linear."""
+        use, found = self.use, {}
+        if use.method == "full" or use.task != "train":
+            return found
+        for name, shape in self.shapes.items():
+            linear = name.removesuffix(".weight")
+            chosen = is_linear(name, shape) if use.adapted is None else linear in use.adapted
+            if chosen and name.endswith(".weight"):
+                found[linear] = use.rank * sum(shape)
+        return found
+
+    @property
+    def trained(self) -> int:
+        """Numbers that the optimizer changes."""
+        if self.use.method == "full":
+            return count(self.shapes)
+        narrow = self.spec.embed_width or self.spec.width
+        return sum(self.adapters.values()) + self.use.trained_rows * narrow
+
+    def of_layer(self, index: int) -> dict[str, Shape]:
+        start = f"layers.{index}."
+        return {n: s for n, s in self.shapes.items() if n.startswith(start)}
+
+    def layer_bytes(self, index: int) -> int:
+        """Of one layer's weights."""
+        return self._bytes(self.of_layer(index))
+
+    def tensor_bytes(self, name: str) -> int:
+        """Of one parameter; 0 for what is none (a buffer beside the weights)."""
+        return self._bytes({name: self.shapes[name]}) if name in self.shapes else 0
+
+    def _bytes(self, shapes: dict[str, Shape]) -> int:
+        dtype, format = self.use.weights, self.use.quantization
+        return sum(
+            weight_bytes(s, dtype, format if is_linear(n, s) else None) for n, s in shapes.items()
+        )
+
+    def gradients(self, index: int) -> int:
+        """Float32, of one layer's trained numbers."""
+        if self.use.method == "full":
+            return 4 * count(self.of_layer(index))
+        start = f"layers.{index}."
+        return 4 * sum(n for name, n in self.adapters.items() if name.startswith(start))
+
+    def casts(self, index: int) -> int:
+        """Copies of one layer's float32 masters in the compute dtype: autograd keeps them.
+
+        Frozen weights are held in the compute dtype already.
+        """
+        return self.width * self.gradients(index) // 4 if self.width < 4 else 0
+
+    def saved(self, index: int) -> int:
+        """Activations of one layer that wait for the backward pass."""
+        layer = self.spec.layers[index]
+        numbers = per_token(self.spec.width, layer, self._how(index))
+        return self.use.tokens * numbers
+
+    def kept_free(self, index: int) -> int:
+        """What the allocator keeps of one layer's activations, copies and gradients; see above."""
+        use, small = self.use, 0
+        if use.accelerator:
+            return 0
+        if use.tokens * self.spec.width * self.width < LARGE_BLOCK:
+            small += self.saved(index)
+        if 4 * max(math.prod(s) for s in self.of_layer(index).values()) < LARGE_BLOCK:
+            small += self.casts(index) + self.gradients(index)
+        return int(KEPT_FREE * small)
+
+    def working(self, index: int, *, training: bool, tokens: int) -> int:
+        """What comes and goes while one layer is computed, forwards or backwards.
+
+        With it one expanded weight where weights are quantized, and the gradient of the largest
+        matrix in both dtypes where it is trained in a narrower one than it is held in.
+        """
+        layer, use = self.spec.layers[index], self.use
+        numbers = working_per_token(self.spec.width, layer, self._how(index), training=training)
+        largest = max(math.prod(s) for s in self.of_layer(index).values())
+        expanded = self.width * largest if use.quantization is not None else 0
+        if training and use.method == "full":
+            expanded = self.width * largest
+        return tokens * numbers + expanded + self._scratch(layer.mixer, tokens)
+
+    def _scratch(self, mixer: specs.Attention | specs.LatentAttention, tokens: int) -> int:
+        """Of the compiled attention: packed keys, values and sums of one head for each thread."""
+        if isinstance(mixer, specs.LatentAttention) or not self._how(0).flash:
+            return 0
+        padded = -(-self.use.length // 64) * 64
+        wide = -(-mixer.head_width // 64) * 64
+        floats = padded * (11 * wide // 2 + 2) + 4 * 64 * 64 + 2 * 64 * wide
+        return 4 * self.use.threads * floats
+
+    def _how(self, index: int) -> How:
+        use = self.use
+        start = f"layers.{index}."
+        names = {n.removeprefix(start) for n in self.adapters if n.startswith(start)}
+        flash = use.compute == "bfloat16" and use.compiled and not use.accelerator
+        return How(
+            width=self.width,
+            full=use.method == "full" and use.task == "train",
+            adapted=frozenset(names),
+            rank=use.rank,
+            flash=flash and use.length >= 32,
+            compiled=use.compiled,
+            ragged=use.ragged,
+        )
+
+    @property
+    def head(self) -> int:
+        """Numbers of the weight that makes logits."""
+        return math.prod(self.shapes["embed_tokens.weight" if self.spec.tied else "lm_head.weight"])
+
+    def loss(self) -> int:
+        """The chunked loss: logits of one chunk in both dtypes, and in full training its gradient.
+
+        The head's gradient is summed in float32, and added to from a part in the compute dtype,
+        made with a copy of the head in it.
+        """
+        states = 2 * self.use.tokens * self.spec.width * self.width  # and their gradient
+        least = 4 * self.spec.vocab  # one row of logits
+        logits = max(LOSS_CHUNK, least) * (2 * self.width + 4 + (4 if self.width < 4 else 0)) // 4
+        if self.use.method != "full":
+            return states + logits
+        cast = self.width * self.head if self.width < 4 else 0
+        return states + logits + cast + self.width * self.head
+
+
+def _process(use: Use) -> Term:
+    if use.accelerator:
+        return Term("device context", CONTEXT, "CUDA and its libraries")
+    return Term("process", PROCESS[use.task], "Python, torch and what else is imported; measured")
+
+
+def _weights(held: Held) -> Iterator[Term]:
+    use = held.use
+    form = use.weights if use.quantization is None else f"{use.quantization}, rest {use.weights}"
+    number = count(held.shapes)
+    about = f"{number / 1e6:,.1f} M parameters, {form}"
+    yield Term("weights", held.weights - (held.untouched if use.task == "generate" else 0), about)
+    yield Term("file", use.beside, "mapped beside copies, until the system takes it back")
+
+
+def _generating(held: Held) -> Iterator[tuple[Any, ...]]:
+    """Loading is never the peak: weights are mapped, or come one at a time."""
+    use, spec = held.use, held.spec
+    positions = min(use.length + use.new_tokens, spec.max_positions)
+    cache = cache_bytes(spec, use.rows, positions, use.compute)
+    layers = range(len(spec.layers))
+    stream = 2 * use.length * spec.width * held.width  # before and after a layer
+    working = stream + max(held.working(i, training=False, tokens=use.length) for i in layers)
+    logits = use.rows * spec.vocab * (4 + held.width)
+    yield (
+        "reading the prompt",
+        _process(use),
+        *_weights(held),
+        Term("KV cache", cache, f"{use.rows} x {positions:,} positions, {use.compute}"),
+        Term("activations", max(working, logits), "of one layer of one prompt; the last logits"),
+    )
+
+
+def _training(held: Held) -> Iterator[tuple[Any, ...]]:
+    """An optimizer step after the first: before it there are no moments."""
+    use, layers = held.use, range(len(held.spec.layers))
+    full = use.method == "full"
+    fixed = [
+        _process(use),
+        *_weights(held),
+        Term("adapters", 0 if full else 4 * held.trained, f"rank {use.rank}, float32"),
+        Term("optimizer", 8 * held.trained, "AdamW's two moments, float32"),
+    ]
+    saved = [held.saved(i) + held.casts(i) for i in layers]
+    gradients = [held.gradients(i) for i in layers]
+    head = 4 * held.head if full else 0
+    rest = 4 * held.trained - sum(gradients) - head  # of tables and the last norm
+    waiting = 4 * held.trained if use.accumulation > 1 else 0
+
+    slack = Term("allocator", sum(map(held.kept_free, layers)), "freed memory that it keeps")
+
+    def moment(name: str, done: int, kept: int, working: int) -> tuple[Any, ...]:
+        return (
+            name,
+            *fixed,
+            Term("gradients", max(done, waiting), "float32"),
+            Term("activations", kept, f"saved for the backward pass, {use.tokens:,} tokens"),
+            Term("working set", working, "of the layer, or the loss, that is computed"),
+            slack,
+        )
+
+    yield moment("the loss", head, sum(saved), held.loss())
+    for index in layers:
+        done = head + sum(gradients[index + 1 :])
+        working = held.working(index, training=True, tokens=use.tokens)
+        yield moment(f"backward, layer {index}", done, sum(saved[: index + 1]), working)
+    # The gradient of the whole table; where it is tied, beside that of the head.
+    table = 4 * held.head if full and held.spec.tied else 0
+    yield moment("the embedding's gradient", head + sum(gradients) + rest, 0, table)
+    if use.evaluated:
+        stream = 3 * use.evaluated * held.spec.width * held.width
+        working = (held.working(i, training=False, tokens=use.evaluated) for i in layers)
+        yield moment("evaluation", 0, 0, stream + max(working))
+
+
+def _shown(terms: list[Term]) -> tuple[Term, ...]:
+    return tuple(term for term in terms if term.bytes)

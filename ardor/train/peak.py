@@ -1,0 +1,122 @@
+"""The memory that a run will take, by the arithmetic of `memory`, and what it took."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ardor.adapters.lora import TrainableTokens, lora_modules
+from ardor.arch import spec as specs
+from ardor.data.batches import BatchPlan
+from ardor.data.dataset import Dataset
+from ardor.errors import ArdorError
+from ardor.load import CONFIG, Model
+from ardor.memory.estimate import Use
+from ardor.memory.fit import Choice, expected
+from ardor.memory.machine import Machine, peak_resident, this_machine
+from ardor.outline import beside, outline, outline_of
+from ardor.precision import training_compute
+from ardor.train.config import Finetune, Optimisation
+from ardor.train.evaluate import TOKENS
+
+
+def check_finetune(config: Finetune, device: torch.device) -> None:
+    """Refuse a model before it is loaded if one example of one token cannot be trained on.
+
+    What is not read here (another family, no such model) is for `load` to tell.
+
+    Raises: ConfigError with the numbers and what would fit.
+    """
+    try:
+        found = outline(config.model, config.revision)
+    except ArdorError:
+        return
+    full = config.method == "full"
+    compute = _name(training_compute(config.dtype, device).compute)
+    use = Use(
+        task="train",
+        method=config.method,
+        weights="float32" if full else compute,
+        compute=compute,
+        quantization=config.quantization if config.method == "qlora" else None,
+        length=1,
+        rank=config.lora_r,
+    )
+    expected(found.spec, use, _machine(device), f"{config.method} fine-tuning of {config.model}")
+
+
+def check_scratch(spec: specs.Decoder, config: Optimisation, device: torch.device) -> None:
+    """The same of a model that is made anew, before its data are read.
+
+    Raises: ConfigError with the numbers.
+    """
+    compute = _name(training_compute(config.dtype, device).compute)
+    use = Use(task="train", scratch=True, weights="float32", compute=compute, length=1)
+    expected(spec, use, _machine(device), "training this model from scratch")
+
+
+def predicted(
+    model: Model, plan: BatchPlan, heldout: Dataset | None, accumulation: int
+) -> Choice | None:
+    """What the run will take, from its own batches; None for a model run by transformers.
+
+    Raises: ConfigError if it surely does not fit, with what would.
+    """
+    spec = model.decoder.facts
+    if not isinstance(spec, specs.Decoder):
+        return None
+    compute = _name(model.decoder.compute)
+    full = model.adapter is None
+    method = "full" if full else "lora" if model.quantization is None else "qlora"
+    use = Use(
+        task="train",
+        method=method,
+        weights="float32" if full else compute,
+        compute=compute,
+        quantization=model.quantization,
+        accumulation=accumulation,
+        adapted=frozenset(name for name, _ in lora_modules(model.decoder)),
+        rank=1 if model.adapter is None else model.adapter.r,
+        trained_rows=_trained_rows(model),
+        scratch=full,
+        evaluated=0 if heldout is None else min(TOKENS, int(heldout.lengths.sum())),
+        beside=beside(
+            outline_of(model.config, Path(CONFIG)), "float32" if full else compute, method
+        ),
+        **_largest_batch(plan),
+    )
+    return expected(spec, use, _machine(model.decoder.device), "this run")
+
+
+def measured(device: torch.device) -> int | None:
+    """The most bytes that this process has held so far, of the kind that was predicted."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return peak_resident()
+
+
+def _largest_batch(plan: BatchPlan) -> dict[str, Any]:
+    """`rows` and `length` of the micro-batch of the first epoch that has the most tokens."""
+    lengths = plan.dataset.lengths
+    most = max(plan.epoch(0), key=lambda members: int(lengths[list(members)].sum()))
+    found = np.asarray(lengths[list(most)])
+    even = len({*found.tolist()}) == 1
+    if even:
+        return {"rows": len(found), "length": int(found[0])}
+    return {"rows": 1, "length": int(found.sum()), "ragged": True}
+
+
+def _trained_rows(model: Model) -> int:
+    modules = model.decoder.modules()
+    return sum(len(m.token_ids) for m in modules if isinstance(m, TrainableTokens))
+
+
+def _machine(device: torch.device) -> Machine:
+    machine = this_machine()
+    return machine if device.type == "cuda" else replace(machine, gpus=())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

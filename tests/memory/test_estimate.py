@@ -1,0 +1,129 @@
+"""Terms against what real tensors take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ardor.quant.nf4 import quantize_nf4
+
+from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
+from ardor.arch.cache import KVCache
+from ardor.arch.decoder import Decoder
+from ardor.memory.estimate import Held, Use, cache_bytes, estimate, weight_bytes
+from ardor.memory.saved import How, per_token
+from ardor.plan import known
+from ardor.train.optim import adamw, trainable
+
+LLAMA = known("llama-15m").spec
+SMALL = replace(LLAMA, vocab=64, layers=LLAMA.layers[:2])
+TRAIN = Use(task="train", weights="float32", compute="float32", rows=2, length=40)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (63, 65), (7, 1), (1000, 301)])
+@pytest.mark.parametrize("format", ["nf4", "nf4-dq"])
+def test_quantized_bytes_are_exact(shape, format):
+    made = quantize_nf4(torch.randn(shape), double=format == "nf4-dq")
+    assert weight_bytes(shape, "float32", format) == made.bytes
+
+
+@pytest.mark.parametrize("name", ["llama-15m", "mixtral-43m", "gemma-2-2b"])
+def test_cache_bytes_are_exact(name):
+    spec = known(name).spec
+    spec = replace(spec, layers=spec.layers[:3])
+    cache = KVCache(spec, rows=2, capacity=48, dtype=torch.bfloat16)
+    held = sum(plane.nbytes for plane in cache._layers)
+    assert cache_bytes(spec, 2, 48, "bfloat16") == held
+    assert cache_bytes(spec, 2, 49, "bfloat16") > held
+
+
+def test_weights_gradients_and_moments_of_full_training_are_exact():
+    decoder = Decoder(SMALL)
+    decoder.logits(decoder.hidden(torch.zeros(1, 4, dtype=torch.int64))).sum().backward()
+    optimizer = adamw(
+        trainable(decoder), learning_rate=1.0, betas=(0.9, 0.9), epsilon=1.0, weight_decay=0.0
+    )
+    optimizer.step()
+    held, state = Held(SMALL, TRAIN), optimizer.state.values()
+    parameters = list(decoder.parameters())
+    assert held.weights == sum(p.nbytes for p in parameters)
+    assert 4 * held.trained == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    assert 8 * held.trained == sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in state)
+
+
+def test_adapters_are_counted_as_add_lora_makes_them():
+    decoder = Decoder(SMALL)
+    add_lora(decoder, LoraConfig(r=3))
+    use = replace(TRAIN, method="lora", rank=3)
+    assert Held(SMALL, use).trained == sum(p.numel() for p in lora_parameters(decoder))
+    some = replace(use, adapted=frozenset({"layers.0.mixer.q_proj"}))
+    assert Held(SMALL, some).trained == 3 * 2 * SMALL.width
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-15m", "gpt2-124m", "pythia-70m", "qwen3-0.6b", "mixtral-43m"]
+)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_autograd_saves_is_what_is_said(name, method):
+    """Distinct storages that are saved, but for weights and what does not grow with the tokens."""
+    spec = known(name).spec
+    spec = replace(spec, vocab=64, layers=spec.layers[:2])
+    decoder = Decoder(spec)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if method == "lora":
+        add_lora(decoder, LoraConfig(r=4))
+        for parameter in lora_parameters(decoder):
+            parameter.requires_grad_(True)
+    few, many = (_saved(decoder, n) for n in (64, 192))
+    how = Held(spec, replace(TRAIN, method=method, rank=4))._how(0)
+    said = sum(per_token(spec.width, layer, how) for layer in spec.layers)
+    assert said == pytest.approx((many - few) / 128, rel=0.05)
+    without = per_token(spec.width, spec.layers[0], replace(how, full=not how.full))
+    assert without != per_token(spec.width, spec.layers[0], how)  # the probe can tell
+
+
+def _saved(decoder: Decoder, tokens: int) -> int:
+    seen: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter):
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = decoder.hidden(torch.zeros(1, tokens, dtype=torch.int64))
+    last = hidden.untyped_storage().data_ptr()
+    return sum(size for place, size in seen.items() if place not in weights and place != last)
+
+
+def test_every_setting_that_takes_more_is_said_to():
+    def peak(**changes) -> int:
+        return estimate(LLAMA, replace(TRAIN, **changes)).bytes
+
+    plain = peak()
+    assert peak(rows=4) > plain and peak(length=80) > plain and peak(accumulation=2) > plain
+    assert peak(method="lora") < plain
+    lora = {"method": "lora", "weights": "bfloat16", "compute": "bfloat16"}
+    assert peak(**lora, rank=64) > peak(**lora)
+    quantized = {**lora, "method": "qlora", "quantization": "nf4"}
+    assert peak(**quantized) < peak(**lora)
+    assert peak(**{**quantized, "quantization": "nf4-dq"}) < peak(**quantized)
+
+
+def test_the_peak_is_the_largest_moment_and_the_sum_of_its_terms():
+    found = estimate(LLAMA, TRAIN)
+    assert found.bytes == max(moment.bytes for moment in found.moments)
+    assert found.bytes == sum(term.bytes for term in found.peak.terms)
+    assert len({moment.name for moment in found.moments}) == len(found.moments)
+
+
+def test_compiled_attention_keeps_shared_keys_once():
+    layer = known("tinyllama-1.1b").spec.layers[0]
+    how = How(
+        width=2, full=True, adapted=frozenset(), rank=1, flash=True, compiled=True, ragged=False
+    )
+    assert per_token(2048, layer, replace(how, flash=False)) > per_token(2048, layer, how)

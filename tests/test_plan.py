@@ -1,0 +1,87 @@
+"""Names, settings and machines into plans."""
+
+import json
+
+import pytest
+
+from ardor.errors import ArdorError, ConfigError
+from ardor.memory.machine import Machine
+from ardor.outline import beside, outline, rearranged
+from ardor.plan import Settings, described, known, make_plan, use_of
+from ardor.train.presets import PRESETS
+
+from .tiny import make_world
+
+GIB = 2**30
+HERE = Machine((), 16 * GIB)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_a_machine_is_described():
+    assert described("2x24GiB", "128GiB") == Machine(
+        (24 * GIB,) * 2, 128 * GIB, "the described machine"
+    )
+    assert described("80GiB, 2x24GiB", "1GiB").gpus == (80 * GIB, 24 * GIB, 24 * GIB)
+    assert described("none", "1GiB").gpus == ()
+    assert described(None, None).ram > GIB
+    with pytest.raises(ConfigError, match="twox24GiB"):
+        described("twox24GiB", "1GiB")
+    with pytest.raises(ConfigError, match="ram"):
+        described(None, "much")
+
+
+def test_presets_configs_runs_and_adapters_are_known(world, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(PRESETS["llama-15m"].config | {"torch_dtype": "bfloat16"}))
+    found = known(str(config))
+    assert found.spec == known("llama-15m").spec
+    assert (found.stored, known("llama-15m").stored) == ("bfloat16", "float32")
+    base = known(str(world.base))
+    assert base.spec == known(str(world.lora)).spec == known(str(world.qlora)).spec
+    assert (base.quantization, known(str(world.qlora)).quantization) == (None, "nf4")
+    assert known(str(world.base / "model.yaml")).spec == base.spec
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ArdorError, match="holds no config.json"):
+        known(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="'bert' is not implemented"):
+        outline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "nf5", "method": "qlora"}, "nf5"),
+        ({"quantization": "nf4", "method": "lora"}, "is for method qlora"),
+        ({"dtype": "int3"}, "int3"),
+        ({"purpose": "generate", "max_length": 4096}, "more than the 256 positions"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        use_of(known("llama-15m"), Settings(**settings), HERE)
+
+
+def test_weights_that_lie_otherwise_in_the_file_are_copied():
+    assert rearranged(known("llama-15m")) == 0
+    gpt2 = known("gpt2-124m")  # transposed, every map of its layers
+    assert rearranged(gpt2) == 12 * 12 * 768 * 768
+    assert beside(gpt2, "float32", "lora") == 4 * rearranged(gpt2)
+    assert beside(gpt2, "bfloat16", "lora") == 0  # all is copied, and no page stays
+
+
+def test_a_plan_of_a_large_model_on_small_gpus_spreads_it():
+    settings = Settings(purpose="generate", dtype="bfloat16", gpus="2x12GiB", ram="64GiB")
+    plan = make_plan("llama-3.1-8b", settings)
+    assert not plan.asked.fits and plan.cheapest is not None and plan.cheapest.place == "gpus"
+    places = plan.device_map
+    assert places is not None and {*places.values()} == {0, 1}
+    order = list(places.values())
+    assert order == sorted(order)  # one border
+    assert make_plan("llama-3.1-8b", Settings(gpus="80GiB", ram="1GiB")).device_map == {"": 0}
