@@ -104,8 +104,8 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    # Code that came with a checkpoint has keys of its own.
-    config = model.config if model.form.needs_trust else with_older_keys(model.config)
+    # A config.json that was read is written as it was; a new one says what older readers look for.
+    config = model.config if CONFIG in model.texts else with_older_keys(model.config)
     config = config | changed
     if isinstance(form, Native):
         compute = model.precision.compute

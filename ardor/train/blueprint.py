@@ -38,6 +38,12 @@ _RENAMED = {
     "gemma3": "gemma3_text",
     "RefinedWeb": "falcon",
     "RefinedWebModel": "falcon",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
 }
 
 
@@ -55,8 +61,14 @@ class Blueprint:
 
     def with_rows(self, rows: int) -> "Blueprint":
         """The same with so many embedding rows."""
-        config = None if self.config is None else {**self.config, "vocab_size": rows}
-        return replace(self, spec=replace(self.spec, vocab=rows), config=config)
+        config, inputs = self.config, self.spec.token_input
+        if config is not None:
+            config = {**config, "vocab_size": rows}
+        if inputs is not None:  # its table has a row for each id, too
+            inputs = replace(inputs, rows=rows)
+            config = None if config is None else {**config, "vocab_size_per_layer_input": rows}
+        spec = replace(self.spec, vocab=rows, token_input=inputs)
+        return replace(self, spec=spec, config=config)
 
     def config_json(self, special: SpecialTokens) -> dict[str, Any]:
         """The config.json of every checkpoint."""

@@ -148,7 +148,7 @@ def test_without_transformers_the_extra_is_named(fresh, monkeypatch):
         ({"model_type": ["odd"], "auto_map": None}, r"model_type=\['odd'\] is not known to"),
         ({"auto_map": None}, "model_type='odd' is not known to transformers .* either"),
         ({"auto_map": AUTO_MAP | {"AutoConfig": "gone.Config"}}, "gone.py does not exist"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: bits=None"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=true, and only decoders"),
         ({"attn_implementation": "me/kernel"}, "attn_implementation='me/kernel' names code on"),
         ({"text": {"_attn_implementation": {"": "me/kernel"}}}, "_attn_implementation={'': 'me/k"),

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ardor.data import sources
 from ardor.data.sources import read_rows
 from ardor.errors import DataError
 
@@ -154,6 +155,7 @@ def test_a_missing_file_is_told_its_neighbours(tmp_path):
 
 def fake_hub(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+    monkeypatch.setattr(sources, "dataset_unreachable", lambda name: False)
 
 
 def test_a_name_that_is_no_file_goes_to_the_hub(monkeypatch):

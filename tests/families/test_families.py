@@ -170,7 +170,7 @@ def test_an_unknown_key_is_refused_by_name(family):
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "config.json, rope_scaling: no 'factor'"),
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "b": 1}}, "nothing reads b=1"),
         (LLAMA, {"rope_parameters": {"full_attention": {}}}, "nothing reads full_attention={}"),
-        (LLAMA, {"quantization_config": {"load_in_4bit": True}}, "quantization_config={"),
+        (LLAMA, {"quantization_config": {"quant_method": "hqq"}}, "quantization_config={"),
         (LLAMA, {"auto_map": {"AutoModel": "code.Model"}}, "Python code"),
         (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' is not a number"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention=True"),

@@ -291,7 +291,7 @@ def test_weights_in_eight_bits_are_those_of_the_same_decoder(base, section, bloc
 @pytest.mark.parametrize(
     ("config", "keys", "message"),
     [
-        (V3, {"quantization_config": {"quant_method": "awq"}}, "quantization_config=.*awq"),
+        (V3, {"quantization_config": {"quant_method": "hqq"}}, "quantization_config=.*hqq"),
         (V3, {"auto_map": {"AutoModel": "modeling_else.Model"}}, "auto_map=.*never run"),
         (V3, {"auto_map": {"AutoModel": "me/else--modeling_kimi.Model"}}, "auto_map=.*never run"),
         (V3, {"scoring_func": "softmax"}, "scoring_func='softmax'"),
