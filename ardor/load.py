@@ -521,7 +521,8 @@ def _adapted(
                 _check_finite(tensor, name, weights)
     decoder.verify()
     if placement is None:
-        decoder.to(decoder.device)
+        if lora is not None:
+            decoder.to(decoder.device)
         return lora, None
     assert isinstance(decoder, Decoder)
     return lora, placement.start(decoder)

@@ -12,7 +12,8 @@ from ardor.memory.estimate import FORMATS, WIDTHS, Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
 from ardor.memory.machine import USABLE, Machine, this_machine
 from ardor.outline import Outline, beside, outline
-from ardor.parallel.placement import Device, Node, device_map, parse_size
+from ardor.parallel.placement import Device, device_map, parse_size
+from ardor.place import module_names, ties_of, tree
 from ardor.train.blueprint import read_blueprint
 from ardor.train.config import Train
 from ardor.train.presets import PRESETS
@@ -79,28 +80,10 @@ def device_map_of(model: Outline, choice: Choice, machine: Machine) -> dict[str,
     memory: dict[Device, int] = {
         index: max(0, int(size * USABLE) - own) for index, size in enumerate(machine.gpus)
     }
-    return device_map(_tree(model, choice), "auto", memory | {"cpu": int(machine.ram * USABLE)})
-
-
-def _tree(model: Outline, choice: Choice) -> Node:
-    """The embedding, the layers and what is beside them, with the bytes of each."""
-    held = Held(model.spec, choice.use)
-    modules: dict[str, int] = {}
-    for rule in model.rules.plain:
-        names = rule.memory if isinstance(rule.memory, tuple) else (rule.memory,)
-        size = sum(held.tensor_bytes(name) for name in names)
-        disk = rule.names[0].split(".")
-        layer = next((i for i, part in enumerate(disk) if part.isdecimal()), None)
-        inside = names[0].startswith("layers.") and layer is not None
-        module = ".".join(disk[: layer + 1] if inside and layer is not None else disk[:-1])
-        modules[module] = modules.get(module, 0) + size
-    return Node(
-        "",
-        children=tuple(
-            Node(name, parameters=(Node(f"{name}.weight", bytes=size),), whole=True)
-            for name, size in modules.items()
-        ),
-    )
+    held, theirs = Held(model.spec, choice.use), module_names(model.rules)
+    sizes = {name: held.part_bytes(part) for part, name in theirs.items() if part}
+    limits = memory | {"cpu": int(machine.ram * USABLE)}
+    return device_map(tree(sizes, theirs), "auto", limits, ties_of(model.rules))
 
 
 def described(gpus: str | None, ram: str | None) -> Machine:

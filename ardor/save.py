@@ -104,7 +104,9 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = with_older_keys(model.config) | changed
+    # Code that came with a checkpoint has keys of its own.
+    config = model.config if model.form.needs_trust else with_older_keys(model.config)
+    config = config | changed
     if isinstance(form, Native):
         compute = model.precision.compute
         config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)

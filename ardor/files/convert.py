@@ -27,5 +27,8 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
+    if torch.get_num_threads() == 1:
+        target.copy_(source)
+        return
     for place, part in zip(target.split(SERIAL), source.split(SERIAL), strict=True):
         place.copy_(part)

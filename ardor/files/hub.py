@@ -221,8 +221,8 @@ def dataset_unreachable(name: str) -> bool:
         return False
     try:
         HfApi().dataset_info(name, timeout=TIMEOUT)
-    except errors.HfHubHTTPError:
-        return False  # it answers
+    except (errors.HfHubHTTPError, errors.HFValidationError):
+        return False  # it answers; or it need not be asked, as that is no name of a dataset
     except (errors.HTTPError, OSError):
         return True
     return False

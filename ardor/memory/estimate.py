@@ -196,13 +196,9 @@ class Held:
         start = f"layers.{index}."
         return {n: s for n, s in self.shapes.items() if n.startswith(start)}
 
-    def layer_bytes(self, index: int) -> int:
-        """Of one layer's weights."""
-        return self._bytes(self.of_layer(index))
-
-    def tensor_bytes(self, name: str) -> int:
-        """Of one parameter; 0 for what is none (a buffer beside the weights)."""
-        return self._bytes({name: self.shapes[name]}) if name in self.shapes else 0
+    def part_bytes(self, part: str) -> int:
+        """Of the weights of a module: "layers.3", "embed_tokens"."""
+        return self._bytes({n: s for n, s in self.shapes.items() if n.startswith(f"{part}.")})
 
     def _bytes(self, shapes: dict[str, Shape]) -> int:
         dtype, format = self.use.weights, self.use.quantization

@@ -157,8 +157,8 @@ def _offloaded(spec: specs.Decoder, use: Use, machine: Machine) -> Iterator[Choi
         yield replace(choice, place="offload", needed=needed, there=there, changes=moved)
     choice = next(_places(spec, narrow, machine))
     held = Held(spec, choice.use)
-    layers = sum(held.layer_bytes(i) for i in range(len(spec.layers)))
-    kept = 2 * max(held.layer_bytes(i) for i in range(len(spec.layers)))
+    sizes = [held.part_bytes(f"layers.{i}") for i in range(len(spec.layers))]
+    layers, kept = sum(sizes), 2 * max(sizes)
     moved = (*changes, "--device-map disk")
     yield replace(choice, place="disk", needed=choice.needed - layers + kept, changes=moved)
 

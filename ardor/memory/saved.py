@@ -73,17 +73,10 @@ def _stream(width: int, layer: specs.Layer, how: How) -> int:
     """Inputs of the norms, which are the residual stream, and of what reads it."""
     mixer_in = how.keeps_input("mixer.q_proj", "mixer.k_proj", "mixer.v_proj")
     ffn_in = how.keeps_input("ffn.gate_proj", "ffn.up_proj") or isinstance(layer.ffn, specs.Experts)
-    match layer.placement:
-        case "parallel":
-            return width * (1 + (mixer_in or ffn_in))
-        case "sandwich":
-            return width * (4 + mixer_in + ffn_in)
-        case "post":
-            return width * (2 + mixer_in + ffn_in)
-        case "after":
-            return width * (2 + mixer_in + ffn_in)
-        case _:
-            return width * (2 + mixer_in + ffn_in)
+    stream = {"parallel": 1, "parallel_two": 1, "sandwich": 4}.get(layer.placement, 2)
+    if layer.placement == "parallel":  # both read the same
+        return width * (stream + (mixer_in or ffn_in))
+    return width * (stream + mixer_in + ffn_in)
 
 
 def _attention(mixer: specs.Attention, how: How) -> int:
@@ -125,12 +118,13 @@ def _mlp(ffn: specs.Mlp, how: How, name: str, *, trained: bool) -> int:
 
 
 def _experts(width: int, ffn: specs.Experts, how: How) -> int:
-    """Rows of a token are repeated for each of its experts, going in and coming out.
+    """Rows of a token are repeated for each of its experts.
 
-    An expert has no adapter, so what it reads is kept in full training only.
+    What comes out is kept twice, for its product with the weight and for the sum over experts. An
+    expert has no adapter, so what it reads is kept in full training only.
     """
     inner = _mlp(ffn.expert, how, "", trained=how.full)
-    numbers = ffn.router.per_token * (inner + width * (1 + how.full))
+    numbers = ffn.router.per_token * (inner + width * (2 + how.full))
     numbers += 2 * ffn.count * 4 // how.width  # the router's scores, float32
     if ffn.shared is not None:
         numbers += _mlp(ffn.shared, how, "ffn.shared", trained=how.full) + width

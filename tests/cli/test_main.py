@@ -69,7 +69,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         "error: unknown verb 'finetun'; did you mean `ardor finetune`?"
     )
     assert cli.main(["zzz"]) == 2
-    assert "known: quickstart, train" in capsys.readouterr().err
+    assert "known: quickstart, download" in capsys.readouterr().err
     assert cli.main(["--jsn"]) == 2
     assert "unknown flag '--jsn'" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ def changes(use: Use, *gpus: int, ram: int = 4096) -> tuple[str, ...] | None:
 
 
 def test_less_memory_costs_more_quality_step_by_step():
-    found = [" ".join(changes(FULL, ram=ram) or ("nothing",)) for ram in (400, 40, 22, 8, 4, 3, 1)]
+    found = [" ".join(changes(FULL, ram=ram) or ("nothing",)) for ram in (400, 32, 22, 8, 4, 3, 1)]
     assert found[0] == "nothing"  # to change
     assert "accumulation" in found[1] and "bfloat16" not in found[1]
     order = ["batch-size", "--dtype bfloat16", "--method lora", "--method qlora"]
@@ -35,9 +35,9 @@ def test_less_memory_costs_more_quality_step_by_step():
 
 
 def test_smaller_batches_keep_the_examples_of_a_step():
-    found = cheapest(LLAMA, FULL, Machine((), 40 * GIB))
+    found = cheapest(LLAMA, FULL, Machine((), 32 * GIB))
     assert (
-        found is not None and found.fits and not as_asked(LLAMA, FULL, Machine((), 40 * GIB)).fits
+        found is not None and found.fits and not as_asked(LLAMA, FULL, Machine((), 32 * GIB)).fits
     )
     assert found.use.rows * found.use.accumulation == FULL.rows
 

@@ -11,7 +11,7 @@ from ardor.plan import known
 from ardor.quant.linear import QuantizedLinear, quantize_decoder
 from ardor.train.presets import PRESETS
 
-from ..invariants.test_random_specs import specs
+from ..invariants.test_random_specs import many, specs
 
 
 def of_a_decoder(spec: Spec) -> dict[str, tuple[int, ...]]:
@@ -26,7 +26,10 @@ def test_a_preset_has_the_parameters_of_its_decoder(name):
     assert parameters(spec) == of_a_decoder(spec)
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the")  # beartype draws while it checks
+@many
 @given(specs)
+@pytest.mark.sweep
 def test_a_random_spec_has_the_parameters_of_its_decoder(spec):
     assert parameters(spec) == of_a_decoder(spec)
 
@@ -37,6 +40,8 @@ def test_a_random_spec_has_the_parameters_of_its_decoder(spec):
 def test_linear_is_what_is_quantized(name):
     spec = known(name, None).spec
     small = Decoder(Spec(**{f: getattr(spec, f) for f in spec.__slots__} | _first_layer(spec)))
+    for parameter in small.parameters():
+        torch.nn.init.ones_(parameter)
     quantized = {f"{found}.weight" for found in quantize_decoder(small)}
     assert {n for n, shape in parameters(small.spec).items() if is_linear(n, shape)} == quantized
     assert any(isinstance(module, QuantizedLinear) for module in small.modules())
