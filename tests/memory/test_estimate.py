@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ardor.quant.nf4 import quantize_nf4
+from ardor.quant.bnb4 import quantize_4bit
 
 from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
 from ardor.arch.cache import KVCache
@@ -22,7 +22,7 @@ TRAIN = Use(task="train", weights="float32", compute="float32", rows=2, length=4
 @pytest.mark.parametrize("shape", [(64, 64), (63, 65), (7, 1), (1000, 301)])
 @pytest.mark.parametrize("format", ["nf4", "nf4-dq"])
 def test_quantized_bytes_are_exact(shape, format):
-    made = quantize_nf4(torch.randn(shape), double=format == "nf4-dq")
+    made = quantize_4bit(torch.randn(shape), double=format == "nf4-dq")
     assert weight_bytes(shape, "float32", format) == made.bytes
 
 

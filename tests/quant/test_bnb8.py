@@ -94,7 +94,8 @@ def test_integers_and_floats_give_the_same_product(monkeypatch):
 def test_outliers_keep_the_precision_of_the_rest():
     w, x = weight((48, 128)), torch.randn(4, 128)
     x[2, 5] = 300.0
-    dense, ours = F.linear(x, w), quantize_rows(w)
+    ours = quantize_rows(w)
+    dense = F.linear(x, ours.dequantize(torch.float32))  # but for the rounding of x
     error = (ours.product(x, None) - dense).abs().max()
     flat = RowsWeight(ours.codes, ours.largest, ours.original_dtype, threshold=0.0)
     assert error < 0.3 * (flat.product(x, None) - dense).abs().max()
