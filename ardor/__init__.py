@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, load, save
+    from ardor.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ PUBLIC = {
     "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
+    "quantize": "ardor.quantize",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -43,6 +45,7 @@ __all__ = [
     "TextError",
     "doctor",
     "load",
+    "quantize",
     "save",
 ]
 

@@ -15,8 +15,10 @@ from ardor.errors import ConfigError, ShapeError
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, tokenizer_of
+from ardor.packing import settings
 from ardor.place import requested
 from ardor.precision import dtype_of
+from ardor.quant.config import asked
 from ardor.save import save_model
 from ardor.score import Score, score_text
 from ardor.text.tokenizer import Tokenizer
@@ -97,7 +99,8 @@ def load(
     max_memory: dict[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
-    quantization: str | None = None,
+    quantization: Any = None,
+    quantization_config: Any = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     adapter: str | Path | None = None,
@@ -115,25 +118,27 @@ def load(
     device for each module ({"model.layers.0": 0, "": "disk"}). What lies on "cpu" beside an
     accelerator, or on "disk", is fetched for its turn: from the checkpoint's own files where it is
     in them as in memory, else from `offload_folder`, where it is written once.
-    `load_in_4bit` is quantization="nf4". Memory use is always low and decoding always cached:
-    `low_cpu_mem_usage` and `use_cache` are accepted. A model that we do not implement is run by
-    transformers, with `trust_remote_code` only, as is code in its repository if it names some;
-    a line on stderr says what runs, of which revision, before it does. use_safetensors=False reads
-    the weights from pickles (.bin), which are refused otherwise, with torch's restricted reader.
+    `quantization` is a format's name ("nf4", "nf4-dq", "fp4", "int8" for LLM.int8, "int8-g128",
+    "int4-g128"), a dict or object shaped like BitsAndBytesConfig, or a YAML file of its settings;
+    `quantization_config` is the same, `load_in_4bit` is "nf4" and `load_in_8bit` "int8". Memory use
+    is always low and decoding always cached: `low_cpu_mem_usage` and `use_cache` are accepted. A
+    model that we do not implement is run by transformers, with `trust_remote_code` only, as is code
+    in its repository if it names some; a line on stderr says what runs, of which revision, before
+    it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
+    otherwise, with torch's restricted reader.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    _refuse(load_in_8bit=load_in_8bit)
-    if load_in_4bit and quantization not in (None, "nf4", "nf4-dq"):
-        raise ConfigError(f"load_in_4bit and quantization={quantization!r} differ; give one")
     return LM(
         load_model(
             name,
             dtype=_dtype(dtype, torch_dtype),
             device=requested(device_map, max_memory, offload_folder),
             attn_implementation=attn_implementation,
-            quantization=quantization or ("nf4" if load_in_4bit else None),
+            quantization=_quantization(
+                quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
+            ),
             adapter=adapter,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -147,15 +152,27 @@ def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD
     lm.save(directory, max_shard_size=max_shard_size)
 
 
-NOT_IMPLEMENTED = {
-    "load_in_8bit": "4-bit weights are; give load_in_4bit=True, or quantization",
-}
+FOUR_BIT = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 
 
-def _refuse(**given: object) -> None:
-    for key, value in given.items():
-        if value:
-            raise ConfigError(f"{key}={value!r} is not implemented: {NOT_IMPLEMENTED[key]}")
+def _quantization(quantization: Any, config: Any, *, four: bool, eight: bool) -> Any:
+    """The one thing that several arguments ask for."""
+    if quantization is not None and config is not None:
+        raise ConfigError("quantization and quantization_config are the same; give one of them")
+    if four and eight:
+        raise ConfigError("load_in_4bit and load_in_8bit are both set; give one of them")
+    found = quantization if config is None else config
+    if not four and not eight:
+        return found
+    short = "nf4" if four else "llm-int8"
+    key = f"load_in_{4 if four else 8}bit"
+    if found is None:
+        return short
+    format = None if (wish := asked(settings(found))) is None else wish.format
+    fits = format in FOUR_BIT if four else format == short
+    if not fits:
+        raise ConfigError(f"{key} and quantization={found!r} differ; give one")
+    return found
 
 
 def _rows(tokens: Tensor | Sequence[Sequence[int]], vocab: int) -> Int[Tensor, "B T"]:

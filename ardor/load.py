@@ -1,7 +1,7 @@
 """The one assembler: name -> files -> config -> family -> spec -> weights -> quantize -> adapt."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -39,16 +39,26 @@ from ardor.files.weights import (
     read_tensors,
     write_weights,
 )
+from ardor.packing import (
+    Arrival,
+    PackedFiles,
+    opened,
+    require_linears,
+    settings,
+    to_disk,
+    wanted,
+)
 from ardor.parallel.offload import Turns
 from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
+from ardor.quant.config import Quantization
 from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
 from ardor.text.stops import StopSet
-from ardor.text.tokenizer import Tokenizer
+from ardor.text.tokenizer import Tokenizer, lacks_rows
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 HOST = torch.device("cpu")
@@ -106,8 +116,8 @@ class Native:
             assert isinstance(module, FP8Linear | FP8Experts), name
             return module.dequantized(torch.bfloat16)
 
-        tensors = rules.to_disk(lambda name: read(name).cpu())
-        layout = rules.to_disk(lambda name: read(name).to("meta"))
+        tensors = to_disk(rules, decoder, lambda name: read(name).cpu())
+        layout = to_disk(rules, decoder, lambda name: read(name).to("meta"), "meta")
         write_weights(
             directory,
             chain(tensors, kept.items()),
@@ -131,7 +141,8 @@ class Model:
     precision: Precision
     source: str  # of the base weights: a hub id or an absolute path
     revision: str | None  # the commit, for a hub id
-    quantization: str | None = None
+    quantization: str | None = None  # the name of its format
+    quantizing: Quantization | None = None  # what was asked, if it was not stored so
     adapter: LoraConfig | None = None
     placement: Placement | None = None  # None: all on one device
     turns: Turns | None = None  # what has a spread decoder compute
@@ -144,7 +155,7 @@ class Origin:
 
     base: str
     adapter: Path | None
-    quantization: str | None  # of the base while the adapter was trained
+    quantization: Any  # of the base while the adapter was trained
     revision: str | None = None  # of a base on the hub, that the adapter was trained on
     needs_trust: bool = False  # whether that base is run by code that is not ours
 
@@ -155,7 +166,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | Spread = "cpu",
     attn_implementation: str | None = None,
-    quantization: str | None = None,
+    quantization: Any = None,
     adapter: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -166,22 +177,24 @@ def load_model(
 
     Weights are mapped from their files and copied only where dtype or device ask for it, one at a
     time as they are read; with dtype "auto" each stays as it is stored, unless config.json names
-    another. `quantization` replaces one linear at a time. An adapter's base is found through its
-    own files and quantized as it was in training, unless said otherwise; without `use_safetensors`
-    its weights are read from pickles. `check_finite` refuses a NaN or an infinity, at 0.1 s a GB. A
-    model that we do not implement is run by transformers, with `trust_remote_code` only.
+    another. `quantization` (see `quant.config.asked`) takes each linear as its tensor arrives. An
+    adapter's base is found through its own files and quantized as it was in training, unless said
+    otherwise; without `use_safetensors` its weights are read from pickles. `check_finite` refuses
+    NaN and infinity, at 0.1 s a GB. Models that we lack are run by transformers, if trusted.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
     origin = _origin(Path(name), str(name), adapter)
-    quantization = quantization or origin.quantization
+    quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
     found = resolve(origin.base, revision or origin.revision, patterns=patterns)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
-    quantization = None if quantization == "none" else quantization
-    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantization)
+    files, how = opened(files, raw, str(found.path / CONFIG))
+    quantizing = wanted(quantization, how, origin.base)
+    asked = (device, attn_implementation, quantizing)
+    held = _Held(found, origin.base, raw, files, dtype, *asked)
     theirs = trust_remote_code and not implemented(raw)
     assembled = _bridged(held) if theirs else _implemented(held, check_finite)
     decoder, form, precision, placement = assembled
@@ -200,7 +213,8 @@ def load_model(
         precision=precision,
         source=str(found.path.resolve()) if found.revision is None else origin.base,
         revision=found.revision,
-        quantization=quantization,
+        quantization=how.name if how else quantizing.format if quantizing else None,
+        quantizing=quantizing,
         adapter=lora,
         placement=placement,
         turns=turns,
@@ -258,13 +272,6 @@ def _require_trust(origin: Origin, given: bool) -> None:
         )
 
 
-def _quantize(decoder: nn.Module, format: str, source: str) -> None:
-    if not quantize_decoder(decoder, format):
-        raise ConfigError(
-            f"quantization={format!r}: {source} has no plain linears to quantize; leave it out"
-        )
-
-
 @dataclass(frozen=True)
 class _Held:
     """A checkpoint that is found, and how it is asked to be held."""
@@ -276,7 +283,7 @@ class _Held:
     dtype: str | torch.dtype
     place: str | torch.device | Spread
     attn_implementation: str | None
-    quantization: str | None
+    quantization: Quantization | None
 
     @property
     def device(self) -> torch.device:
@@ -284,9 +291,7 @@ class _Held:
         return place.device if isinstance(place, Spread) else torch.device(place)
 
     def settle(self, decoder: CausalLM, precision: Precision) -> None:
-        """Quantize and move a filled decoder that lies on one device."""
-        if self.quantization is not None:
-            _quantize(decoder, self.quantization, self.source)
+        """Move a filled decoder that lies on one device."""
         decoder.to(device=self.device, dtype=precision.conversion)
         decoder.requires_grad_(False).eval()
 
@@ -303,14 +308,19 @@ def _implemented(held: _Held, check_finite: bool) -> Assembled:
     stored = files.first_floating() or torch.float32
     said = HFConfig(held.config, path=str(held.found.path / CONFIG)).weights_dtype()
     precision = resolve_precision(held.dtype, stored, held.device, said)
-    # What is quantized is so from what is stored, on the host.
-    to = (None, HOST) if held.quantization else (precision.conversion, held.device)
+    if held.quantization is not None and held.quantization.compute is not None:
+        why = "as the quantization asks"
+        precision = replace(precision, compute=held.quantization.compute, why=why)
+    device = HOST if isinstance(held.place, Spread) else held.device
+    arrival = Arrival(decoder, rules, files, held.quantization, device)
     placement = None
     if isinstance(held.place, Spread):
         names = family.rules(decoder.spec)
-        placement = _spread(held.place, held, decoder, (rules, names), precision, check_finite)
+        placement = _spread(held.place, held, arrival, (rules, names), precision, check_finite)
     else:
-        _fill(decoder, files, rules.plain, to, check_finite=check_finite)
+        _fill(arrival, rules.plain, precision.conversion, check_finite=check_finite)
+        arrival.finish(decoder)
+        require_linears(arrival.quantized, held.quantization, held.source)
     _check_whole(decoder, files, rules, embedding)
     if placement is None:
         held.settle(decoder, precision)
@@ -325,23 +335,23 @@ def _implemented(held: _Held, check_finite: bool) -> Assembled:
 def _spread(
     spread: Spread,
     held: _Held,
-    decoder: Decoder,
+    arrival: Arrival,
     rules: tuple[Rules, Rules],
     precision: Precision,
     check_finite: bool,
 ) -> Placement:
     """Fill a decoder whose parts lie in several places."""
-    format = held.quantization
-    to = (None if format else precision.conversion, HOST)
+    decoder, to = arrival.decoder, precision.conversion
+    assert isinstance(decoder, Decoder)
     filling = Filling(
         decoder,
         held.files,
         *rules,
-        dtype=precision.conversion,
-        fill=lambda some: _fill(decoder, held.files, some, to, check_finite=check_finite),
+        dtype=to,
+        fill=lambda some: _fill(arrival, some, to, check_finite=check_finite),
         put=lambda name, tensor: _place(decoder, name, tensor),
-        quantize=None if format is None else lambda part: _quantize(part, format, held.source),
-        quantization=format,
+        quantize=arrival.finish if arrival.changes else None,
+        quantization=arrival.name,
     )
     placement = place(spread, filling)
     decoder.requires_grad_(False).eval()
@@ -370,6 +380,9 @@ def _bridged(held: _Held) -> Assembled:
     why = "as transformers chose" if held.dtype == "auto" else "as asked"
     kept = held.dtype == "auto"
     precision = Precision(decoder.stored, decoder.compute, why, as_stored=kept)
+    if (asked := held.quantization) is not None:
+        quantized = quantize_decoder(decoder, asked.format, asked.skip)
+        require_linears(quantized, asked, held.source)
     held.settle(decoder, precision)
     return decoder, form, precision, None
 
@@ -394,6 +407,7 @@ def _described(
     spec = family.spec(HFConfig(raw, path=str(path / CONFIG)))
     rules, fp8 = bound_rules(family, spec, raw, files.names())
     rules.check(files.names(), str(path))
+    rules = files.fit(rules) if isinstance(files, PackedFiles) else rules
     decoder = on_meta(spec, files, rules, fp8)
     for problem in tensor_problems(decoder, files, rules):
         raise CheckpointError(problem)
@@ -446,15 +460,14 @@ def tensor_problems(decoder: Decoder, files: WeightFiles, rules: Rules) -> Itera
 
 
 def _fill(
-    decoder: Decoder,
-    files: WeightFiles,
+    arrival: Arrival,
     rules: Sequence[Rule | Stack],
-    to: tuple[torch.dtype | None, torch.device],
+    dtype: torch.dtype | None,
     *,
     check_finite: bool,
 ) -> None:
-    """Put weights in their places, in the dtype (None: as stored) and on the device of `to`."""
-    dtype, device = to
+    """Put weights in their places, in `dtype` (None: as stored); what is quantized is so first."""
+    files = arrival.files
 
     def read(disk: str) -> Tensor:
         tensor = files.read_as(disk, wanted, device)
@@ -463,9 +476,14 @@ def _fill(
         return tensor
 
     for rule in rules:
-        wanted = None if memory_of(rule).endswith(PACKED) else dtype
+        taken = arrival.takes(rule)
+        wanted = None if taken or memory_of(rule).endswith(PACKED) else dtype
+        device = HOST if taken else arrival.device
+        if taken:
+            arrival.take(rule, read)
+            continue
         for name, tensor in rule.to_memory(read).items():
-            _place(decoder, name, tensor)
+            _place(arrival.decoder, name, tensor)
 
 
 def _check_whole(decoder: Decoder, files: WeightFiles, rules: Rules, embedding: str) -> None:
@@ -503,13 +521,14 @@ def _adapted(
                 _check_finite(tensor, name, weights)
     decoder.verify()
     if placement is None:
-        decoder.to(decoder.device)
+        if lora is not None:
+            decoder.to(decoder.device)
         return lora, None
     assert isinstance(decoder, Decoder)
     return lora, placement.start(decoder)
 
 
-def _place(decoder: Decoder, name: str, tensor: Tensor) -> None:
+def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(owner)
     if leaf in dict(module.named_buffers(recurse=False)):
@@ -535,29 +554,6 @@ def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]
     if problem := lacks_rows(tokenizer, rows):
         raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
     return tokenizer, ChatTemplate.from_directory(path)
-
-
-def lacks_rows(tokenizer: Tokenizer, rows: int) -> str | None:
-    """Why an embedding of so many rows is too small for a tokenizer; None if it is not.
-
-    It must hold what any text can become and what begins or ends one. A further added token may
-    lie beyond it, as the image token of Gemma 3's text models does: it is refused where it occurs.
-    """
-    remedy = (
-        "take the tokenizer that belongs to these weights, or let transformers' "
-        "resize_token_embeddings make room and save the model again"
-    )
-    if tokenizer.base_rows > rows:
-        return (
-            f"its vocabulary has {tokenizer.base_rows} ids, but the embedding only {rows} rows; "
-            + remedy
-        )
-    special = {"BOS": tokenizer.special.bos, "EOS": tokenizer.special.eos}
-    special |= {f"the start {id!r}": id for id in tokenizer.prefix}
-    for name, id in special.items():
-        if id is not None and id >= rows:
-            return f"{name} is token {id}, but the embedding has only {rows} rows; {remedy}"
-    return None
 
 
 def stops_of(

@@ -1,6 +1,5 @@
 """What is known of a model before any of its weights are: config.json, read as `load` reads it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from ardor.families.rules import Rules
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
 from ardor.files.runs import ORIGIN, newest_checkpoint
-from ardor.memory.estimate import NF4_FORMATS, WIDTHS
+from ardor.memory.estimate import WIDTHS
 from ardor.memory.shapes import parameters
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -49,6 +48,7 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     found = outline_of(read_object(file), file, str(name))
     origin = (newest_checkpoint(path) or path) / ORIGIN
     said = read_object(origin).get("quantization") if origin.is_file() else None
+    said = said["format"] if isinstance(said, dict) else said
     return replace(found, quantization=None if said == "none" else said)
 
 
@@ -63,16 +63,12 @@ def beside(model: Outline, weights: str, how: str | None) -> int:
     """Bytes of the file that stay in memory although the model holds copies of them.
 
     A mapping lasts until nothing points into it, and the pages that were read count until then:
-    all of them where weights are quantized but the tables stay as they are stored; those of what
-    lies otherwise in the file (GPT-2's transposed maps, joined q, k and v), if the rest is mapped.
+    those of what lies otherwise in the file (GPT-2's transposed maps, joined q, k and v), if the
+    rest is mapped. Pages of what is quantized are given back at once.
     """
-    if weights != model.stored or how == "full":
+    if weights != model.stored or how not in (None, "lora"):
         return 0
-    width = WIDTHS[weights]
-    if how in ("qlora", *NF4_FORMATS):
-        linears = (s for n, s in parameters(model.spec).items() if n.startswith("layers."))
-        return width * sum(map(math.prod, linears))
-    return width * rearranged(model)
+    return WIDTHS[weights] * rearranged(model)
 
 
 def rearranged(model: Outline) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ardor.errors import ArdorError, ConfigError
-from ardor.memory.estimate import NF4_FORMATS, WIDTHS, Held, Use
+from ardor.memory.estimate import FORMATS, WIDTHS, Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
 from ardor.memory.machine import USABLE, Machine, this_machine
 from ardor.outline import Outline, beside, outline
@@ -130,10 +130,10 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
     Raises: ConfigError for settings that contradict each other, or a length beyond the model's.
     """
     spec = model.spec
-    if settings.quantization not in (None, "none", *NF4_FORMATS):
+    if settings.quantization not in (None, "none", *FORMATS):
         raise ConfigError(
             f"quantization={settings.quantization!r} is not known; choose one of "
-            f"{', '.join(NF4_FORMATS)}"
+            f"{', '.join(FORMATS)}"
         )
     if settings.dtype not in ("auto", *WIDTHS):
         raise ConfigError(f"dtype={settings.dtype!r} is not one of auto, {', '.join(WIDTHS)}")

@@ -16,7 +16,8 @@ from ardor.files.hub import PATTERNS
 from ardor.files.json import parse_json, write_json
 from ardor.files.runs import ORIGIN
 from ardor.files.weights import MAX_SHARD_BYTES
-from ardor.load import CONFIG, GENERATION, Model
+from ardor.load import CONFIG, GENERATION, Model, Native
+from ardor.packing import saved_config
 from ardor.quant.linear import QuantizedLinear
 
 
@@ -28,9 +29,10 @@ def save_model(
     An existing checkpoint is replaced in one step. What was loaded unchanged is written bitwise,
     one tensor at a time; config.json gets the keys that older readers look for. Weights above
     `max_shard_size` (bytes, or "5GB", "500MiB") are spread over several files with an index.
-    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
+    FP8 weights of which some were merged with an adapter are written in bfloat16, all of them. A
+    quantized model is written as its format's files are.
 
-    Raises: ConfigError for a quantized model without an adapter: its full weights are not here;
+    Raises: ConfigError for a quantized model that transformers runs, or that was FP8;
     CheckpointError if the directory holds anything that is not part of a checkpoint, or the disk
     is full: it is then as it was.
     """
@@ -79,7 +81,8 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
             base_model=model.source,
             revision=model.revision,
         )
-        origin = {"quantization": model.quantization or "none"}
+        record = model.quantizing.record() if model.quantizing else model.quantization
+        origin: dict[str, Any] = {"quantization": record or "none"}
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
@@ -92,14 +95,21 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
 
 
 def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
-    if any(isinstance(module, QuantizedLinear) for module in model.decoder.modules()):
+    form = model.form
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.decoder.modules())
+    if quantized and (not isinstance(form, Native) or form.fp8 is not None):
         raise ConfigError(
             f"{model.source} is loaded as {model.quantization}, without the full weights; "
             "load it without quantization to save it, or save an adapter on it"
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = with_older_keys(model.config) | changed
+    # Code that came with a checkpoint has keys of its own.
+    config = model.config if model.form.needs_trust else with_older_keys(model.config)
+    config = config | changed
+    if isinstance(form, Native):
+        compute = model.precision.compute
+        config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = dtype

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 
+from benchmarks import load_quantized
 from benchmarks.duel import duel
 from benchmarks.load import load_duel
 from benchmarks.shapes import MODELS
@@ -22,12 +23,22 @@ def main() -> None:
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--quantization",
+        choices=["none", "nf4", "nf4-dq", "fp4", "int8"],
+        default="none",
+        help="load: quantized on the way in, by us and by bitsandbytes",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (median)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--new-tokens", type=int, default=32, help="decode: tokens a round")
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     args = parser.parse_args()
     options = {"dtype": args.dtype, "threads": args.threads}
+    if args.task == "load" and args.quantization != "none":
+        given = options | {"model": args.model, "quantization": args.quantization}
+        print(json.dumps(load_quantized.duel(args.rounds, given), indent=2))
+        return
     if args.task == "load":
         print(json.dumps(load_duel(args.model, args.rounds, options), indent=2))
         return

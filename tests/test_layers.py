@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
-LAYER_3 = ("bridge", "place", "load", "save", "data", "outline")
+LAYER_3 = ("bridge", "place", "packing", "load", "save", "data", "outline")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quickstart", "plan")
+LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -34,8 +34,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "memory": ("errors", "arch.spec"),
     "bridge": BELOW_3,
     "place": BELOW_3,
-    "load": (*BELOW_3, "bridge", "place"),
-    "save": (*BELOW_3, "load"),  # the Model that load assembled is what save takes apart
+    "packing": BELOW_3,
+    "load": (*BELOW_3, "bridge", "packing", "place"),
+    "save": (*BELOW_3, "load", "packing"),  # the Model that load assembled is what save takes apart
     "data": BELOW_3,
     "outline": BELOW_3,
     "generate": BELOW_4,
@@ -45,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "inspect": BELOW_4,
     "serve": tuple(unit for unit in BELOW_5 if unit != "train"),
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),
+    "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quickstart": (*BELOW_5, "lm"),
     "plan": BELOW_5,  # presets are train's
     "cli": (*BELOW_5, *LAYER_5, "__init__"),
@@ -128,7 +130,7 @@ def test_every_module_keeps_to_its_layer():
         ("families/llama.py", "from ardor.arch.decoder import Decoder"),
         ("families/llama.py", "from ardor.arch import decoder"),
         ("families/llama.py", "from torch import nn"),
-        ("quant/nf4.py", "from ardor.adapters.lora import add_lora"),
+        ("quant/bnb4.py", "from ardor.adapters.lora import add_lora"),
         ("text/stops.py", "import torch"),
         ("train/trainer.py", "from ardor.cli.console import Progress"),
         ("serve/engine.py", "from ardor.train import trainer"),

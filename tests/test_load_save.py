@@ -170,6 +170,9 @@ def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
     assert public_load(world.base, load_in_4bit=True).model.quantization == "nf4"
     both = public_load(world.base, load_in_4bit=True, quantization="nf4-dq")
     assert both.model.quantization == "nf4-dq"
+    eight = public_load(world.base, load_in_8bit=True)
+    assert eight.model.quantization == "llm-int8"
+    assert public_load(world.base, quantization="int8").model.quantization == "llm-int8"
     with pytest.raises(ConfigError, match="load_in_4bit and quantization='none' differ"):
         public_load(world.base, load_in_4bit=True, quantization="none")
     with pytest.raises(ConfigError, match="quantization='int3' is not known; choose one of nf4"):
@@ -184,9 +187,7 @@ def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
         public_load(world.base, attn_implementation="flash")
 
 
-def test_what_other_loaders_have_and_this_one_has_not_is_refused_by_name(world):
-    with pytest.raises(ConfigError, match="load_in_8bit=True is not implemented: "):
-        public_load(world.base, load_in_8bit=True)
+def test_what_other_loaders_take_for_granted_is_accepted(world):
     defaults = {"load_in_8bit": False, "trust_remote_code": False, "max_memory": None}
     assert public_load(world.base, **defaults, offload_folder=None)
 
@@ -308,13 +309,6 @@ def test_a_merged_model_is_saved_as_a_plain_one(world, tmp_path, kind):
     assert merged.model.adapter is None and merged.model.quantization is None
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(public_load(world.base)), before, atol=1e-3)
-
-
-def test_a_quantized_model_cannot_be_saved_without_its_weights(world, tmp_path):
-    lm = public_load(world.base, quantization="nf4")
-    with pytest.raises(ConfigError, match="is loaded as nf4, without the full weights"):
-        lm.save(tmp_path / "q")
-    assert not (tmp_path / "q").exists()
 
 
 def test_saving_replaces_a_directory_only_when_it_succeeds(world, tmp_path, monkeypatch):

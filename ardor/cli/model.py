@@ -30,7 +30,12 @@ class ModelFlags:
     dtype: str = "auto"
     """auto (as config.json says, else as stored), float32, bfloat16 or float16."""
     quantization: str | None = None
-    """nf4, nf4-dq or none. Default: as the run was trained."""
+    """nf4, nf4-dq, fp4, int8 (LLM.int8), int8-g128, int4-g128 (and -g64, -g32), none, or a YAML
+    file of BitsAndBytesConfig's settings. Default: as stored, or as the run was trained."""
+    load_in_4bit: bool = False
+    """The same as --quantization nf4."""
+    load_in_8bit: bool = False
+    """The same as --quantization int8."""
     adapter: str | None = None
     """A PEFT adapter directory to put on the model."""
     attn_implementation: str | None = None
@@ -55,6 +60,8 @@ class ModelFlags:
             offload_folder=self.offload_folder,
             dtype=self.dtype,
             quantization=self.quantization,
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
             adapter=self.adapter,
             attn_implementation=self.attn_implementation,
             revision=self.revision,

@@ -33,7 +33,7 @@ class Config:
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16: as `generate` and `finetune` mean it."""
     quantization: str | None = None
-    """nf4 or nf4-dq. Default: none; nf4 for qlora."""
+    """nf4, nf4-dq, fp4, llm-int8, int8-g128 or int4-g128. Default: none; nf4 for qlora."""
     batch_size: int | None = None
     """Examples per micro-batch, or prompts side by side. Default: 8, or 1."""
     gradient_accumulation_steps: int = 1

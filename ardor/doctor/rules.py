@@ -11,7 +11,7 @@ from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.doctor.checkpoint import Checkpoint
 from ardor.doctor.finding import Finding, listed, many
 from ardor.files.json import read_object
-from ardor.load import lacks_rows
+from ardor.text.tokenizer import lacks_rows
 
 Findings = Iterator[Finding]
 OUTLIER = 100.0  # times the root mean square of the tensor's others

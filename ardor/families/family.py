@@ -124,14 +124,23 @@ BRIDGE = (
 )
 
 
+# Ways of quantization that are read by the names of tensors; see ardor.quant.config.
+HELD = ("bitsandbytes", "gptq", "awq", "ardor")
+_LOADS = ("load_in_4bit", "load_in_8bit")  # bitsandbytes, before it said so
+
+
 def refuse_foreign(
     hf: HFConfig, code: tuple[str, ...] = (), packed: tuple[str, ...] = (), *, uneven: bool = False
 ) -> None:
     """Refuse what is not a plain, unquantized, causal decoder, before any shape is read."""
     section = hf.section("quantization_config")
+    method = None if section is None else section.take("quant_method", None)
+    loads = section is not None and any(section.raw.get(key) for key in _LOADS)
     if read_fp8(hf) is not None:
         pass  # a format that every family may come in
-    elif section is not None and section.take("quant_method", None) in packed:
+    elif method in HELD or (method is None and loads):
+        pass  # so are these, and whoever reads the tensors accounts for the keys
+    elif section is not None and method in packed:
         section.take("modules_to_not_convert", None)  # the names of the tensors tell
         section.finish({})
     else:

@@ -48,6 +48,9 @@ def text_keys(hf: HFConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
     for key in UNREAD:
         hf.take(key, None)
     held, tied = hf.section("text_config"), hf.take("tie_word_embeddings", None)
+    for section in (hf, held):  # one of them decides, and neither may be nonsense
+        if section is not None and section.raw.get("tie_word_embeddings") is not None:
+            section.flag("tie_word_embeddings")
     found = {**defaults, **({} if held is None else held.raw)}
     return found if tied is None else {**found, "tie_word_embeddings": tied}
 

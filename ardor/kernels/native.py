@@ -19,8 +19,19 @@ import torch
 from torch import Tensor
 
 HEADERS = ("gate.h", "scalar.h")
-SOURCES = ("attention.c", "flash.c", "gate.c", "matvec.c", "mlp.c", "norm.c", "rotate.c")
+SOURCES = (
+    "attention.c",
+    "flash.c",
+    "gate.c",
+    "matvec.c",
+    "mlp.c",
+    "norm.c",
+    "quantize.c",
+    "rotate.c",
+)
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
+# Equal to torch to the last bit, so that no product may be fused into a sum.
+EXACT = {"quantize.c": ("-ffp-contract=off",)}
 OFF = "ARDOR_NO_NATIVE"  # set in the environment: never compile
 
 # Every function's arguments: p a pointer, n an int64, f a float, i an int; and what it returns, if
@@ -42,6 +53,8 @@ SIGNATURES = {
     "flash_backward": "ppppppppppppnnnnnnnffi",
     "gated_mlp_scratch": "nnn>n",
     "gated_mlp": "pppppppppnnnii",
+    "quantize_4bit_{}": "pppppni",
+    "quantize_rows_{}": "ppppnni",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
@@ -62,7 +75,7 @@ def library() -> ctypes.CDLL | None:
     here = Path(__file__).parent
     texts = [(here / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES)]
     # -march=native makes the file this processor's own, and a home may be shared by several.
-    identity = "\0".join([*texts, *FLAGS, compiler, platform.machine(), _processor()])
+    identity = "\0".join([*texts, *FLAGS, str(EXACT), compiler, platform.machine(), _processor()])
     name = f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     path = _cache() / name
     try:
@@ -101,7 +114,8 @@ def _build(compiler: str, sources: list[Path], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         objects = [str(Path(place, f"{source.stem}.o")) for source in sources]
         for source, target in zip(sources, objects, strict=True):
-            _run([compiler, *FLAGS, "-c", str(source), "-o", target])
+            flags = (*FLAGS, *EXACT.get(source.name, ()))
+            _run([compiler, *flags, "-c", str(source), "-o", target])
         built = Path(place, path.name)
         # Linked without -fopenmp: its symbols are found in the runtime that PyTorch has loaded.
         _run([compiler, "-shared", *objects, "-o", str(built)])

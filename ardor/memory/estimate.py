@@ -7,6 +7,7 @@ Axes: D model width, V vocabulary, N tokens of a micro-batch, R adapter rank.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,8 @@ LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 NF4_FORMATS = ("nf4", "nf4-dq")
+FORMATS = (*NF4_FORMATS, "fp4", "fp4-dq", "llm-int8", "int8-g128", "int4-g128")  # that plan takes
+GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +111,25 @@ def estimate(spec: specs.Decoder, use: Use) -> Estimate:
 
 
 def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> int:
-    """Bytes of one weight: exact for nf4, whose blocks of 64 have a float32 scale each.
+    """Bytes of one weight: exact, for nf4 and fp4 with a float32 scale for each block of 64.
 
-    "nf4-dq" holds the scales in 8 bits, with a float32 for 256 of them and one for all.
+    "-dq" holds these scales in 8 bits, with a float32 for 256 of them and one for all. GPTQ and AWQ
+    count as 4 bits in groups of 128.
     """
-    n = math.prod(shape)
+    n, outputs = math.prod(shape), math.prod(shape[:-1])
     if quantization is None:
         return n * WIDTHS[dtype]
+    if quantization in ("int8", "llm-int8"):
+        return n + 4 * outputs
+    if quantization in ("int4", "gptq", "awq"):
+        quantization = "int4-g128"
+    if grouped := GROUPED.fullmatch(quantization):
+        groups = -(-shape[-1] // int(grouped["group"]))
+        return n * int(grouped["bits"]) // 8 + 5 * groups * outputs
     blocks = -(-n // NF4_BLOCK)
-    if quantization == "nf4-dq":
+    if quantization.endswith("-dq"):
         return (n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    assert quantization == "nf4", quantization
+    assert quantization in ("nf4", "fp4"), quantization
     return (n + 1) // 2 + 4 * blocks
 
 

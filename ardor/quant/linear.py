@@ -2,23 +2,21 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ardor.arch.linear import Linear, place_of
 from ardor.errors import CheckpointError, ConfigError, ShapeError
-from ardor.quant.nf4 import Nested, NF4Weight, quantize_nf4
+from ardor.quant.formats import FORMATS, format_name
+from ardor.quant.packed import DequantizedLinear, PackedWeight, Quantized, Rows
 
-FORMATS: dict[str, Callable[[Tensor], NF4Weight]] = {
-    "nf4": quantize_nf4,
-    "nf4-dq": lambda weight: quantize_nf4(weight, double=True),
-}
-DEFAULT_SKIP = ("lm_head",)  # the head decides every token: it stays as it is
+__all__ = ["DequantizedLinear", "Quantized", "QuantizedLinear", "covers", "quantize_decoder"]
+
+# The head decides every token, a gate what is read at all: they stay as they are.
+DEFAULT_SKIP = ("lm_head", "shared_gate")
 
 
 class KeepsDtypes(nn.Module):
@@ -51,21 +49,28 @@ class QuantizedLinear(KeepsDtypes):
     """y = x W~^T + b in the dtype of x, where W~ is the dequantized weight. Frozen.
 
     Neither the forward nor the backward pass keeps W~: the backward pass expands it again. The
-    state dict has bitsandbytes' names and bytes, and `load_state_dict` reads theirs.
+    state dict has the names and bytes of the format's files, and `load_state_dict` reads these.
+    Where a checkpoint joins several maps in one weight, each has the whole of it and computes
+    `part`; their storage is shared.
     """
 
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: NF4Weight, bias: Float[Tensor, "out"] | None = None):
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Float[Tensor, "out"] | None = None,
+        part: Rows | None = None,
+    ):
         super().__init__()
         if len(weight.shape) != 2:
             raise ShapeError(f"a linear weight is [out, in], found shape {weight.shape}")
         self.outputs, self.inputs = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.part = part
+        if part is not None:
+            self.outputs = part.count * part.groups
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
         self._hold(weight)
 
     @classmethod
@@ -76,48 +81,55 @@ class QuantizedLinear(KeepsDtypes):
 
         Raises: ConfigError if `format` is unknown.
         """
-        return cls(_quantizer(format)(weight), bias)
+        return cls(FORMATS[format_name(format)](weight), bias)
 
     @property
-    def quantized(self) -> NF4Weight:
-        """The weight as a value that shares this module's memory."""
-        nested = None
-        if self.nested_absmax is not None and self.nested_offset is not None:
-            nested = Nested(self.nested_absmax, self.nested_offset)
-        return NF4Weight(
-            self.packed, self.absmax, nested, (self.outputs, self.inputs), self.original_dtype
-        )
+    def quantized(self) -> PackedWeight:
+        """The weight as a value that shares this module's memory: with all its parts, if joined."""
+        storage = {name: held for name, held in self._buffers.items() if held is not None}
+        return self._kind(**self._facts, **storage)
+
+    @property
+    def original_dtype(self) -> torch.dtype:
+        """Of what was quantized."""
+        return self.quantized.original_dtype
 
     @property
     def bytes(self) -> int:
-        """Bytes held by the weight (see NF4Weight.bytes) and the bias."""
-        return self.quantized.bytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes held by the weight (its share of a joined one) and the bias."""
+        whole = self.quantized
+        share = whole.bytes * self.outputs // whole.shape[0]
+        return share + (0 if self.bias is None else self.bias.nbytes)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         """W~ as a new tensor, rounded once to `dtype` (None: what was quantized)."""
-        return self.quantized.dequantize(dtype)
+        return self._own().dequantize(dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return DequantizedLinear.apply(x, self.quantized, bias)
+        return self._own().product(x, bias)
 
     def extra_repr(self) -> str:
-        format = "nf4" if self.nested_absmax is None else "nf4-dq"
-        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}, {format}"
+        kind = self._kind.__name__
+        return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}, {kind}"
 
-    def _hold(self, weight: NF4Weight) -> None:
-        self.original_dtype = weight.dtype
-        self.register_buffer("packed", weight.packed)
-        self.register_buffer("absmax", weight.absmax)
-        absmax, offset = weight.nested or (None, None)
-        self.register_buffer("nested_absmax", absmax)
-        self.register_buffer("nested_offset", offset)
+    def _own(self) -> PackedWeight:
+        whole = self.quantized
+        return whole if self.part is None else whole.rows(self.part)
+
+    def _hold(self, weight: PackedWeight) -> None:
+        for name, tensor in weight.storage.items():
+            self.register_buffer(name, tensor)
+        self._kind: Any = type(weight)
+        self._facts = {
+            name: part for name, part in weight.parts.items() if not isinstance(part, Tensor)
+        }
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        for suffix, tensor in self.quantized.tensors().items():
-            destination[f"{prefix}weight{suffix}"] = tensor
+        for name, tensor in self.quantized.tensors().items():
+            destination[f"{prefix}{name}"] = tensor
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -131,37 +143,38 @@ class QuantizedLinear(KeepsDtypes):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        name = f"{prefix}weight"
-        found = {key.removeprefix(name): state_dict[key] for key in state_dict if _of(key, name)}
-        if not found:
-            missing_keys.append(name)
+        found = {
+            key.removeprefix(prefix): state_dict[key]
+            for key in state_dict
+            if key.startswith(prefix)
+        }
+        known = {"bias"} if self.bias is not None else set()
+        missing_keys += [prefix + key for key in known - found.keys()]
+        weight = {key: tensor for key, tensor in found.items() if key not in known}
+        if not weight:
+            missing_keys.append(f"{prefix}weight")
         else:
             try:
-                weight = NF4Weight.from_tensors(found, name)
+                self._take(self.quantized.reread(weight, f"{prefix}weight"), prefix, error_msgs)
             except CheckpointError as error:
                 error_msgs.append(str(error))
-            else:
-                self._take(weight, name, error_msgs)
-        known = {name + suffix for suffix in self.quantized.tensors()}
-        if self.bias is not None:
-            known.add(f"{prefix}bias")
-            if f"{prefix}bias" in state_dict:
-                with torch.no_grad():
-                    self.bias.copy_(state_dict[f"{prefix}bias"])
-            else:
-                missing_keys.append(f"{prefix}bias")
-        unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+        known |= self.quantized.tensors().keys()
+        if self.bias is not None and "bias" in found:
+            with torch.no_grad():
+                self.bias.copy_(found["bias"])
+        unexpected_keys += [prefix + key for key in found if key not in known]
 
-    def _take(self, weight: NF4Weight, name: str, error_msgs: list[str]) -> None:
-        if weight.shape != (self.outputs, self.inputs):
-            error_msgs.append(
-                f"{name} has shape {weight.shape}, expected {(self.outputs, self.inputs)}"
-            )
+    def _take(self, weight: PackedWeight, prefix: str, error_msgs: list[str]) -> None:
+        whole = self.quantized
+        if weight.shape != whole.shape:
+            error_msgs.append(f"{prefix}weight has shape {weight.shape}, expected {whole.shape}")
             return
-        device = self.packed.device
+        device = next(iter(whole.storage.values())).device
+        for name in self._buffers:
+            self._buffers[name] = None
         self._hold(weight)
-        for key, tensor in self._buffers.items():
-            self._buffers[key] = None if tensor is None else tensor.to(device, copy=True)
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = None if tensor is None else tensor.to(device, copy=True)
 
 
 def quantize_decoder(
@@ -176,10 +189,10 @@ def quantize_decoder(
 
     Raises: ConfigError for an unknown format, or an entry of `skip` that covers no module.
     """
-    quantizer = _quantizer(format)
+    quantizer = FORMATS[format_name(format)]
     names = [name for name, _ in decoder.named_modules() if name]
     skipped = (*DEFAULT_SKIP, *skip)
-    _check_skip(skipped, names)
+    check_skip(skipped, names)
     replaced = []
     for name in names:
         linear = decoder.get_submodule(name)
@@ -188,7 +201,7 @@ def quantize_decoder(
         if not dense or place_of(decoder, name) != "layers":
             continue
         assert isinstance(linear, Linear | StoredLinear | nn.Linear)
-        if any(_covers(entry, name) for entry in skipped):
+        if any(covers(entry, name) for entry in skipped):
             continue
         weight = linear.dequantized() if isinstance(linear, StoredLinear) else linear.weight
         decoder.set_submodule(name, QuantizedLinear(quantizer(weight), linear.bias))
@@ -196,55 +209,16 @@ def quantize_decoder(
     return replaced
 
 
-@runtime_checkable
-class Quantized(Protocol):
-    """A weight of some format, which can say what its numbers are."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor: ...
-
-
-class DequantizedLinear(torch.autograd.Function):
-    """F.linear that remembers the quantized weight in place of the dense one; frozen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "*rows in"],
-        weight: Quantized,
-        bias: Float[Tensor, "out"] | None,
-    ) -> Float[Tensor, "*rows out"]:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    # The decorator's type forgets the name of `ctx`.
-    # pyrefly: ignore[bad-override]
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (upstream,) = grad_outputs  # (*rows, out)
-        return upstream @ ctx.weight.dequantize(upstream.dtype), None, None
-
-
-def _quantizer(format: str) -> Callable[[Tensor], NF4Weight]:
-    if format not in FORMATS:
-        raise ConfigError(
-            f"quantization={format!r} is not known; choose one of {', '.join(FORMATS)}"
-        )
-    return FORMATS[format]
-
-
-def _check_skip(skip: tuple[str, ...], names: list[str]) -> None:
+def check_skip(skip: tuple[str, ...], names: list[str]) -> None:
+    """Raises: ConfigError for an entry beside the default that covers no module."""
     parts = sorted({part for name in names for part in name.split(".")} | set(names))
     for entry in skip:
-        if entry in DEFAULT_SKIP or any(_covers(entry, name) for name in names):
+        if entry in DEFAULT_SKIP or any(covers(entry, name) for name in names):
             continue
         near = difflib.get_close_matches(entry, parts, n=3) or parts[:3]
         raise ConfigError(f"skip entry {entry!r} matches no module; did you mean {near}?")
 
 
-def _covers(entry: str, name: str) -> bool:
+def covers(entry: str, name: str) -> bool:
+    """Whether the dotted `name` contains `entry` as whole parts."""
     return f".{entry}." in f".{name}."
-
-
-def _of(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}.")

@@ -369,3 +369,26 @@ def _missing(directory: Path) -> str:
         f"with transformers: AutoTokenizer.from_pretrained({str(directory)!r})"
         f".save_pretrained({str(directory)!r})"
     )
+
+
+def lacks_rows(tokenizer: Tokenizer, rows: int) -> str | None:
+    """Why an embedding of so many rows is too small for a tokenizer; None if it is not.
+
+    It must hold what any text can become and what begins or ends one. A further added token may
+    lie beyond it, as the image token of Gemma 3's text models does: it is refused where it occurs.
+    """
+    remedy = (
+        "take the tokenizer that belongs to these weights, or let transformers' "
+        "resize_token_embeddings make room and save the model again"
+    )
+    if tokenizer.base_rows > rows:
+        return (
+            f"its vocabulary has {tokenizer.base_rows} ids, but the embedding only {rows} rows; "
+            + remedy
+        )
+    special = {"BOS": tokenizer.special.bos, "EOS": tokenizer.special.eos}
+    special |= {f"the start {id!r}": id for id in tokenizer.prefix}
+    for name, id in special.items():
+        if id is not None and id >= rows:
+            return f"{name} is token {id}, but the embedding has only {rows} rows; {remedy}"
+    return None

@@ -199,8 +199,9 @@ class Finetune(Optimisation):
     """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised."""
     method: Literal["lora", "qlora", "full"] = "lora"
     """Train adapters on 16-bit weights, adapters on 4-bit weights, or every weight."""
-    quantization: Literal["nf4", "nf4-dq"] = "nf4"
-    """4-bit format of qlora; -dq quantizes the block scales too."""
+    quantization: str = "nf4"
+    """Format of qlora's frozen weights: nf4, nf4-dq (block scales in 8 bits too), fp4, int8
+    (LLM.int8), int8-g128 or int4-g128."""
     lora_r: int = 16
     """Rank of the adapters."""
     lora_alpha: float = 32.0

@@ -40,7 +40,8 @@ def rows(tmp_path_factory) -> Path:
 
 
 def tune(model: Path, rows: Path, output: Path, **changes: Any) -> list[dict[str, Any]]:
-    given: dict[str, Any] = {"max_steps": 6, "learning_rate": 2e-2, "lora_r": 2, "dtype": "float32"}
+    given: dict[str, Any] = {"max_steps": 6, "learning_rate": 2e-2, "dtype": "float32"}
+    given |= {} if changes.get("method") == "full" else {"lora_r": 2}
     given |= {"eval_fraction": 0.0, "trust_remote_code": True, **changes}
     config = Finetune(model=str(model), data=str(rows), output=output, **given)
     return [dict(event) for event in finetune.prepare(config).events()]
@@ -145,7 +146,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(tokenizer, rows, tmp_pat
     given = {"method": method, "save_steps": 2, "eval_steps": 100, "save_total_limit": 1}
     whole = losses(tune(path, rows, tmp_path / "whole", max_steps=4, **given))
     config = Finetune(
-        model=str(path), data=str(rows), output=tmp_path / "cut", max_steps=4, lora_r=2,
+        model=str(path), data=str(rows), output=tmp_path / "cut", max_steps=4,
+        lora_r=Finetune.lora_r if method == "full" else 2,
         learning_rate=2e-2, dtype="float32", eval_fraction=0.0, trust_remote_code=True, **given,
     )  # fmt: skip
     run = finetune.prepare(config)

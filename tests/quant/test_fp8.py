@@ -12,8 +12,8 @@ from ardor.adapters.merge import merge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.json import read_json, write_json
 from ardor.load import load_model
+from ardor.quant.bnb4 import quantize_4bit
 from ardor.quant.fp8 import FP8Experts, FP8Linear, FP8Weight
-from ardor.quant.nf4 import quantize_nf4
 from ardor.save import save_model
 from ardor.train.config import Finetune
 from ardor.train.finetune import _require_grad
@@ -249,7 +249,7 @@ def test_nf4_is_made_of_what_the_numbers_say(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj.weight"
     weight = by_hand(weights[name], weights[f"{name}_scale_inv"], BLOCK).bfloat16()
-    assert torch.equal(linear.packed, quantize_nf4(weight).packed)
+    assert torch.equal(linear.packed, quantize_4bit(weight).packed)
 
 
 def test_joined_maps_are_read_where_each_has_scales_of_its_own(tmp_path):
@@ -274,7 +274,7 @@ def test_joined_maps_are_read_where_each_has_scales_of_its_own(tmp_path):
         ({"modules_to_convert": ["embed"]}, "modules_to_convert="),
         ({"weight_block_size": [128]}, r"weight_block_size=\[128\]"),
         ({"bits": 3}, "nothing reads bits=3"),
-        ({"quant_method": "awq"}, "quantization_config=.*awq"),
+        ({"quant_method": "hqq"}, "quantization_config=.*hqq"),
     ],
 )
 def test_another_kind_of_eight_bits_is_refused_by_name(tmp_path, section, says):

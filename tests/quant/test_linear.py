@@ -8,10 +8,12 @@ from torch import nn
 
 from ardor.arch.linear import Linear
 from ardor.errors import CheckpointError, ConfigError, ShapeError
-from ardor.quant.linear import FORMATS, QuantizedLinear, quantize_decoder
-from ardor.quant.nf4 import quantize_nf4
+from ardor.quant.bnb4 import quantize_4bit
+from ardor.quant.formats import FORMATS
+from ardor.quant.linear import QuantizedLinear, quantize_decoder
 
 IN, OUT = 128, 40
+EXPANDED = [name for name in FORMATS if name != "llm-int8"]  # whose product is the dense one
 
 
 def dense(bias=True, seed=0):
@@ -40,7 +42,7 @@ class Stack(nn.Module):
         self.lm_head = dense()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXPANDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_product_is_that_of_the_dequantized_weight(format, dtype):
     linear = quantized(format)
@@ -51,8 +53,9 @@ def test_the_product_is_that_of_the_dequantized_weight(format, dtype):
     assert not torch.allclose(linear(x), dense()(x))  # quantization is visible in this probe
 
 
-def test_gradient_reaches_the_input_only():
-    linear = quantized()
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradient_reaches_the_input_only(format):
+    linear = quantized(format)
     x = torch.randn(5, IN, requires_grad=True)
     y = linear(x)
     upstream = torch.randn_like(y)
@@ -80,17 +83,24 @@ def kept_for_backward(linear):
 
 def test_backward_keeps_no_dense_weight():
     assert OUT * IN in kept_for_backward(dense())  # the probe sees the weight where it is kept
-    assert max(kept_for_backward(quantized()), default=0) < OUT * IN
+    for format in FORMATS:
+        assert max(kept_for_backward(quantized(format)), default=0) < OUT * IN
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_state_dict_goes_to_bitsandbytes_and_back(format):
+@pytest.mark.parametrize("format", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
+def test_a_state_dict_is_that_of_bitsandbytes(format):
     linear = quantized(format)
     state = linear.state_dict()
     assert state["weight"].shape == (OUT * IN // 2, 1)
     parts = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
     theirs = bnb.QuantState.from_dict(dict(parts), torch.device("cpu"))
     assert torch.equal(bnb.dequantize_4bit(state["weight"], theirs), linear.dequantized())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_state_dict_goes_out_and_back(format):
+    linear = quantized(format)
+    state = linear.state_dict()
     torch.manual_seed(1)
     other = QuantizedLinear.from_weight(torch.randn(OUT, IN), torch.zeros(OUT), format)
     assert not torch.equal(other.dequantized(), linear.dequantized())
@@ -146,7 +156,9 @@ def test_the_skip_list_adds_to_the_default_and_matches_whole_names():
 
 
 def test_unknown_formats_and_skips_are_refused_with_what_is_known():
-    with pytest.raises(ConfigError, match="'nf5' is not known; choose one of nf4, nf4-dq"):
+    with pytest.raises(
+        ConfigError, match="'nf5' is not known; choose one of nf4, nf4-dq, .*did you mean"
+    ):
         quantize_decoder(Stack(), "nf5")
     with pytest.raises(ConfigError, match=r"'o_prj' matches no module; did you mean .*o_proj"):
         quantize_decoder(Stack(), "nf4", skip=("o_prj",))
@@ -154,7 +166,7 @@ def test_unknown_formats_and_skips_are_refused_with_what_is_known():
 
 def test_a_weight_that_is_no_matrix_is_refused():
     with pytest.raises(ShapeError, match="a linear weight is"):
-        QuantizedLinear(quantize_nf4(torch.randn(4)))
+        QuantizedLinear(quantize_4bit(torch.randn(4)))
 
 
 def test_a_damaged_weight_names_its_fault():
