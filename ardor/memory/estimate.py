@@ -29,6 +29,9 @@ CONTEXT = 500 * MIB
 # what comes and goes in such blocks is.
 LARGE_BLOCK = 32 * MIB
 KEPT_FREE = 0.3
+# oneDNN compiles a bfloat16 product for each new number of rows, and keeps the last so many.
+# Measured with AVX-512: 0.57 MiB each, growing little from 1024 on; for float32 it keeps nothing.
+KERNEL, MOST_KERNELS = int(0.57 * MIB), 1024
 LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -49,6 +52,7 @@ class Use:
     rows: int = 1  # sequences side by side: prompts, or the examples of a micro-batch
     length: int  # tokens of each: the prompt's, or the longest example's
     ragged: bool = False  # the examples of a micro-batch differ in length
+    batch_sizes: int = 1  # how many different numbers of tokens micro-batches have
     new_tokens: int = 0  # of generation, beyond the prompt
     accumulation: int = 1  # micro-batches of an optimizer step
     rank: int = 16  # of adapters
@@ -226,6 +230,25 @@ class Held:
         numbers = per_token(self.spec.width, layer, self._how(index))
         return self.use.tokens * numbers
 
+    def kernels(self) -> int:
+        """Compiled products beyond those of the one batch size that are part of the process.
+
+        Each batch size needs its own, forwards and backwards. So does each number of rows that an
+        expert can get: they spread to about 1.2 times their mean over a few steps.
+        """
+        use = self.use
+        if use.accelerator or use.compute != "bfloat16":
+            return 0
+        ways = 3 if use.method == "full" else 2
+        shapes = {s for n, s in self.shapes.items() if is_linear(n, s)}
+        adapters = {side for shape in shapes for side in shape} if self.adapters else set()
+        found = ways * (use.batch_sizes - 1) * (len(shapes) + 2 * len(adapters))
+        for ffn in {layer.ffn for layer in self.spec.layers}:
+            if isinstance(ffn, specs.Experts):
+                mean = use.tokens * ffn.router.per_token / ffn.count
+                found += ways * 2 * math.ceil(1.2 * mean)
+        return KERNEL * min(found, MOST_KERNELS)
+
     def kept_free(self, index: int) -> int:
         """What the allocator keeps of one layer's activations, copies and gradients; see above."""
         use, small = self.use, 0
@@ -337,6 +360,7 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
         *_weights(held),
         Term("adapters", 0 if full else 4 * held.trained, f"rank {use.rank}, float32"),
         Term("optimizer", 8 * held.trained, "AdamW's two moments, float32"),
+        Term("kernels", held.kernels(), "products compiled for each number of rows"),
     ]
     saved = [held.saved(i) + held.casts(i) for i in layers]
     gradients = [held.gradients(i) for i in layers]

@@ -58,7 +58,7 @@ def check_scratch(spec: specs.Decoder, config: Optimisation, device: torch.devic
 
 
 def predicted(
-    model: Model, plan: BatchPlan, heldout: Dataset | None, accumulation: int
+    model: Model, plan: BatchPlan, heldout: Dataset | None, config: Optimisation
 ) -> Choice | None:
     """What the run will take, from its own batches; None for a model run by transformers.
 
@@ -68,7 +68,8 @@ def predicted(
     if not isinstance(spec, specs.Decoder):
         return None
     compute = _name(model.decoder.compute)
-    full = model.adapter is None
+    full, accumulation = model.adapter is None, config.gradient_accumulation_steps
+    steps = None if config.max_steps is None else config.max_steps * accumulation
     method = "full" if full else "lora" if model.quantization is None else "qlora"
     use = Use(
         task="train",
@@ -85,7 +86,7 @@ def predicted(
         beside=beside(
             outline_of(model.config, Path(CONFIG)), "float32" if full else compute, method
         ),
-        **_largest_batch(plan),
+        **_largest_batch(plan, steps),
     )
     return expected(spec, use, _machine(model.decoder.device), "this run")
 
@@ -97,15 +98,15 @@ def measured(device: torch.device) -> int | None:
     return peak_resident()
 
 
-def _largest_batch(plan: BatchPlan) -> dict[str, Any]:
-    """`rows` and `length` of the micro-batch of the first epoch that has the most tokens."""
-    lengths = plan.dataset.lengths
-    most = max(plan.epoch(0), key=lambda members: int(lengths[list(members)].sum()))
-    found = np.asarray(lengths[list(most)])
-    even = len({*found.tolist()}) == 1
-    if even:
-        return {"rows": len(found), "length": int(found[0])}
-    return {"rows": 1, "length": int(found.sum()), "ragged": True}
+def _largest_batch(plan: BatchPlan, steps: int | None) -> dict[str, Any]:
+    """The micro-batch of the first epoch that has the most tokens, and how many sizes there are."""
+    lengths, batches = plan.dataset.lengths, [list(members) for members in plan.epoch(0)]
+    sizes = [int(lengths[members].sum()) for members in batches[:steps]]
+    found = np.asarray(lengths[batches[int(np.argmax(sizes))]])
+    different = {"batch_sizes": len({*sizes})}
+    if len({*found.tolist()}) == 1:
+        return {"rows": len(found), "length": int(found[0]), **different}
+    return {"rows": 1, "length": int(found.sum()), "ragged": True, **different}
 
 
 def _trained_rows(model: Model) -> int:

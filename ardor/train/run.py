@@ -178,7 +178,7 @@ def begin(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,
     )
-    found = predicted(model, plan, heldout, config.gradient_accumulation_steps)
+    found = predicted(model, plan, heldout, config)
     if found is not None:
         notes = (*notes, note(found))
     trainer = Trainer(model.decoder, plan, config, folder, hooks)
