@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ardor.quant.bnb4 import quantize_4bit
 
 from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
 from ardor.arch.cache import KVCache
@@ -12,6 +11,7 @@ from ardor.arch.decoder import Decoder
 from ardor.memory.estimate import Held, Use, cache_bytes, estimate, weight_bytes
 from ardor.memory.saved import How, per_token
 from ardor.plan import known
+from ardor.quant.bnb4 import quantize_4bit
 from ardor.train.optim import adamw, trainable
 
 LLAMA = known("llama-15m").spec
