@@ -16,6 +16,7 @@ from ardor.families.rules import Account, Rules
 from ardor.files.json import read_object
 from ardor.files.weights import INDEX, PICKLED, SINGLE, WeightFiles, open_file, open_weights
 from ardor.load import CONFIG, GENERATION, bound_rules, on_meta, tensor_problems
+from ardor.packing import PackedFiles, opened
 from ardor.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -87,20 +88,22 @@ def compare(found: Checkpoint) -> None:
     """Hold the tensors' names, shapes and dtypes against what config.json describes."""
     if found.files is None or found.spec is None or found.config is None:
         return
-    names = found.files.names()
+    files, _ = opened(found.files, found.config, str(found.path / CONFIG))
+    names = files.names()
     rules, fp8 = bound_rules(family_of(found.config), found.spec, found.config, names)
+    rules = files.fit(rules) if isinstance(files, PackedFiles) else rules
     found.account = rules.account(names)
     misfits: list[str] = []
     whole = tuple(rule for rule in rules.plain if {*rule.names} <= {*names})
     fitting = []
     for rule in whole:
         try:
-            rule.shapes(found.files.shape)
-            found.files.dtype(rule.names[0])
+            rule.shapes(files.shape)
+            files.dtype(rule.names[0])
         except CheckpointError as error:
             misfits.append(str(error))
         else:
             fitting.append(rule)
     rules: Rules = replace(rules, rules=tuple(fitting))
-    misfits += tensor_problems(on_meta(found.spec, found.files, rules, fp8), found.files, rules)
+    misfits += tensor_problems(on_meta(found.spec, files, rules, fp8), files, rules)
     found.misfits = tuple(misfits)

@@ -351,3 +351,12 @@ def test_a_step_of_lora_on_every_format_moves_the_loss(tmp_path, format):
         assert all(torch.equal(before[name][key], tensor) for key, tensor in storage.items())
     merge(lm.model.decoder)
     assert not quantized(lm)
+
+
+@pytest.mark.parametrize("format", ["nf4-dq", "llm-int8", "int4-g32"])
+def test_the_doctor_understands_a_quantized_checkpoint(tmp_path, format):
+    dense(tmp_path / "dense", PHI3)
+    ardor.load(tmp_path / "dense", quantization=format).save(tmp_path / "q")
+    reports = [ardor.doctor(tmp_path / name).findings for name in ("dense", "q")]
+    before, after = ({found.rule for found in findings} for findings in reports)
+    assert after <= before
