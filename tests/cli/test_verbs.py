@@ -318,7 +318,7 @@ def test_quickstart_in_json_is_json_alone(say, tmp_path, monkeypatch):
     said = say("quickstart", "-o", tmp_path / "q", "--steps", 1, "--epochs", 0.01, "--json")
     assert said.code == 0, said.err
     kinds = [json.loads(line)["kind"] for line in said.out.splitlines()]
-    assert set(kinds) == {"train", "eval", "sample", "checkpoint", "answer"}
+    assert set(kinds) == {"train", "eval", "sample", "checkpoint", "memory", "answer"}
     assert "4/4  chat" in said.err and said.err.count("held-out loss") == 5
 
 
@@ -364,9 +364,9 @@ def test_the_saved_settings_of_a_run_take_it_up_again(world, say, refused, tmp_p
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 @pytest.mark.sweep
 def test_a_tuning_is_taken_up_again_from_its_saved_settings(world, say, tmp_path, method):
-    settings = STEPS if method == "full" else TUNE
+    settings = STEPS if method == "full" else [*TUNE, "--lora-dropout", 0.2]
     args = ["finetune", world.base, world.pairs, *settings, "--method", method]
-    args += ["--save-steps", 2, "--lora-dropout", 0.2]
+    args += ["--save-steps", 2]
     say(*args, "-o", tmp_path / "whole")
     run = tmp_path / "run"
     say(*args, "-o", run)
