@@ -27,7 +27,9 @@ class Outline:
     spec: specs.Decoder
     rules: Rules
     stored: str  # dtype of the weights in their files, as far as config.json says
-    quantization: str | None = None  # of the base while the adapter was trained that was named
+    # Format of the weights in their files, or of the base while the named adapter was trained.
+    quantization: str | None = None
+    opaque: bool = False  # the files are packed in a format whose bytes are not known here
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:
@@ -49,14 +51,23 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     origin = (newest_checkpoint(path) or path) / ORIGIN
     said = read_object(origin).get("quantization") if origin.is_file() else None
     said = said["format"] if isinstance(said, dict) else said
-    return replace(found, quantization=None if said == "none" else said)
+    return found if said in (None, "none") else replace(found, quantization=said)
 
 
 def outline_of(raw: Mapping[str, Any], path: Path, source: str | None = None) -> Outline:
     """Of a config.json that is read already."""
     family = family_of(raw, str(path))
     spec = family.spec(HFConfig(raw, path=str(path)))
-    return Outline(source or str(path), spec, family.rules(spec), _stored(raw))
+    packed = raw.get("quantization_config")
+    format = _packed(packed) if isinstance(packed, Mapping) else None
+    return Outline(
+        source or str(path),
+        spec,
+        family.rules(spec),
+        _stored(raw),
+        quantization=format,
+        opaque=packed is not None and format is None,
+    )
 
 
 def beside(model: Outline, weights: str, how: str | None) -> int:
@@ -82,6 +93,19 @@ def rearranged(model: Outline) -> int:
                 same = tensor._is_view() or any(tensor is whole for whole in read.values())
                 total += 0 if same and tensor.is_contiguous() else tensor.numel()
     return total
+
+
+def _packed(said: Mapping[str, Any]) -> str | None:
+    """The format of a checkpoint whose config.json has a quantization_config."""
+    method = said.get("quant_method")
+    if method in ("gptq", "awq"):
+        return str(method) if said.get("bits", 4) == 4 else None
+    if said.get("load_in_8bit"):
+        return "llm-int8"
+    if said.get("load_in_4bit"):
+        kind = said.get("bnb_4bit_quant_type", "fp4")
+        return f"{kind}-dq" if said.get("bnb_4bit_use_double_quant") else str(kind)
+    return None
 
 
 def _base(path: Path) -> str | Path:

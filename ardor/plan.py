@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from ardor.errors import ArdorError, ConfigError
-from ardor.memory.estimate import FORMATS, WIDTHS, Held, Use
+from ardor.memory.estimate import WIDTHS, Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
 from ardor.memory.machine import USABLE, Machine, this_machine
 from ardor.outline import Outline, beside, outline
 from ardor.parallel.placement import Device, device_map, parse_size
 from ardor.place import module_names, ties_of, tree
+from ardor.quant.formats import format_name
 from ardor.train.blueprint import read_blueprint
 from ardor.train.config import Train
 from ardor.train.presets import PRESETS
@@ -130,11 +131,8 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
     Raises: ConfigError for settings that contradict each other, or a length beyond the model's.
     """
     spec = model.spec
-    if settings.quantization not in (None, "none", *FORMATS):
-        raise ConfigError(
-            f"quantization={settings.quantization!r} is not known; choose one of "
-            f"{', '.join(FORMATS)}"
-        )
+    if settings.quantization not in (None, "none"):
+        settings = replace(settings, quantization=format_name(settings.quantization))
     if settings.dtype not in ("auto", *WIDTHS):
         raise ConfigError(f"dtype={settings.dtype!r} is not one of auto, {', '.join(WIDTHS)}")
     if settings.purpose == "generate":
@@ -146,6 +144,9 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
             f"quantization={settings.quantization} is for method qlora, and method {method} "
             "trains on whole weights; leave it out, or choose qlora"
         )
+    if method == "lora" and model.quantization is not None:
+        method = "qlora"  # adapters on weights that are packed in their file
+    packed = settings.quantization or model.quantization or "nf4"
     compute = _compute(machine) if settings.dtype == "auto" else settings.dtype
     return Use(
         task="train",
@@ -153,7 +154,7 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         scratch=settings.purpose == "train",
         weights="float32" if method == "full" else compute,
         compute=compute,
-        quantization=(settings.quantization or "nf4") if method == "qlora" else None,
+        quantization=packed if method == "qlora" else None,
         rows=settings.batch_size or 8,
         length=length,
         accumulation=settings.gradient_accumulation_steps,
@@ -170,6 +171,8 @@ def expected_generation(name: str, settings: Settings, *, on_cpu: bool) -> Choic
     try:
         model = outline(name, settings.revision)
     except ArdorError:
+        return None
+    if model.opaque:
         return None
     machine = this_machine()
     if on_cpu:

@@ -85,3 +85,29 @@ def test_a_plan_of_a_large_model_on_small_gpus_spreads_it():
     order = list(places.values())
     assert order == sorted(order)  # one border
     assert make_plan("llama-3.1-8b", Settings(gpus="80GiB", ram="1GiB")).device_map == {"": 0}
+
+
+@pytest.mark.parametrize(
+    ("said", "format", "opaque"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq", False),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4", False),
+        ({"load_in_8bit": True}, "llm-int8", False),
+        ({"quant_method": "fp8"}, None, True),
+        (None, None, False),
+    ],
+)
+def test_packed_checkpoints_are_known_by_their_config(said, format, opaque, tmp_path):
+    raw = PRESETS["llama-15m"].config | ({} if said is None else {"quantization_config": said})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = outline(tmp_path)
+    assert (found.quantization, found.opaque) == (format, opaque)
+
+
+def test_adapters_on_packed_weights_are_planned_as_qlora(tmp_path):
+    raw = PRESETS["llama-15m"].config | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    use = use_of(outline(tmp_path), Settings(), HERE)
+    assert (use.method, use.quantization) == ("qlora", "gptq")
+    aliased = use_of(known("llama-15m"), Settings(purpose="generate", quantization="int8"), HERE)
+    assert aliased.quantization == "llm-int8"

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ardor.cli.console import print_json, remarks
 from ardor.cli.model import ModelFlags
@@ -49,10 +50,13 @@ def _tell_memory(config: Config, prompt: str) -> None:
 
     if config.device_map is not None and not config.device_map.startswith(("cpu", "cuda")):
         return
+    if Path(config.quantization or "").suffix in (".yaml", ".yml"):
+        return
+    short = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
     planned = Planned(
         purpose="generate",
         dtype=config.dtype,
-        quantization=config.quantization,
+        quantization=config.quantization or short,
         max_length=max(1, len(prompt.encode()) // BYTES_PER_TOKEN),
         max_new_tokens=config.max_new_tokens,
         revision=config.revision,

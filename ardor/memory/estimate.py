@@ -35,8 +35,6 @@ KERNEL, MOST_KERNELS = int(0.57 * MIB), 1024
 LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
-NF4_FORMATS = ("nf4", "nf4-dq")
-FORMATS = (*NF4_FORMATS, "fp4", "fp4-dq", "llm-int8", "int8-g128", "int4-g128")  # that plan takes
 GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")
 
 
@@ -110,6 +108,12 @@ def estimate(spec: specs.Decoder, use: Use) -> Estimate:
     return Estimate(tuple(Moment(name, _shown(terms)) for name, *terms in moments))
 
 
+def counted(format: str) -> bool:
+    """Whether `weight_bytes` knows a format of weights."""
+    plain = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "llm-int8", "int4", "gptq", "awq")
+    return format in plain or GROUPED.fullmatch(format) is not None
+
+
 def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> int:
     """Bytes of one weight: exact, for nf4 and fp4 with a float32 scale for each block of 64.
 
@@ -127,9 +131,9 @@ def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> i
         groups = -(-shape[-1] // int(grouped["group"]))
         return n * int(grouped["bits"]) // 8 + 5 * groups * outputs
     blocks = -(-n // NF4_BLOCK)
+    assert counted(quantization), quantization
     if quantization.endswith("-dq"):
         return (n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    assert quantization in ("nf4", "fp4"), quantization
     return (n + 1) // 2 + 4 * blocks
 
 

@@ -13,11 +13,12 @@ from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ArdorError
 from ardor.load import CONFIG, Model
-from ardor.memory.estimate import Use
+from ardor.memory.estimate import Use, counted
 from ardor.memory.fit import Choice, expected
 from ardor.memory.machine import Machine, peak_resident, this_machine
 from ardor.outline import beside, outline, outline_of
 from ardor.precision import training_compute
+from ardor.quant.formats import format_name
 from ardor.train.config import Finetune, Optimisation
 from ardor.train.evaluate import TOKENS
 
@@ -33,6 +34,8 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
         found = outline(config.model, config.revision)
     except ArdorError:
         return
+    if found.opaque or found.quantization is not None or Path(config.quantization).suffix:
+        return  # packed already, or as a YAML file says
     full = config.method == "full"
     compute = _name(training_compute(config.dtype, device).compute)
     use = Use(
@@ -40,7 +43,7 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
         method=config.method,
         weights="float32" if full else compute,
         compute=compute,
-        quantization=config.quantization if config.method == "qlora" else None,
+        quantization=format_name(config.quantization) if config.method == "qlora" else None,
         length=1,
         rank=config.lora_r,
     )
@@ -60,12 +63,14 @@ def check_scratch(spec: specs.Decoder, config: Optimisation, device: torch.devic
 def predicted(
     model: Model, plan: BatchPlan, heldout: Dataset | None, config: Optimisation
 ) -> Choice | None:
-    """What the run will take, from its own batches; None for a model run by transformers.
+    """What the run will take, from its own batches; None for a model run by transformers,
+    or packed in a format whose bytes are not known here.
 
     Raises: ConfigError if it surely does not fit, with what would.
     """
     spec = model.decoder.facts
-    if not isinstance(spec, specs.Decoder):
+    packed = model.quantization
+    if not isinstance(spec, specs.Decoder) or (packed is not None and not counted(packed)):
         return None
     compute = _name(model.decoder.compute)
     full, accumulation = model.adapter is None, config.gradient_accumulation_steps
