@@ -82,6 +82,11 @@ class PackedFiles(WeightFiles):
     def names(self) -> tuple[str, ...]:
         return (*self._tensors, *self._plain)
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """The names in the files of what packed weights are made of: codes, scales and the like."""
+        return frozenset(name for ends in self._tensors.values() for name in ends.values())
+
     def is_packed(self, name: str) -> bool:
         return name in self._tensors
 

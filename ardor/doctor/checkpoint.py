@@ -35,6 +35,7 @@ class Checkpoint:
     unread: tuple[str, ...] = ()  # keys of config.json
     files: WeightFiles | None = None
     account: Account | None = None
+    packed: frozenset[str] = frozenset()  # tensors that quantized weights are made of
     misfits: tuple[str, ...] = ()  # tensors that do not fill their place
     tokenizer: Tokenizer | None = None
     statistics: tuple[Statistics, ...] = ()  # of the floating-point tensors, as far as read
@@ -88,7 +89,12 @@ def compare(found: Checkpoint) -> None:
     """Hold the tensors' names, shapes and dtypes against what config.json describes."""
     if found.files is None or found.spec is None or found.config is None:
         return
-    files, _ = opened(found.files, found.config, str(found.path / CONFIG))
+    held, config, where = found.files, found.config, str(found.path / CONFIG)
+    opening = found.attempt("family", lambda: opened(held, config, where))
+    if opening is None:
+        return
+    files, _ = opening
+    found.packed = files.parts if isinstance(files, PackedFiles) else frozenset()
     names = files.names()
     rules, fp8 = bound_rules(family_of(found.config), found.spec, found.config, names)
     rules = files.fit(rules) if isinstance(files, PackedFiles) else rules

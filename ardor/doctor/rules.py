@@ -10,6 +10,7 @@ import torch
 from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.doctor.checkpoint import Checkpoint
 from ardor.doctor.finding import Finding, listed, many
+from ardor.doctor.tensors import Statistics
 from ardor.files.json import read_object
 from ardor.text.tokenizer import lacks_rows
 
@@ -114,7 +115,7 @@ def not_finite(it: Checkpoint) -> Findings:
 
 def dead_tensor(it: Checkpoint) -> Findings:
     """No matrix is zero throughout. (Vectors may be: biases, and norms stored as w - 1.)"""
-    dead = [s.name for s in it.statistics if s.zero and len(s.shape) > 1]
+    dead = [s.name for s in _matrices(it) if s.zero]
     if dead:
         what = f"{many(len(dead), 'matrix', 'matrices')} of zeros throughout"
         fix = "check that it was trained, and saved whole"
@@ -125,7 +126,7 @@ def dead_tensor(it: Checkpoint) -> Findings:
 
 def constant_rows(it: Checkpoint) -> Findings:
     """No row of a matrix holds one value throughout."""
-    found = [s for s in it.statistics if s.constant_rows and len(s.shape) > 1 and not s.zero]
+    found = [s for s in _matrices(it) if s.constant_rows and not s.zero]
     inner = [s for s in found if it.spec is None or s.shape[0] != it.spec.vocab]
     if inner:
         facts = [f"{s.name} ({s.constant_rows:,} of {s.rows:,} rows)" for s in inner]
@@ -145,7 +146,7 @@ def constant_rows(it: Checkpoint) -> Findings:
 
 def outlier(it: Checkpoint) -> Findings:
     """No weight is far from all others of its tensor."""
-    far = [s for s in it.statistics if len(s.shape) > 1 and s.largest > OUTLIER * s.rms]
+    far = [s for s in _matrices(it) if s.largest > OUTLIER * s.rms]
     if far:
         far.sort(key=lambda s: s.rms / s.largest)
         facts = [f"{s.name} (largest {s.largest:.4g}, rms {s.rms:.4g})" for s in far]
@@ -284,3 +285,8 @@ def _sections(config: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _ids(value: Any) -> list[int]:
     found = value if isinstance(value, list) else [value]
     return [id for id in found if type(id) is int]
+
+
+def _matrices(it: Checkpoint) -> list[Statistics]:
+    """Of weights: a scale of a quantized one says nothing by being like its neighbour."""
+    return [s for s in it.statistics if len(s.shape) > 1 and s.name not in it.packed]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import ardor
 from ardor.adapters.merge import merge
 from ardor.errors import CheckpointError, ConfigError
-from ardor.files.json import read_json
+from ardor.files.json import read_json, write_json
 from ardor.quant.experts import QuantizedExperts
 from ardor.quant.formats import FORMATS
 from ardor.quant.linear import QuantizedLinear
@@ -360,3 +360,12 @@ def test_the_doctor_understands_a_quantized_checkpoint(tmp_path, format):
     reports = [ardor.doctor(tmp_path / name).findings for name in ("dense", "q")]
     before, after = ({found.rule for found in findings} for findings in reports)
     assert after <= before
+
+
+def test_the_doctor_names_a_quantization_that_is_not_read(tmp_path):
+    dense(tmp_path / "dense")
+    config = read_json(tmp_path / "dense" / "config.json")
+    section = {"quant_method": "gptq", "bits": 3, "group_size": 32}
+    write_json(tmp_path / "dense" / "config.json", config | {"quantization_config": section})
+    findings = ardor.doctor(tmp_path / "dense").findings
+    assert any("bits=3 is not read" in found.evidence for found in findings)
