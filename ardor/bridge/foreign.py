@@ -23,8 +23,9 @@ from ardor.arch.layout import Layout, Packed
 from ardor.errors import ArdorError, ConfigError, ShapeError
 
 FOREIGN = "foreign"
-# How a forward of transformers takes and returns what it has read.
-STATES = ("past_key_values", "cache_params", "state")
+# How a forward of transformers takes and returns what it has read: keys and values, or a state.
+_KEYS_AND_VALUES = ("cache", "past_key_values")  # since transformers 5.24, and before
+STATES = (*_KEYS_AND_VALUES, "cache_params", "state")
 UNLIMITED = 1 << 30  # positions, where a config names no limit
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _LIMITS += ("seq_length", "n_ctx", "context_length", "model_max_length")
@@ -329,8 +330,9 @@ def _readings(takes: set[str]) -> Iterator[_Reading]:
         for name in STATES:
             if name in takes:
                 yield _Reading(name, lambda: None, masked)
-        if STATES[0] in takes:
-            yield _Reading(STATES[0], DynamicCache, masked)
+        for name in _KEYS_AND_VALUES:
+            if name in takes:
+                yield _Reading(name, DynamicCache, masked)
 
 
 def _parameters(forward: Callable[..., Any]) -> set[str]:

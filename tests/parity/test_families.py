@@ -14,7 +14,7 @@ from ardor.arch.layout import Packed
 from ardor.files.json import read_json
 
 from .cases import CASES
-from .peer import CLOSE, Case, T, contents, logits, peer, reloaded, saved, tokens
+from .peer import CLOSE, Case, T, contents, logits, peer, reader, reloaded, saved, tokens
 
 FIRST = {case.model_type: name for name, case in reversed(CASES.items())}.values()
 sweep = pytest.mark.sweep
@@ -106,7 +106,7 @@ def test_gradients_of_all_parameters_are_those_of_transformers(tmp_path, case):
             scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
         )
 
-    loss(theirs(ids, use_cache=False).logits).backward()
+    loss(reader(theirs)(ids, use_cache=False).logits).backward()
     loss(lm.logits(ids)).backward()
     named = dict(decoder.named_parameters())
     untouched = {name for name, p in named.items() if p.grad is None}
