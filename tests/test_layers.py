@@ -28,7 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "text": (*LAYER_0, "files"),
     "families": (*LAYER_0, "arch.spec"),
     "quant": (*LAYER_0, "arch.linear", "kernels"),
-    "adapters": (*LAYER_0, "arch.linear", "kernels", "files"),
+    "adapters": (*LAYER_0, "arch.linear", "arch.experts", "kernels", "files"),
     "parallel": (*LAYER_0, "arch.linear", "kernels"),
     # Not layer 4: a decoder's size is asked for before it is loaded, and by whoever trains it.
     "memory": ("errors", "arch.spec"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.adapters.kbit import prepare_kbit
+from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.dataset import Dataset
@@ -21,6 +22,7 @@ from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
+from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
 from ardor.train.peak import check_finetune
@@ -57,9 +59,13 @@ def prepare(config: Finetune) -> Run:
     held = None
     if config.eval_data is not None:
         held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
-    if checkpoint is None:
-        _make_trainable(config, model, added)
     train, heldout = split(config, data, held)
+    qlora = config.method == "qlora"
+    packed = prepare_kbit(model.decoder, config.kbit_upcast) if qlora else None
+    if checkpoint is None:
+        _make_trainable(config, model, train, added)
+    else:
+        _require_grad(config, model)
     run = begin(
         config,
         folder,
@@ -74,6 +80,7 @@ def prepare(config: Finetune) -> Run:
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
+            *(() if packed is None else packed.lines()),
         ),
     )
     run.opening = _opening(rows[0])
@@ -151,8 +158,6 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     model.generation_config["eos_token_id"] = model.stops.eos_token_id
     if full:
         model.config["eos_token_id"] = model.stops.eos_token_id
-    if checkpoint is not None:
-        _require_grad(config, model)
     return model, added
 
 
@@ -169,25 +174,10 @@ def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
 
 
-def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
+def _make_trainable(config: Finetune, model: Model, train: Dataset, template_added: bool) -> None:
     if config.method != "full":
-        targets = config.target_modules
         rows = _control_rows(config, model, template_added)
-        model.adapter = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
-            use_rslora=config.use_rslora,
-            trainable_token_indices=rows,
-        )
-        disk = model.form.disk_linears()
-        add_lora(
-            model.decoder,
-            model.adapter,
-            names=lambda name: disk[name].name,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
+        add_adapter(config, model, train, rows)
     torch.manual_seed(config.seed)
     _require_grad(config, model)
 
@@ -240,11 +230,10 @@ def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:
     held = [p for m in modules if isinstance(m, ExpertLinear | Router) for p in m.parameters()]
     if not held:
         return ()
-    fate = {
-        "full": "trained",
-        "lora": "frozen: an adapter has no place on weights that are stacked",
-        "qlora": "frozen and not quantized: neither has a place on weights that are stacked",
-    }[config.method]
+    adapted = sum(isinstance(module, LoraExperts) for _, module in lora_modules(model.decoder))
+    fate = "trained" if config.method == "full" else "frozen: target_modules leave them out"
+    if adapted:
+        fate = f"frozen under adapters of their own on {adapted} maps"
     millions, balance = sum(p.numel() for p in held) / 1e6, model.decoder.facts.balance
     added = f"; {balance:g} x their load-balancing loss is minimised with the rest"
     return (f"experts: {millions:.2f} M parameters, {fate}" + (added if balance else ""),)
