@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, load, save
+    from ardor.merge import merge
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ PUBLIC = {
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
     "quantize": "ardor.quantize",
+    "merge": "ardor.merge",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -45,6 +47,7 @@ __all__ = [
     "TextError",
     "doctor",
     "load",
+    "merge",
     "quantize",
     "save",
 ]

@@ -51,9 +51,7 @@ class LoraConfig:
                 raise ConfigError(f"{name}={r} is no rank; set 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
-        if self.init_lora_weights not in INITS and not PISSA_NITER.fullmatch(
-            self.init_lora_weights
-        ):
+        if not is_init(self.init_lora_weights):
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} is not known; choose one of "
                 f"{', '.join(INITS)} or pissa_niter_N"
@@ -123,6 +121,11 @@ class LoraConfig:
         return found or any(
             re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save
         )
+
+
+def is_init(name: str) -> bool:
+    """Whether there is a beginning of that name."""
+    return name in INITS or PISSA_NITER.fullmatch(name) is not None
 
 
 def scale_of(r: int, alpha: int | float, *, rslora: bool) -> float:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ardor.adapters.config import ALL_LINEAR, INITS, LoraConfig, by_pattern, ends_with, scale_of
+from ardor.adapters.config import ALL_LINEAR, LoraConfig, by_pattern, ends_with, is_init, scale_of
 from ardor.adapters.embedding import LoraEmbedding, SavedModule, TrainableHead, TrainableTokens
 from ardor.adapters.initial import OFF_BASE, Start, begin_at
 from ardor.adapters.lora import (
@@ -398,6 +398,7 @@ def _take(group: Group, files: _Files, key: str) -> Factors:
             f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for"
         )
     a, b, *rest = (files.tensors.pop(name).float() for name in keys)
+    files.tensors.pop(f"{key}.base_layer.weight", None)  # a head's, which PEFT saves again
     alpha = files.setting("lora_alpha", group.disk, "alpha_pattern")
     return Factors(a, b, alpha, rest[0] if rest else None)
 
@@ -657,7 +658,7 @@ def _read_config(
         target_modules=targets,
         use_rslora=files.rslora,
         use_dora=bool(raw.get("use_dora")),
-        init_lora_weights=init if init in INITS else "default",
+        init_lora_weights=init if isinstance(init, str) and is_init(init) else "default",
         modules_to_save=tuple(
             _disk(disk_names, name) for name, value in others.items() if isinstance(value, dict)
         ),

@@ -1,4 +1,4 @@
-"""Every variant and beginning of LoRA computes the same in PEFT, both ways; each keeps its promise."""
+"""Every variant and beginning of LoRA computes the same in PEFT, both ways."""
 
 import json
 
@@ -30,6 +30,8 @@ pytestmark = [
     # PEFT asks transformers 5 by an old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    # It looks for the keys of patterns among modules only, and honours those of parameters.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 
@@ -64,7 +66,10 @@ VARIANTS = {
     "pissa-dora": {"init_lora_weights": "pissa", "use_dora": True},
     "pissa-niter": {"init_lora_weights": "pissa_niter_8"},
     "olora": {"init_lora_weights": "olora", "lora_alpha": 3},
-    "patterns": {"rank_pattern": {"q_proj|c_attn": 2}, "alpha_pattern": {"down_proj": 7}},
+    "patterns": {
+        "rank_pattern": {"q_proj|c_attn": 2},
+        "alpha_pattern": {"down_proj|mlp.c_proj": 7},
+    },
 }
 
 
@@ -110,6 +115,11 @@ def test_we_compute_the_same_with_theirs_of_any_variant(pair, settings, tmp_path
     pair.randomise([p for p in model.parameters() if p.requires_grad])
     model.save_pretrained(str(tmp_path))
     decoder = pair.ours()
+    if pair.kind == "gpt2" and settings.get("init_lora_weights") == "olora":
+        # PEFT takes the transposed weight for the weight, and its own forward pass fails.
+        with pytest.raises(CheckpointError, match="for another base"):
+            load_adapter(tmp_path, decoder, disk_names=pair.disk_names)
+        return
     if "niter" in str(settings.get("init_lora_weights")):
         with pytest.raises(CheckpointError, match="in a way that cannot be done again"):
             load_adapter(tmp_path, decoder, disk_names=pair.disk_names)
@@ -132,7 +142,8 @@ def test_pissa_and_olora_begin_at_a_part_of_the_weight(llama):
             close(part, module.scale * q[:, :4] @ r[:4])
             continue
         u, s, v = torch.linalg.svd(base)
-        torch.testing.assert_close(part, (u[:, :4] * s[:4]) @ v[:4], rtol=1e-3, atol=2e-3)
+        best = (u[:, :4] * s[:4]) @ v[:4]
+        assert (part - best).norm() < (1e-5 if exact else 0.05) * best.norm()
 
 
 def test_dora_takes_the_norm_for_a_constant(llama):
@@ -229,7 +240,7 @@ def test_a_tied_head_follows_an_adapted_embedding_and_teaches_it(tied):
     close(decoder.head(hidden), expected)
     upstream = torch.randn(3, 61)
     found = torch.autograd.grad(decoder.head(hidden), own, upstream)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, own, upstream))
+    close(found, torch.autograd.grad(expected, own, upstream))
 
 
 def test_tied_heads_cannot_be_named_alone(tied):
@@ -280,7 +291,8 @@ def experts(request, tmp_path_factory):
     torch.manual_seed(0)
     if request.param == "mixtral":
         kind = MixtralForCausalLM
-        model = kind(MixtralConfig(**EXPERTS))
+        known = {k: v for k, v in EXPERTS.items() if k != "moe_intermediate_size"}
+        model = kind(MixtralConfig(**known))
     else:
         kind = Qwen3MoeForCausalLM
         model = kind(Qwen3MoeConfig(**EXPERTS))
@@ -336,7 +348,7 @@ def test_experts_are_adapted_and_travel_both_ways(experts, settings, tmp_path):
 
 
 def test_experts_under_dora_are_refused_with_what_to_do(experts):
-    decoder, places = loaded(experts[1])
+    decoder, _ = loaded(experts[1])
     with pytest.raises(ConfigError, match=r"PEFT has no magnitudes for experts; leave them out"):
         add_lora(decoder, LoraConfig(r=4, use_dora=True))
     names = add_lora(
