@@ -8,6 +8,7 @@ with what inference would be given.
 
 import re
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ardor.errors import TextError
@@ -20,17 +21,12 @@ from ardor.text.messages import (
     text_of,
     trained_turns,
 )
+from ardor.text.named import CHATML as CHATML_SOURCE
 from ardor.text.provenance import Conversation, Piece, after, before
 from ardor.text.special import Place
 from ardor.text.template import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 
-CHATML_SOURCE = (
-    "{%- for message in messages -%}\n"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\n"
-    "{%- endfor -%}\n"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
 CHATML = ChatTemplate(CHATML_SOURCE, name="ChatML")
 
 __all__ = [
@@ -222,9 +218,16 @@ class _Encoder:
             tail, thought = after(pieces, closed.start()), ""
             if _text(tail).startswith(f"<{closed['name']}>"):
                 raise self._refuse(number, "a thought, and the prompt says that there is none")
-        elif message.get("tool_calls") or "reasoning_content" in message:
-            raise self._refuse(number, "calls or a thought after what is not its prompt")
+        elif (elsewhere := self._after_header(number, prompt, text, pieces)) is not None:
+            tail, thought = elsewhere, _lost_thought(message, elsewhere, None)
         else:
+            if message.get("tool_calls") or "reasoning_content" in message:
+                raise TextError(
+                    f"message {number + 1} of {len(self.messages)} holds calls or a thought, and "
+                    f"{self.template.name} writes them after another text than its own generation "
+                    "prompt, so no prompt leads to them; leave the message out of training with "
+                    '"train": false, or choose another chat template'
+                )
             framed, end = self._end(pieces, number)
             content = text_of(message)
             if opened and content.startswith(tag := f"<{opened['name']}>"):
@@ -234,6 +237,28 @@ class _Encoder:
         self._require_written(number, _text(found.body) + thought)
         body = [Piece(thought, number), *found.body] if thought else found.body
         return _Answer(body, found.trail), end
+
+    def _after_header(
+        self, number: int, prompt: str, text: str, pieces: list[Piece]
+    ) -> list[Piece] | None:
+        """What follows the answer's header, where the template writes what came before the answer
+        in another way than in the prompt: documents or a system message that move."""
+        bare = self.said.text(number, False)
+        header = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        ends = accumulate(len(piece.text) for piece in pieces)
+        earlier = range(number)
+        begin = max(
+            (end for end, piece in zip(ends, pieces, strict=True) if piece.owner in earlier),
+            default=0,
+        )
+        if not header.strip() and number:  # a prompt that ends with the question's own frame
+            asked = self.said.pieces(number, prompt, True)
+            last = max((i for i, p in enumerate(asked) if p.owner == number - 1), default=None)
+            header = "" if last is None else _text(asked[last + 1 :])
+            at = begin if header and text.startswith(header, begin) else -1
+        else:
+            at = text.find(header, begin) if header.strip() else -1
+        return None if at < 0 else after(pieces, at + len(header))
 
     def _in_thought(
         self, message: dict[str, Any], pieces: list[Piece], opened: re.Match[str]
