@@ -1,6 +1,6 @@
 """The surface: a loaded model with everything one does with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,13 +14,14 @@ from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
-from ardor.load import Model, load_model, tokenizer_of
+from ardor.load import Model, load_model, stops_of, tokenizer_of
 from ardor.packing import settings
 from ardor.place import requested
 from ardor.precision import dtype_of
 from ardor.quant.config import asked
 from ardor.save import save_model
 from ardor.score import Score, score_text
+from ardor.text.templates import template_named
 from ardor.text.tokenizer import Tokenizer
 
 
@@ -70,13 +71,40 @@ class LM:
         ids = self.tokenizer.encode(prompt)
         return stream(self.model, ids, _settings(settings), continues=True)
 
-    def chat(self, messages: list[dict[str, str]], **settings: Any) -> Generation:
-        """Answer a conversation of {"role": ..., "content": ...} messages."""
-        return generate(self.model, [chat_prompt(self.model, messages)], _settings(settings))[0]
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Answer a conversation of {"role": ..., "content": ...} messages.
 
-    def stream_chat(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[Piece]:
+        `tools` are JSON schemas or Python functions with a docstring, `documents` objects as the
+        template reads them. With `continue_final_message` the last message is gone on with.
+        `chat_template_kwargs` are further variables of the template ({"enable_thinking": False}).
+        """
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        return generate(self.model, [prompt], _settings(settings))[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Iterator[Piece]:
         """`chat`, piece by piece."""
-        return stream(self.model, chat_prompt(self.model, messages), _settings(settings))
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        return stream(self.model, prompt, _settings(settings))
 
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""
@@ -109,6 +137,7 @@ def load(
     low_cpu_mem_usage: bool = True,
     use_cache: bool = True,
     use_safetensors: bool = True,
+    chat_template: str | Path | None = None,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
@@ -125,26 +154,30 @@ def load(
     model that we do not implement is run by transformers, with `trust_remote_code` only, as is code
     in its repository if it names some; a line on stderr says what runs, of which revision, before
     it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
-    otherwise, with torch's restricted reader.
+    otherwise, with torch's restricted reader. `chat_template` is the name of a template or a jinja
+    file, in place of the model's own.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    return LM(
-        load_model(
-            name,
-            dtype=_dtype(dtype, torch_dtype),
-            device=requested(device_map, max_memory, offload_folder),
-            attn_implementation=attn_implementation,
-            quantization=_quantization(
-                quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
-            ),
-            adapter=adapter,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=use_safetensors,
-        )
+    model = load_model(
+        name,
+        dtype=_dtype(dtype, torch_dtype),
+        device=requested(device_map, max_memory, offload_folder),
+        attn_implementation=attn_implementation,
+        quantization=_quantization(
+            quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
+        ),
+        adapter=adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=use_safetensors,
     )
+    if chat_template is not None:
+        model.template = template_named(chat_template, tokenizer_of(model))
+        files = model.generation_config, model.config
+        model.stops = stops_of(model.tokenizer, model.template, *files)
+    return LM(model)
 
 
 def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
@@ -199,6 +232,17 @@ def _dtype(dtype: str | torch.dtype | None, older: str | torch.dtype | None) -> 
     if len(given) > 1:
         raise ConfigError(f"dtype={dtype} and torch_dtype={older} differ; give one")
     return next(iter(given), "auto")
+
+
+def _variables(
+    tools: Sequence[Any] | None,
+    documents: Sequence[Any] | None,
+    continue_final_message: bool,
+    others: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a chat template is given besides messages."""
+    made = {"tools": tools, "documents": documents, **(others or {})}
+    return made | {"continue_final_message": continue_final_message}
 
 
 def _settings(given: dict[str, Any]) -> Settings:

@@ -156,8 +156,9 @@ pre { margin: 0; padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywh
 .legend .t { padding: 1px 6px; border: 1px solid var(--line); font: 13px ui-monospace, monospace; }
 .t:hover { outline: 2px solid var(--key); }
 body:has(#borders:checked) pre .t { box-shadow: inset 1px 0 var(--soft); }
-body:has(#ids:checked) pre .t::after { content: attr(data-id); margin: 0 2px; color: var(--soft);
+body:has(#ids:checked) pre .t::before { content: attr(data-id); margin: 0 2px; color: var(--soft);
   font-size: 9px; font-weight: 400; vertical-align: super; }
+body:has(#ids:checked) pre .end::before { color: inherit; }
 table { width: 100%; border-spacing: 0; font-size: 14px; }
 th, td { padding: 5px 14px; text-align: left; border-bottom: 1px solid var(--line); }
 tr:last-child th, tr:last-child td { border-bottom: 0; }

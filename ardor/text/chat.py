@@ -45,7 +45,7 @@ _OPENED = re.compile(r"<(?P<name>[A-Za-z][\w-]*)>(?P<space>\s*)$")
 # One that has opened and closed it: a thought that is not wanted.
 _CLOSED = re.compile(r"<(?P<name>[A-Za-z][\w-]*)>\s*</(?P=name)>\s*$")
 # The end of a thought that stands in a content, with the white space after it.
-_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>\s*")
+_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>(?P<space>\s*)")
 
 
 def prompt_ids(
@@ -368,7 +368,9 @@ def _lost_thought(
     content, text = text_of(message), _text(written)
     found = _THOUGHT_END.search(content)
     if found and found[0].strip() not in text:
+        space = found["space"]  # which some templates keep before the answer
         thought = content[: found.end()]
+        thought = thought.removesuffix(space) if text.startswith(space) else thought
         if opened and thought.startswith(tag := f"<{opened['name']}>"):
             thought = thought.removeprefix(tag).removeprefix(opened["space"])
         return thought
