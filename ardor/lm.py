@@ -1,5 +1,6 @@
 """The surface: a loaded model with everything one does with it."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -155,7 +156,7 @@ def load(
     in its repository if it names some; a line on stderr says what runs, of which revision, before
     it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
     otherwise, with torch's restricted reader. `chat_template` is the name of a template or a jinja
-    file, in place of the model's own.
+    file, in place of the model's own. What was chosen, and why, is one line on stderr.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
@@ -177,7 +178,17 @@ def load(
         model.template = template_named(chat_template, tokenizer_of(model))
         files = model.generation_config, model.config
         model.stops = stops_of(model.tokenizer, model.template, *files)
+    print(f"{name}{_held(model)}", file=sys.stderr)
     return LM(model)
+
+
+def _held(model: Model) -> str:
+    at = "" if model.revision is None else f" at {model.revision[:12]}"
+    form = "" if model.quantization is None else f"linears in {model.quantization}, other "
+    text = f"{at}: {form}{model.precision}, on {model.decoder.device}"
+    if model.placement is not None:
+        text = f"{text}; {model.placement.summary()}"
+    return text if model.adapter is None else f"{text}, adapter on {model.source}"
 
 
 def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:

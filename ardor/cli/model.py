@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ardor.cli.console import remarks
 from ardor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,11 +51,11 @@ class ModelFlags:
     model's own."""
 
     def load(self, name: str) -> LM:
-        """The model, with one line on stderr that says how it is held."""
+        """The model; how it is held is said on stderr."""
         from ardor.lm import load  # later: help needs no torch
         from ardor.load import default_device
 
-        lm = load(
+        return load(
             name,
             device_map=_devices(self.device_map) or str(default_device()),
             max_memory=_amounts(self.max_memory),
@@ -72,14 +71,6 @@ class ModelFlags:
             use_safetensors=self.use_safetensors,
             chat_template=self.chat_template,
         )
-        model = lm.model
-        at = "" if model.revision is None else f" at {model.revision[:12]}"
-        form = "" if model.quantization is None else f"linears in {model.quantization}, other "
-        text = f"{name}{at}: {form}{model.precision}, on {model.decoder.device}"
-        if model.placement is not None:
-            text = f"{text}; {model.placement.summary()}"
-        remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
-        return lm
 
 
 def _devices(given: str | None) -> str | dict[str, str | int] | None:
