@@ -188,6 +188,12 @@ class _Encoder:
     def prompt(self, count: int) -> tuple[str, list[int]]:
         """The text and the ids that the model is given to go on from the first `count` messages."""
         text = self.said.text(count, True)
+        tools = self.said.variables.get("tools")
+        if tools and not any(str(call_name(tool)) in text for tool in tools):
+            raise TextError(
+                f"{self.template.name} does not write the tools that it is given, so the model "
+                "would not know of them; leave them out, or choose a chat template that does"
+            )
         return text, self.join(self.said.pieces(count, text, True), "start")
 
     def continued(self) -> list[int]:

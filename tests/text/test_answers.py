@@ -263,6 +263,13 @@ def test_tools_and_documents_that_are_none_are_refused():
             CHATML.render(TURNS[:1], **variables)
 
 
+def test_tools_that_the_template_does_not_write_are_refused(rich):
+    deaf = ChatTemplate(WILD["phi 3"].source, name="deaf")
+    with pytest.raises(TextError, match="deaf does not write the tools that it is given"):
+        prompt_ids(rich, deaf, TURNS[:1], tools=[{"name": "f", "parameters": {}}])
+    assert prompt_ids(rich, deaf, TURNS[:1], tools=[])
+
+
 def test_an_answer_to_go_on_with_must_be_there():
     with pytest.raises(TextError, match="the last message has no content to go on with"):
         CHATML.render([{"role": "assistant", "content": ""}], continue_final_message=True)

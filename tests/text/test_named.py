@@ -1,5 +1,7 @@
 """Templates by name: each writes its family's format, ends answers, and round-trips its prompts."""
 
+from pathlib import Path
+
 import pytest
 import tokenizers
 
@@ -81,6 +83,11 @@ def test_a_family_s_format_is_what_its_card_says(name, rich):
 
 def test_every_name_has_its_format_here_or_a_reason():
     assert set(NAMED) - set(FORMATS) == {"llama3.1"}  # dated: below
+
+
+def test_the_page_on_chat_names_them_all():
+    page = (Path(__file__).parents[2] / "docs" / "CHAT.md").read_text()
+    assert [name for name in ("headings", *NAMED) if f"`{name}`" not in page] == []
 
 
 def test_llama_31_tells_the_date_and_what_it_is_given(rich):
