@@ -175,11 +175,16 @@ def load(
         use_safetensors=use_safetensors,
     )
     if chat_template is not None:
-        model.template = template_named(chat_template, tokenizer_of(model))
-        files = model.generation_config, model.config
-        model.stops = stops_of(model.tokenizer, model.template, *files)
+        _take_template(model, chat_template)
     print(f"{name}{_held(model)}", file=sys.stderr)
     return LM(model)
+
+
+def _take_template(model: Model, chat_template: str | Path) -> None:
+    """Another template than the model's own, which says where an answer ends."""
+    model.template = template_named(chat_template, tokenizer_of(model))
+    files = model.generation_config, model.config
+    model.stops = stops_of(model.tokenizer, model.template, *files)
 
 
 def _held(model: Model) -> str:

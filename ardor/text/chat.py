@@ -188,7 +188,8 @@ class _Encoder:
     def prompt(self, count: int) -> tuple[str, list[int]]:
         """The text and the ids that the model is given to go on from the first `count` messages."""
         text = self.said.text(count, True)
-        tools = self.said.variables.get("tools")
+        asked = any(message["role"] == "user" for message in self.messages[:count])
+        tools = self.said.variables.get("tools") if asked else None
         if tools and not any(str(call_name(tool)) in text for tool in tools):
             raise TextError(
                 f"{self.template.name} does not write the tools that it is given, so the model "
