@@ -352,3 +352,24 @@ def test_masks_are_right_where_generation_tags_are_not(what, old, new, rich, the
     ids, mask = their_mask(theirs, source, messages)
     marked = theirs.decode([id for id, on in zip(ids, mask, strict=True) if on])
     assert marked != "the cat<|im_end|>", what
+
+
+@pytest.mark.parametrize("name", ["llama 2", "mistral v1", "vicuna", "zephyr", "ours: alpaca"])
+def test_a_tokenizer_that_puts_spaces_in_front_encodes_as_in_transformers(name, spaced_tokenizer):
+    """SentencePiece's kind: a space before every piece of text, also after a control token."""
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=spaced_tokenizer._backend, **spaced_tokenizer.names
+    )
+    template = ChatTemplate(SOURCES[name], name=name, tokens=spaced_tokenizer.names)
+    for words in ("the cat sat", "  hello  there ", "in 1984\n\nand", "üb"):
+        asked = [{"role": "user", "content": words}]
+        text = render(hf, name, asked, add_generation_prompt=True)
+        assert (
+            prompt_ids(spaced_tokenizer, template, asked)
+            == (hf(text, add_special_tokens=False)["input_ids"])
+        )
+        messages = [*asked, {"role": "assistant", "content": words}, *asked]
+        (row, *_) = supervise(spaced_tokenizer, template, messages)
+        assert list(row.tokens[: len(prompt_ids(spaced_tokenizer, template, asked))]) == (
+            prompt_ids(spaced_tokenizer, template, asked)
+        )
