@@ -241,6 +241,39 @@ class Tokenizer:
             plain, done = self._without_control("segment"), match.end()
         return ids + _encode(plain, text[done:]).ids if done < len(text) else ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        prefix, found = list(self.prefix), _encode_many(self._backend, texts)
+        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in found]
+
+    def encode_contents(
+        self, texts: Sequence[str], *, tags: bool = False, place: Place = "middle"
+    ) -> list[list[int]]:
+        """`encode_content` of each text, on all cores."""
+        kept = self._tags if tags else self._spaces
+        plain = self._without_control(place)
+        if kept is None or not any(map(kept.search, texts)):
+            return _encode_many(plain, texts)
+        starts: list[str] = []  # of the texts, up to the first kept token
+        others: list[str] = []  # what comes after one
+        frames: list[list[int]] = []  # the kept tokens of each text
+        for text in texts:
+            at = [match.span() for match in kept.finditer(text)]
+            ends = [*(start for start, _ in at), len(text)]
+            pieces = [text[i:j] for i, j in zip((0, *(end for _, end in at)), ends, strict=True)]
+            starts.append(pieces[0])
+            others += pieces[1:]
+            frames.append([self.added[text[i:j]] for i, j in at])
+        first = iter(_encode_many(plain, starts))
+        rest = iter(_encode_many(self._without_control("segment"), others))
+        joined = []
+        for frame in frames:
+            ids = list(next(first))
+            for token in frame:
+                ids += [token, *next(rest)]
+            joined.append(ids)
+        return joined
+
     def split(self, text: str) -> tuple[int | str, ...]:
         """Template text as its control tokens (ids) and the plain text between them (strings).
 
@@ -331,6 +364,14 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
             if at is not None
             else f"cannot encode the text: {error}"
         ) from error
+
+
+def _encode_many(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    except TypeError:  # one of them is no text: tell which character
+        return [_encode(backend, text).ids for text in texts]
+    return [one.ids for one in found]
 
 
 def _counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
