@@ -24,6 +24,7 @@ class Row:
     values: Mapping[str, Any]
     where: str  # for people: "pairs.jsonl:17"
     file: str = ""  # rows of one file share one format
+    part: int = 0  # of a mixture
 
 
 def read_rows(source: Source, split: str | None = None) -> Iterator[Row]:
