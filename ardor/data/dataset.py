@@ -17,7 +17,7 @@ from torch import Tensor
 from ardor.data.encode import Encoded, Encoder, marked
 from ardor.data.formats import Conversation, Preferences, conversation_examples
 from ardor.data.lengths import Marked, OverLength, keep_end, keep_start, pieces, policy_of
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.data.store import Arrays, MemoryStore, Store
 from ardor.errors import ConfigError, DataError, ShapeError
 from ardor.loss import IGNORE

@@ -27,7 +27,7 @@ from ardor.data.formats import (
 )
 from ardor.data.lengths import Marked
 from ardor.data.plan import Planner
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.errors import DataError, TextError
 from ardor.text.chat import ChatTemplate
 from ardor.text.example import Example

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.errors import DataError, TextError
 from ardor.text.chat import ChatTemplate, checked, supervise
 from ardor.text.example import Example, completion, document, segments
