@@ -26,6 +26,7 @@ from cyclopts.exceptions import (
 )
 
 from ardor.cli.console import results
+from ardor.data.choices import Part
 from ardor.errors import ConfigError
 from ardor.files.yaml import YamlFile, read_yaml, to_yaml
 
@@ -216,7 +217,15 @@ def _from_yaml(app: App, commands: tuple[str, ...], arguments: "ArgumentCollecti
     names = {a.name.removeprefix("--").replace("-", "_") for a in arguments} - {"config"}
     _refuse_unknown_keys(path, file, names)
     values = {key.replace("-", "_"): value for key, value in file.values.items()}
+    values |= {key: _datasets(values[key]) for key in ("data", "eval_data") if key in values}
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _datasets(value: Any) -> Any:
+    """Datasets as they are typed on a command line, where a YAML file has mappings."""
+    if isinstance(value, dict):
+        return str(Part.of(value))
+    return [_datasets(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse_unknown_keys(path: Path, file: YamlFile, names: set[str]) -> None:

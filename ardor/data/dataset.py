@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ardor.data.choices import OverLength, Preferences
 from ardor.data.encode import Encoded, Encoder, marked
-from ardor.data.formats import Conversation, Preferences, conversation_examples
-from ardor.data.lengths import Marked, OverLength, keep_end, keep_start, pieces, policy_of
+from ardor.data.formats import Conversation, conversation_examples
+from ardor.data.lengths import Marked, keep_end, keep_start, pieces, policy_of
 from ardor.data.readers import Row
 from ardor.data.store import Arrays, MemoryStore, Store
 from ardor.errors import ConfigError, DataError, ShapeError
@@ -248,7 +249,7 @@ class Dataset:
             for start, stop in self._runs():
                 for at in range(start, stop, HASHED):
                     part = values[at : min(at + HASHED, stop)]
-                    digest.update(np.ascontiguousarray(part, dtype=kind))
+                    digest.update(np.ascontiguousarray(part, dtype=kind).tobytes())
         return digest.hexdigest()
 
     def _runs(self) -> Iterator[tuple[int, int]]:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ardor.data.choices import Preferences
 from ardor.data.draft import Draft, Ids, Request
 from ardor.data.formats import (
     Completion,
     Content,
     Conversation,
     Format,
-    Preferences,
     Text,
     answer_of,
     encoded,
@@ -31,6 +31,7 @@ from ardor.data.readers import Row
 from ardor.errors import DataError, TextError
 from ardor.text.chat import ChatTemplate
 from ardor.text.example import Example
+from ardor.text.special import Place
 from ardor.text.tokenizer import Tokenizer
 
 CHUNK_ROWS, CHUNK_CHARS = 1024, 1 << 21  # encoded together: enough for all cores, little memory
@@ -114,7 +115,8 @@ class Encoder:
 
     def _drafts(self, content: Content) -> list[Draft] | None:
         """What the examples of `content` consist of; None where only the reference knows."""
-        tokenizer, stop = self.tokenizer, (self.tokenizer.special.eos,)
+        tokenizer, stop = self.tokenizer, self.tokenizer.special.eos
+        assert stop is not None  # else nothing is fast
         match content:
             case Text():
                 if not content.text.strip():
@@ -123,19 +125,19 @@ class Encoder:
                     Request(text, "middle" if i else "start", False, True)
                     for i, text in enumerate(_parts(tokenizer, content.text))
                 ]
-                return [(Ids(tokenizer.prefix, True), *parts, Ids(stop, True))]
+                return [(Ids(tokenizer.prefix, True), *parts, Ids((stop,), True))]
             case Completion():
                 if not content.completion.strip():
                     return []
                 answer = Request(content.completion, "middle", True, True)
-                return [(Request(content.prompt, None, False, False), answer, Ids(stop, True))]
+                return [(Request(content.prompt, None, False, False), answer, Ids((stop,), True))]
             case Conversation() if self._planner is not None:
                 return self._planner.drafts(content)
         return None
 
     def _encode(self, chunk: _Chunk) -> list[list[Marked] | None]:
         """The examples of each drafted row; None where that failed, or there were no drafts."""
-        texts: dict[tuple[str | None, bool], list[str]] = {}
+        texts: dict[tuple[Place | None, bool], list[str]] = {}
         for *_, drafts in chunk.rows:
             for draft in drafts or ():
                 for part in draft:
@@ -183,7 +185,7 @@ def _size(draft: Draft) -> int:
     return sum(len(part.text) for part in draft if isinstance(part, Request))
 
 
-def _assemble(draft: Draft, ids: dict[tuple[str | None, bool], Iterator[list[int]]]) -> Marked:
+def _assemble(draft: Draft, ids: dict[tuple[Place | None, bool], Iterator[list[int]]]) -> Marked:
     tokens: list[int] = []
     marks, lengths = [], []
     for part in draft:

@@ -4,8 +4,9 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from ardor.data.choices import Preferences
 from ardor.data.readers import Row
 from ardor.errors import DataError, TextError
 from ardor.text.chat import ChatTemplate, checked, supervise
@@ -13,7 +14,6 @@ from ardor.text.example import Example, completion, document, segments
 from ardor.text.tokenizer import Tokenizer
 
 Values = Mapping[str, Any]
-Preferences = Literal["refuse", "chosen"]  # what training on text makes of preference rows
 
 # ShareGPT's names for who speaks, and the ones that chat templates know.
 SPEAKERS = {
@@ -161,9 +161,7 @@ def answer_of(content: Content, preferences: Preferences) -> Content:
     return content.chosen
 
 
-def encoded(
-    content: Content, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> list[Example]:
+def encoded(content: Content, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Example]:
     """The examples of one content: the reference of what `encode.Encoder` does for many.
 
     Raises: TextError or DataError if it cannot be encoded.

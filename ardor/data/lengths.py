@@ -4,15 +4,13 @@ Axes: N tokens of one example.
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from ardor.data.choices import OverLength
 from ardor.errors import ConfigError
-
-OverLength = Literal["drop", "truncate_left", "truncate_right", "error", "truncate"]
-"""`truncate` is the older name of `truncate_left`."""
 
 
 class Marked(NamedTuple):

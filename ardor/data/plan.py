@@ -359,6 +359,15 @@ _REFUSED = frozenset(
     for name in dir(str)
     if not name.startswith("_") and name not in vars(_Watched) and name not in ("join",)
 )
-for _name in ("__len__", "__getitem__", "__lt__", "__le__", "__gt__", "__ge__", "__mul__", "__mod__"):
+for _name in (
+    "__len__",
+    "__getitem__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__mul__",
+    "__mod__",
+):
     setattr(_Watched, _name, _refuse(_name))
 _Watched.__iter__ = _no_items  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ardor.errors import DataError
 
@@ -275,7 +275,7 @@ class _Reading:
 def _csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
     end = 0
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(cast(IO[bytes], _open(path)), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             columns = reader.fieldnames

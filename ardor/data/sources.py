@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ class Source:
         if self.part:
             rows = (replace(row, part=self.part) for row in rows)
         yield from _not_empty(rows, self.name)
+
+    def first_rows(self) -> Iterator[Row]:
+        """The first row of each file that has one, and of what is no file."""
+        if not self.files:
+            yield next(iter(self))
+            return
+        seen_text = False
+        for file in self.files:
+            # All text files are in one format, and reading a row reads all of one.
+            if (text := kind_of(file) not in TABLES) and seen_text:
+                continue
+            seen_text = seen_text or text
+            yield from islice(file_rows(file), 1)
 
     def identity(self) -> list[str] | None:
         """What tells these rows from others: hashes of their files; None if nothing does."""
@@ -206,7 +220,7 @@ def _load_hub(source: str, split: str, streaming: bool) -> Any:
             f"{source} is no file or folder here, and the hub cannot be reached; check the name "
             "and the network, or pass a local file"
         )
-    options = {"streaming": True} if streaming else {}
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
         return datasets.load_dataset(name, configuration or None, split=split, **options)
     # Everything that goes wrong in there is about the name, the split, or the network.

@@ -4,7 +4,7 @@ import mmap
 import zlib
 from array import array
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,14 +21,6 @@ class Arrays(NamedTuple):
     lengths: np.ndarray  # int64, tokens of each example
     rows: np.ndarray  # int64: the row that each example came from
     unended: np.ndarray  # bool: has the example lost its end to the length limit?
-
-
-class Store(Protocol):
-    def append(
-        self, tokens: np.ndarray, supervised: np.ndarray, *, row: int, unended: bool = False
-    ) -> None: ...
-
-    def finish(self) -> Arrays: ...
 
 
 class MemoryStore:
@@ -85,6 +77,9 @@ class FileStore:
         return mapped(self.directory)
 
 
+Store = MemoryStore | FileStore
+
+
 def mapped(directory: Path) -> Arrays:
     """The arrays of a directory that a FileStore has filled, read as they are touched.
 
@@ -102,7 +97,10 @@ def mapped(directory: Path) -> Arrays:
         found[name] = np.frombuffer(view, dtype=dtype)
     arrays = Arrays(**found)
     counts = {len(arrays.lengths), len(arrays.rows), len(arrays.unended)}
-    if len(counts) > 1 or {int(arrays.lengths.sum())} != {len(arrays.tokens), len(found["supervised"])}:
+    if len(counts) > 1 or {int(arrays.lengths.sum())} != {
+        len(arrays.tokens),
+        len(found["supervised"]),
+    }:
         raise DataError(f"the files of {directory} do not fit each other; delete it")
     return arrays
 

@@ -4,6 +4,7 @@ What decides is what tokenizer.json does, found by encoding, never the flags bes
 in two kinds: template text, in which a control token counts, and content, in which it is only text.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -162,6 +163,12 @@ class Tokenizer:
         if "<|pad|>" in special_tokens:
             names["pad_token"] = "<|pad|>"
         return cls(backend, names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what a text becomes."""
+        text = self._backend.to_str() + json.dumps(self.names, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def vocab_rows(self) -> int:

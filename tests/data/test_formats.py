@@ -3,7 +3,7 @@
 import pytest
 
 from ardor.data.formats import FORMATS, examples_of, recognise
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.errors import DataError
 from ardor.text.chat import CHATML, ChatTemplate, supervise
 from ardor.text.example import completion, document
@@ -39,7 +39,7 @@ def test_every_conversation_format_gives_the_same_example(tokenizer, name):
 
 
 def test_every_format_is_tested_here():
-    assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text"}
+    assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text", "segments", "preference"}
 
 
 @pytest.mark.parametrize(
