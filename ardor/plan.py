@@ -120,7 +120,7 @@ def known(name: str, revision: str | None = None) -> Outline:
     Raises: CheckpointError or ConfigError if it is none of them, or its family is unknown.
     """
     if name in PRESETS or Path(name).suffix in (".yaml", ".yml"):
-        blueprint = read_blueprint(Train(data=(), model=name))
+        blueprint = read_blueprint(Train(data="", model=name))
         return Outline(name, blueprint.spec, blueprint.family.rules(blueprint.spec), "float32")
     return outline(name, revision)
 

@@ -66,7 +66,7 @@ def prepare_base(folder: Path, data: Data, *, steps: int, seed: int) -> Run:
     """The run that trains a tokenizer and a small Llama from scratch, in folder/base."""
     return pretrain.prepare(
         Train(
-            data=(str(data.corpus),),
+            data=str(data.corpus),
             output=folder / "base",
             seed=seed,
             vocab_size=4096,
@@ -93,8 +93,8 @@ def prepare_tuning(folder: Path, data: Data, *, epochs: float, seed: int) -> Run
     return finetune.prepare(
         Finetune(
             model=str(folder / "base"),
-            data=(str(data.train),),
-            eval_data=(str(data.heldout),),
+            data=str(data.train),
+            eval_data=str(data.heldout),
             output=folder,
             method="qlora",
             seed=seed,

@@ -26,7 +26,7 @@ from cyclopts.exceptions import (
 )
 
 from ardor.cli.console import results
-from ardor.data.choices import Part
+from ardor.data.choices import Datasets, Part
 from ardor.errors import ConfigError
 from ardor.files.yaml import YamlFile, read_yaml, to_yaml
 
@@ -98,6 +98,7 @@ def _signature(config_class: type) -> inspect.Signature:
     parameters = []
     for field in [*leading, *flags]:
         leads = field in leading
+        kind: Any = TYPED.get(hints[field.name], hints[field.name])
         note = Parameter(
             help=help_of.get(field.name, ""),
             alias=SHORT.get(field.name, ()),
@@ -112,7 +113,7 @@ def _signature(config_class: type) -> inspect.Signature:
                 if leads
                 else inspect.Parameter.KEYWORD_ONLY,
                 default=_default(field),
-                annotation=Annotated[hints[field.name], note],
+                annotation=Annotated[kind, note],
             )
         )
     note = Parameter(help="YAML file with any of these settings; flags override it.", group=OPTIONS)
@@ -162,6 +163,7 @@ def _whole_or_none(kind: Any, tokens: Sequence[Token]) -> int | None:
     return None if tokens[0].value.lower() in ("none", "null") else _whole(kind, tokens)
 
 
+TYPED: dict[Any, Any] = {Datasets: tuple[str, ...]}  # where less can be typed than Python takes
 CONVERTERS = {int: _whole, int | None: _whole_or_none}
 
 

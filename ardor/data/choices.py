@@ -16,6 +16,9 @@ OverLength = Literal["drop", "truncate_left", "truncate_right", "error", "trunca
 Preferences = Literal["refuse", "chosen"]
 """What training on text makes of rows that compare two answers."""
 
+Datasets = str | tuple[str, ...]
+"""One dataset or several, each written as `Part` says."""
+
 KEYS = ("path", "weight", "split")
 _OPTION = re.compile(r",(\w+)=([^,]*)$")
 

@@ -19,8 +19,8 @@ class Mixture:
     Raises: ConfigError if some parts have a weight and others not; DataError as Source does.
     """
 
-    def __init__(self, data: Sequence[Any], *, streaming: bool = False) -> None:
-        self.parts = [Part.of(value) for value in data]
+    def __init__(self, data: str | Sequence[Any], *, streaming: bool = False) -> None:
+        self.parts = [Part.of(value) for value in ([data] if isinstance(data, str) else data)]
         if not self.parts:
             raise ConfigError("no data are given; name at least one dataset")
         without = [part.path for part in self.parts if part.weight is None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ardor.data.choices import OverLength, Part, Preferences
+from ardor.data.choices import Datasets, OverLength, Part, Preferences
 from ardor.errors import ConfigError
 from ardor.train.schedule import Schedule
 
@@ -116,7 +116,7 @@ class Optimisation:
     best there is."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
-    eval_data: tuple[str, ...] = ()
+    eval_data: Datasets = ()
     """Held-out data, one dataset or several; without it eval_fraction of the data is held out."""
     eval_fraction: float = 0.02
     """Share of the examples held out where eval_data is not given; 0: none."""
@@ -146,7 +146,7 @@ class Optimisation:
 class Train(Optimisation):
     """Train a language model from scratch on text."""
 
-    data: tuple[str, ...]
+    data: Datasets
     """Text to learn: jsonl with a text column, plain text files, a folder, or a hub dataset.
     Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
     tokenizer: str | None = None
@@ -211,7 +211,7 @@ class Finetune(Optimisation):
 
     model: str
     """Hub id, local directory, or the folder of a run."""
-    data: tuple[str, ...]
+    data: Datasets
     """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised.
     Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
     method: Literal["lora", "qlora", "full"] = "lora"
