@@ -54,8 +54,8 @@ class Batch:
 class BatchPlan:
     """Which examples are trained on together, and when: a function of (dataset, seed, epoch).
 
-    Every epoch has every example exactly once; with `weights` it is the smallest mixture of the
-    dataset's parts in these shares that has every example at least once. Then the examples of a
+    Every epoch has every example exactly once; with `weights` it is as long as the smallest mixture
+    of the dataset's parts in these shares that has room for every example. Then the examples of a
     part come in one shuffle after another, whatever the borders of epochs, and in any run of an
     epoch's examples, before they are put into batches, the shares are exact to one example.
 
