@@ -20,7 +20,7 @@ from ardor.data.formats import Conversation, conversation_examples
 from ardor.data.lengths import Marked, keep_end, keep_start, pieces, policy_of
 from ardor.data.readers import Row
 from ardor.data.store import Arrays, MemoryStore, Store
-from ardor.errors import ConfigError, DataError, ShapeError
+from ardor.errors import ConfigError, DataError, ShapeError, TextError
 from ardor.loss import IGNORE
 from ardor.text.chat import ChatTemplate
 from ardor.text.example import Example
@@ -451,7 +451,10 @@ def _fewer_turns(
         kept = (*messages[: users[0]], *messages[users[turns] :])
         given = max(0, conversation.given - (users[turns] - users[0]))
         shorter = replace(conversation, messages=kept, given=given)
-        found = conversation_examples(shorter, tokenizer, template)
+        try:
+            found = conversation_examples(shorter, tokenizer, template)
+        except TextError:  # a template that wants its first turns, or no answer is left
+            return None
         fits = len(found) == 1 and len(found[0].tokens) <= limit
         return marked(found[0]) if fits else None
 

@@ -59,6 +59,11 @@ class Planner:
         self._seen: set[str] = set()
         self._notes = _Notes()
         self._deferred = _Deferred.of(tokenizer)
+        self._quick = copy.copy(template)
+        self._quick._template = object.__new__(type(template._template))
+        vars(self._quick._template).update(vars(template._template))
+        # jinja2 copies them for each rendering, and from its chain of dicts that takes most of it.
+        self._quick._template.globals = dict(template._template.globals)
         self._watched = copy.copy(template)
         self._watched._template = _Watching(template._template, self._notes)  # type: ignore[assignment]
 
@@ -149,7 +154,7 @@ class Planner:
         if plan.trims and any(content != content.strip() for content in contents):
             return None
         try:
-            rendering = self.template.render(conversation.messages, **conversation.variables)
+            rendering = self._quick.render(conversation.messages, **conversation.variables)
         except ArdorError:
             return None
         if rendering != _filled(plan.rendering, contents):

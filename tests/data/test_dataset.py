@@ -14,7 +14,7 @@ from ardor.data import dataset as dataset_module
 from ardor.data.dataset import Dataset, permutation, shift
 from ardor.data.encode import Encoded, marked
 from ardor.data.formats import read
-from ardor.data.lengths import keep_end
+from ardor.data.lengths import keep_end, policy_of
 from ardor.data.readers import Row
 from ardor.data.sources import read_rows
 from ardor.errors import ConfigError, DataError, ShapeError
@@ -343,3 +343,67 @@ def test_the_shuffle_is_pinned():
     # Resuming an old run needs this very order; a change here breaks every saved run.
     assert permutation(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
     assert sorted(permutation(100, 3).tolist()) == list(range(100))
+
+
+# ---- both ends ----
+
+
+@pytest.mark.parametrize("limit", range(2, 12))
+def test_truncation_at_the_right_fakes_no_end_and_counts_what_lost_it(
+    monkeypatch, tokenizer, limit
+):
+    examples = [answer(2, 3), answer(4, 6), answer(3, 2, tail=3)]
+    try:
+        dataset = build(
+            monkeypatch, tokenizer, examples, max_length=limit, over_length="truncate_right"
+        )
+    except DataError as error:
+        assert "nothing is trained on" in str(error) and limit < 3
+        return
+    for i in range(len(dataset)):
+        original, kept = examples[int(dataset.rows[i])], dataset[i]
+        assert kept.tokens == original.tokens[:limit]  # a start, and nothing put after it
+        trained = [t for t, s in zip(kept.tokens, kept.supervised, strict=True) if s]
+        assert dataset.unended[i] == (trained[-1] != STOP)
+    census = dataset.census
+    assert census.unended == sum(dataset.unended)
+    assert census.truncated == sum(len(examples[int(r)].tokens) > limit for r in dataset.rows)
+    assert census.dropped == len(examples) - len(dataset)
+    assert ("without their end" in census.summary()) == bool(census.unended)
+
+
+def test_a_conversation_loses_its_first_turns_but_not_its_system_prompt(tokenizer):
+    turns = [{"role": "system", "content": "the mat"}]
+    for i in range(4):
+        turns += [{"role": "user", "content": f"what {i}?"}, {"role": "assistant", "content": "a"}]
+    row = Row({"messages": turns}, "row 1")
+    whole = Dataset.build([row], tokenizer, CHATML)
+    for limit in range(20, int(whole.lengths[0])):
+        cut = Dataset.build([row], tokenizer, CHATML, max_length=limit, over_length="truncate_left")
+        text = tokenizer.decode(cut[0].tokens)
+        kept = next(
+            n for n in (1, 2, 3) if f"what {4 - n}?" in text and f"what {3 - n}?" not in text
+        )
+        shorter = [turns[0], *turns[-2 * kept :]]
+        expected = Dataset.build([Row({"messages": shorter}, "")], tokenizer, CHATML)
+        if expected.lengths[0] > limit:
+            assert kept == 1  # the last turn alone is too long: its prompt loses its start
+            continue
+        assert cut[0] == expected[0] and cut.census.truncated == 1 and not cut.census.unended
+        more = [turns[0], *turns[-2 * (kept + 1) :]]
+        assert Dataset.build([Row({"messages": more}, "")], tokenizer, CHATML).lengths[0] > limit
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ConfigError, match="over_length is 'cut'; choose from drop, truncate_left"):
+        policy_of("cut")
+
+
+def test_strings_and_messages_do_not_mix_in_one_file(tokenizer):
+    said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows = [
+        Row({"prompt": "a", "completion": "b"}, "a.jsonl:1", "a.jsonl"),
+        Row({"prompt": said[0], "completion": said[1]}, "a.jsonl:2", "a.jsonl"),
+    ]
+    with pytest.raises(DataError, match="jsonl:2 is in the format 'prompt-completion of messages'"):
+        Dataset.build(rows, tokenizer, CHATML)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ardor.data import encode as encode_module
 from ardor.data.dataset import Dataset
-from ardor.data.encode import Encoder, marked
-from ardor.data.formats import Conversation, conversation_examples, examples_of
+from ardor.data.encode import Encoder
+from ardor.data.formats import Conversation, conversation_examples
 from ardor.data.plan import Planner
 from ardor.data.readers import Row
 from ardor.errors import DataError
@@ -62,7 +62,7 @@ def rows_of(values, file="a.jsonl"):
 
 
 def outcome(rows, tokenizer, template, fast):
-    """The examples of each row, up to the error that ends them."""
+    """The examples of each row, up to the error that ends them; slow, by the reference."""
     found = []
     try:
         for item in Encoder(tokenizer, template, fast=fast)(rows):
@@ -73,17 +73,13 @@ def outcome(rows, tokenizer, template, fast):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(contents=st.lists(st.lists(SAID, min_size=2, max_size=4), min_size=4, max_size=8))
 def test_conversations_are_encoded_together_as_alone(tokenizer, name, contents):
     rows = rows_of(conversation(c[: len(c) // 2 * 2], system=len(c) == 3) for c in contents)
     template = TEMPLATES[name]
     fast = outcome(rows, tokenizer, template, True)
     assert fast == outcome(rows, tokenizer, template, False)
-    for row, found in zip(rows, fast, strict=False):
-        if not isinstance(found, str):
-            expected = [marked(example) for example in examples_of(row, tokenizer, template)]
-            assert found == [(e.tokens.tolist(), e.supervised.tolist()) for e in expected]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
