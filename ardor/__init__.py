@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from ardor.lm import LM, load, save
     from ardor.merge import merge
+    from ardor.preview import preview
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ PUBLIC = {
     "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
+    "preview": "ardor.preview",
     "quantize": "ardor.quantize",
     "merge": "ardor.merge",
     "ArdorError": "ardor.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "doctor",
     "load",
     "merge",
+    "preview",
     "quantize",
     "save",
 ]

@@ -1,9 +1,11 @@
 """The surface: a loaded model with everything one does with it."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ardor.adapters.merge import Merged
+from ardor.adapters.registry import Adapters, How
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
+from ardor.files.runs import newest_checkpoint
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
-from ardor.load import Model, load_model, tokenizer_of
+from ardor.load import Model, load_model, stops_of, tokenizer_of
 from ardor.packing import settings
 from ardor.place import requested
 from ardor.precision import dtype_of
 from ardor.quant.config import asked
 from ardor.save import save_model
 from ardor.score import Score, score_text
+from ardor.text.templates import template_named
 from ardor.text.tokenizer import Tokenizer
 
 
@@ -56,28 +62,136 @@ class LM:
         with torch.set_grad_enabled(any(p.requires_grad for p in decoder.parameters())):
             return decoder.logits(decoder.hidden(ids))
 
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The model's adapters by name; the one that it was loaded with is "default".
+
+        Raises: ConfigError for a model that is spread over devices, whose parts cannot change.
+        """
+        model = self.model
+        if model.placement is not None:
+            raise ConfigError(
+                "adapters cannot be changed on a model that is spread over devices; load it on one "
+                "(device_map='cpu' or 'cuda'), or with the adapter that it shall have"
+            )
+        return Adapters(model.decoder, model.form.disk_linears(), model.adapter)
+
+    def load_adapter(self, directory: str | Path, name: str) -> None:
+        """Read another adapter of this base from a PEFT directory or run, without using it yet."""
+        self.adapters.load(newest_checkpoint(Path(directory)) or directory, name)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Have the adapter of that name do its work from now on; None: the base as it is."""
+        self.adapters.use(name)
+        self.model.adapter = None if name is None else self.adapters[name]
+
+    def combine_adapters(
+        self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
+    ) -> None:
+        """Make an adapter from a weighted sum of others; see `Adapters.combine`."""
+        self.adapters.combine(name, weights, how=how, rank=rank)
+
+    def merge(self) -> Merged:
+        """Fold the adapter in use into the weights, in 16 bits where they were; what it cost."""
+        return self.adapters.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        self.adapters.unmerge()
+
+    @contextmanager
+    def _adapter_of(self, settings: dict[str, Any], *, hold: bool = False) -> Iterator[None]:
+        """For one request, the adapter that its settings name ("adapter"; None: the base)."""
+        if "adapter" not in settings:
+            yield
+            return
+        with self.adapters.using(settings.pop("adapter"), hold=hold):
+            yield
+
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
         """Continue a prompt, or each of several; a Generation, or a list of them.
 
-        Settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed.
+        Settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed;
+        adapter: the name of one for this request (None: the base), or a list of one for each
+        prompt, of which those with the same are generated together.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        ids = [self.tokenizer.encode(p) for p in prompts]
-        found = generate(self.model, ids, _settings(settings), continues=True)
+        prompts = [prompt] if isinstance(prompt, str) else [*prompt]
+        if isinstance(adapters := settings.get("adapter"), list | tuple):
+            return self._generate_mixed(prompts, adapters, settings)
+        with self._adapter_of(settings):
+            ids = [self.tokenizer.encode(p) for p in prompts]
+            found = generate(self.model, ids, _settings(settings), continues=True)
         return found[0] if isinstance(prompt, str) else found
+
+    def _generate_mixed(
+        self, prompts: list[str], adapters: Sequence[str | None], settings: dict[str, Any]
+    ) -> list[Generation]:
+        if len(adapters) != len(prompts):
+            raise ConfigError(
+                f"found {len(adapters)} adapters for {len(prompts)} prompts; give one for each"
+            )
+        found: dict[int, Generation] = {}
+        for name in dict.fromkeys(adapters):
+            places = [i for i, own in enumerate(adapters) if own == name]
+            made = self.generate([prompts[i] for i in places], **settings | {"adapter": name})
+            found |= dict(zip(places, made, strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[Piece]:
         """Continue a prompt piece by piece; the last piece has the Generation in `.done`."""
         ids = self.tokenizer.encode(prompt)
-        return stream(self.model, ids, _settings(settings), continues=True)
+        return self._held_stream(
+            settings, lambda s: stream(self.model, ids, _settings(s), continues=True)
+        )
 
-    def chat(self, messages: list[dict[str, str]], **settings: Any) -> Generation:
-        """Answer a conversation of {"role": ..., "content": ...} messages."""
-        return generate(self.model, [chat_prompt(self.model, messages)], _settings(settings))[0]
+    def _held_stream(
+        self, settings: dict[str, Any], begin: Callable[[dict[str, Any]], Iterator[Piece]]
+    ) -> Iterator[Piece]:
+        """A stream that has its adapter until it has been read to the end."""
+        if "adapter" not in settings:
+            return begin(settings)
 
-    def stream_chat(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[Piece]:
+        def pieces() -> Iterator[Piece]:
+            with self._adapter_of(settings, hold=True):
+                yield from begin(settings)
+
+        return pieces()
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Answer a conversation of {"role": ..., "content": ...} messages.
+
+        `tools` are JSON schemas or Python functions with a docstring, `documents` objects as the
+        template reads them. With `continue_final_message` the last message is gone on with.
+        `chat_template_kwargs` are further variables of the template ({"enable_thinking": False}).
+        """
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        with self._adapter_of(settings):
+            return generate(self.model, [prompt], _settings(settings))[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Iterator[Piece]:
         """`chat`, piece by piece."""
-        return stream(self.model, chat_prompt(self.model, messages), _settings(settings))
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        return self._held_stream(settings, lambda s: stream(self.model, prompt, _settings(s)))
 
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""
@@ -110,6 +224,7 @@ def load(
     low_cpu_mem_usage: bool = True,
     use_cache: bool = True,
     use_safetensors: bool = True,
+    chat_template: str | Path | None = None,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
@@ -126,28 +241,36 @@ def load(
     model that we do not implement is run by transformers, with `trust_remote_code` only, as is code
     in its repository if it names some; a line on stderr says what runs, of which revision, before
     it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
-    otherwise, with torch's restricted reader. What was chosen, and why, is one line on stderr.
+    otherwise, with torch's restricted reader. `chat_template` is the name of a template or a jinja
+    file, in place of the model's own. What was chosen, and why, is one line on stderr.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    lm = LM(
-        load_model(
-            name,
-            dtype=_dtype(dtype, torch_dtype),
-            device=requested(device_map, max_memory, offload_folder),
-            attn_implementation=attn_implementation,
-            quantization=_quantization(
-                quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
-            ),
-            adapter=adapter,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=use_safetensors,
-        )
+    model = load_model(
+        name,
+        dtype=_dtype(dtype, torch_dtype),
+        device=requested(device_map, max_memory, offload_folder),
+        attn_implementation=attn_implementation,
+        quantization=_quantization(
+            quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
+        ),
+        adapter=adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=use_safetensors,
     )
-    print(f"{name}{_held(lm.model)}", file=sys.stderr)
-    return lm
+    if chat_template is not None:
+        _take_template(model, chat_template)
+    print(f"{name}{_held(model)}", file=sys.stderr)
+    return LM(model)
+
+
+def _take_template(model: Model, chat_template: str | Path) -> None:
+    """Another template than the model's own, which says where an answer ends."""
+    model.template = template_named(chat_template, tokenizer_of(model))
+    files = model.generation_config, model.config
+    model.stops = stops_of(model.tokenizer, model.template, *files)
 
 
 def _held(model: Model) -> str:
@@ -211,6 +334,17 @@ def _dtype(dtype: str | torch.dtype | None, older: str | torch.dtype | None) -> 
     if len(given) > 1:
         raise ConfigError(f"dtype={dtype} and torch_dtype={older} differ; give one")
     return next(iter(given), "auto")
+
+
+def _variables(
+    tools: Sequence[Any] | None,
+    documents: Sequence[Any] | None,
+    continue_final_message: bool,
+    others: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a chat template is given besides messages."""
+    made = {"tools": tools, "documents": documents, **(others or {})}
+    return made | {"continue_final_message": continue_final_message}
 
 
 def _settings(given: dict[str, Any]) -> Settings:

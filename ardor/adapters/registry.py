@@ -38,6 +38,7 @@ class Adapters:
         self._configs: dict[str, LoraConfig] = {}
         self._parts: dict[str, Attached] = {}
         self._merged: Merged | None = None
+        self._held = 0  # requests under way that must keep theirs
         self.active: str | None = None
         if first is not None:
             self._configs["default"] = first
@@ -88,6 +89,11 @@ class Adapters:
         self._require_apart()
         if name == self.active:
             return
+        if self._held:
+            raise ConfigError(
+                f"a stream with adapter {self.active!r} has not been read to the end; finish or "
+                "close it before another adapter is used"
+            )
         if self.active is not None:
             self._parts[self.active] = detach(self._decoder)
         self.active = None
@@ -98,13 +104,15 @@ class Adapters:
             self.active = name
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """`use` for as long as the block lasts."""
+    def using(self, name: str | None, *, hold: bool = False) -> Iterator[None]:
+        """`use` for as long as the block lasts; with `hold` nothing may change it meanwhile."""
         before = self.active
         self.use(name)
+        self._held += hold
         try:
             yield
         finally:
+            self._held -= hold
             self.use(before)
 
     def merge(self) -> Merged:
