@@ -71,7 +71,7 @@ def _show(report: "MergeReport") -> None:
     trained = f", trained on {report.trained_on}" if report.trained_on else ""
     out.print(f"merged onto   {report.onto} ({report.why}){trained}")
     for kind, words in (
-        ("rounding", "lost to rounding the sum to 16 bits"),
+        ("rounding", "lost to rounding the sum"),
         ("base", "the full weights differ from the base that was trained on by"),
         ("requantized", "packing the sum again loses, or would lose"),
     ):
