@@ -12,6 +12,7 @@ from ardor.doctor.data import ROWS, Reading, Sample, sample
 from ardor.doctor.facts import facts_of
 from ardor.doctor.finding import Finding, Level
 from ardor.doctor.probe import SMALL, Probe, cost, probe
+from ardor.doctor.repair import repair
 from ardor.doctor.rules import RULES
 from ardor.doctor.runs import is_run, open_run
 from ardor.doctor.tensors import measure
@@ -36,6 +37,7 @@ class Report:
     data: Sample | None
     probe: Probe | None
     probe_note: str  # what a probe takes, and why there was none
+    repaired: "Repaired | None"
     tensors: int  # whose values were read
     bytes: int
     seconds: float
@@ -50,8 +52,19 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 for a clean one, 1 for warnings, 2 for errors."""
+        """0 for a clean one, 1 for warnings, 2 for errors; of the copy, where one was repaired."""
+        if self.repaired is not None:
+            return self.repaired.report.exit_code
         return 2 if self.count("E") else 1 if self.count("W") else 0
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A copy in which some findings are repaired."""
+
+    path: Path
+    rules: tuple[str, ...]  # whose findings had a repair
+    report: Report  # on the copy
 
 
 def doctor(
@@ -64,6 +77,7 @@ def doctor(
     probe: bool | None = None,
     rows: int = ROWS,
     max_length: int | None = None,
+    fix: str | Path | None = None,
     revision: str | None = None,
     use_safetensors: bool = True,
     trust_remote_code: bool = False,
@@ -75,10 +89,11 @@ def doctor(
     are looked at, and examples that are longer than `max_length` (default: the model's positions)
     are counted; `eval_data` is what must not be among them. `run` is the folder of a run (default:
     `name`, if it is one). `probe` loads the model and lets it answer (None: if its weights are
-    small, and nothing found before would keep it from loading).
+    small, and nothing found before would keep it from loading). `fix` is a new directory for a copy
+    in which the findings that have a mechanical repair are repaired.
 
     Raises: CheckpointError if there is no such directory or hub model; DataError if there is no
-    such data; ConfigError for a run that is no folder.
+    such data; ConfigError for a run that is no folder, or a `fix` that holds something.
     """
     began = time.monotonic()
     found = _opened(name, revision, use_safetensors=use_safetensors)
@@ -94,6 +109,13 @@ def doctor(
     if wanted:
         found.probe = _probed(found)
         findings = _findings(found, RULES)
+    repaired = None
+    if fix is not None:
+        done = repair(found, {finding.rule for finding in findings}, Path(fix))
+        again = doctor(
+            fix, data=data, weights=weights, probe=probe, rows=rows, max_length=max_length
+        )
+        repaired = Repaired(Path(fix), done, again)
     return Report(
         path=found.path,
         findings=tuple(findings),
@@ -102,6 +124,7 @@ def doctor(
         data=found.data,
         probe=found.probe,
         probe_note=note,
+        repaired=repaired,
         tensors=len(found.statistics),
         bytes=size,
         seconds=time.monotonic() - began,
@@ -162,6 +185,8 @@ def _wants_probe(
     size = _weight_bytes(found)
     if found.files is None or asked is False or (asked is None and not weights):
         return False, "not run"
+    if asked is None and found.adapter and found.base is None:
+        return False, "not run, as the adapter's base is not here"
     note = f"a probe {cost(size)}"
     if asked:
         return True, note

@@ -37,7 +37,8 @@ class Training:
     """What is about to be done with the model: some rules judge it, not the files alone."""
 
     method: Literal["full", "lora", "qlora"]
-    trains_control_rows: bool  # the rows of the control tokens that the template writes
+    # Whether the control tokens' rows are trained, by whether the template is new to the model.
+    trains_control_rows: Callable[[bool], bool]
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Checkpoint:
     text_path: Path | None = None  # the directory with the tokenizer's files
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     template: ChatTemplate | None = None
+    template_added: bool = False  # it is none of the model's own
     # What is looked at beside it.
     data: Sample | None = None
     run: RunFolder | None = None

@@ -44,14 +44,16 @@ class Probe:
 
     seconds: float
     bytes: int  # of the weights that were loaded
-    compute: torch.dtype
-    answers: tuple[Answer, ...]
-    packed: float  # of a document behind another one, against alone
-    batched: float  # of a prompt beside a longer one, against alone: nats per token
-    left_padded: float | None  # as other programs run it, without position_ids; None: not theirs
-    finite: bool  # every logit, those of padding too
-    largest: float  # magnitude of an output of any module
-    beyond: float  # share of probability on ids that the tokenizer lacks
+    compute: torch.dtype = torch.float32
+    answers: tuple[Answer, ...] = ()
+    packed: float = 0.0  # of a document behind another one, against alone
+    batched: float = 0.0  # of a prompt beside a longer one, against alone: nats per token
+    left_padded: float | None = (
+        None  # as other programs run it, without position_ids; None: not theirs
+    )
+    finite: bool = True  # every logit, those of padding too
+    largest: float = 0.0  # magnitude of an output of any module
+    beyond: float = 0.0  # share of probability on ids that the tokenizer lacks
     failed: str | None = None  # why nothing was seen
 
     @property
@@ -73,9 +75,7 @@ def probe(path: Path, size: int, device: torch.device, *, trust_remote_code: boo
         model = load_model(path, device=device, trust_remote_code=trust_remote_code)
         return _seen(model, size, began)
     except ArdorError as error:
-        return Probe(
-            time.monotonic() - began, size, torch.float32, (), 0, 0, None, True, 0, 0, str(error)
-        )
+        return Probe(time.monotonic() - began, size, failed=str(error))
 
 
 @torch.inference_mode()

@@ -12,6 +12,9 @@ from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
+from ardor.doctor.checkpoint import Training
+from ardor.doctor.finding import Finding
+from ardor.doctor.preflight import preflight, told
 from ardor.errors import ConfigError
 from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
@@ -49,6 +52,8 @@ def prepare(config: Finetune) -> Run:
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
+    heldout_rows = [] if config.eval_data is None else [*read_rows(config.eval_data)]
+    findings = () if checkpoint else _looked_at(config, rows, heldout_rows)
     model, added = _model(config, checkpoint, chats=_chats(rows))
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
@@ -56,7 +61,7 @@ def prepare(config: Finetune) -> Run:
     data = _dataset(rows, model, config, limit)
     held = None
     if config.eval_data is not None:
-        held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
+        held = _dataset(heldout_rows, model, config, limit)
     if checkpoint is None:
         _make_trainable(config, model, added)
     train, heldout = split(config, data, held)
@@ -74,10 +79,42 @@ def prepare(config: Finetune) -> Run:
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
+            *told(findings, config.allow),
         ),
     )
     run.opening = _opening(rows[0])
     return run
+
+
+def _looked_at(config: Finetune, rows: list[Row], heldout: list[Row]) -> tuple[Finding, ...]:
+    """What doctor says of the model with the template that it is trained on, and of the data.
+
+    Raises: ConfigError or DataError for what would spoil the run.
+    """
+    chats = _chats(rows)
+
+    def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
+        added = config.chat_template is not None or (chats and own is None)
+        return _template(config, tokenizer) if added else own
+
+    rows_are_trained = {"yes": True, "no": False}
+    training = Training(
+        config.method,
+        trains_control_rows=lambda added: (
+            config.method == "full" or rows_are_trained.get(config.train_control_tokens, added)
+        ),
+    )
+    return preflight(
+        config.model,
+        rows=rows,
+        heldout=heldout,
+        template=template,
+        training=training,
+        max_length=config.max_length,
+        allow=config.allow,
+        revision=config.revision,
+        use_safetensors=config.use_safetensors,
+    )
 
 
 def _chats(rows: list[Row]) -> bool:

@@ -35,7 +35,7 @@ RNG = "rng"  # the first part of the names of the generators' states
 # content of the training data is compared, so its place may change.
 _FREE = frozenset(
     {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
-    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples"}
+    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples", "allow"}
 )
 
 Event = Mapping[str, Any]

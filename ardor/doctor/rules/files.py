@@ -102,6 +102,12 @@ def tensor_shape(it: Checkpoint) -> Findings:
         yield Finding("E", what, listed([m.partition(";")[0] for m in it.misfits], 3), SAME_PLACE)
 
 
+def tied_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(section, key) wherever config.json says whether the head is the embedding."""
+    found = [section for section in _sections(config) if "tie_word_embeddings" in section]
+    yield from ((section, "tie_word_embeddings") for section in found or [config])
+
+
 RULES: Registry = {
     "config-file": config_file,
     "config-value": config_value,

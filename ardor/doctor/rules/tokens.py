@@ -1,6 +1,7 @@
 """Rules about special tokens: which end a text, which begin one, which pad, and who says so."""
 
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 from ardor.doctor.checkpoint import TOKENIZER, TOKENIZER_CONFIG, Checkpoint, Findings, Registry
@@ -307,12 +308,7 @@ def generation_settings(it: Checkpoint) -> Findings:
     transformers 5 refuses to save a model whose file sets how to sample and not to sample.
     """
     generation = it.generation or {}
-    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-    idle = [
-        f"{key}={generation[key]}"
-        for key, none in neutral.items()
-        if generation.get(key) is not None and generation[key] != none
-    ]
+    idle = [f"{key}={generation[key]}" for key in idle_settings(generation)]
     if idle and generation.get("do_sample") is False:
         yield Finding(
             "W",
@@ -320,6 +316,15 @@ def generation_settings(it: Checkpoint) -> Findings:
             listed(idle),
             "set do_sample to true, or remove them; so it is greedy",
         )
+
+
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+
+
+def idle_settings(generation: Mapping[str, Any]) -> list[str]:
+    """The keys that say how to sample, and not as everyone does by default."""
+    found = ((key, generation.get(key)) for key in NEUTRAL)
+    return [key for key, value in found if value is not None and value != NEUTRAL[key]]
 
 
 def _files(it: Checkpoint) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -338,18 +343,23 @@ def _steps(post: Any) -> Iterator[dict[str, Any]]:
             yield from _steps(inner)
 
 
+def puts_after(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the post-processor that put a special token after a text."""
+    return [
+        step
+        for step in _steps(tokenizer.get("post_processor"))
+        if step.get("single") and "SpecialToken" in step["single"][-1]
+    ]
+
+
 def _suffix(tokenizer: Mapping[str, Any]) -> list[str]:
     """The special tokens that the post-processor puts after a text."""
-    for step in _steps(tokenizer.get("post_processor")):
-        if step.get("type") == "TemplateProcessing":
-            single, after = step.get("single", []), []
-            for piece in reversed(single):
-                if "SpecialToken" not in piece:
-                    return after[::-1]
-                after.append(piece["SpecialToken"]["id"])
-        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
-            return [step["sep"][0]]
-    return []
+    for step in puts_after(tokenizer):
+        last = takewhile(lambda piece: "SpecialToken" in piece, reversed(step["single"]))
+        return [piece["SpecialToken"]["id"] for piece in last][::-1]
+    pairs = ("BertProcessing", "RobertaProcessing")
+    steps = _steps(tokenizer.get("post_processor"))
+    return [step["sep"][0] for step in steps if step.get("type") in pairs][:1]
 
 
 def _around(it: Checkpoint) -> str:

@@ -56,19 +56,14 @@ def untrained_tokens(it: Checkpoint) -> Findings:
     An error: such a model never learns to end unless these rows are trained. A warning if that is
     what is about to happen. Compared are the rows of added tokens, and some others for the scale.
     """
-    tokenizer = it.tokenizer
-    if tokenizer is None or it.rows is None:
-        return
-    used = written_by_template(tokenizer, it.template) | it.stops.ids
-    used = {id for id in used if 0 <= id < it.rows}
-    others = frozenset(id for id in tokenizer.added.values() if id < it.rows)
-    found: dict[int, str] = {}
+    tokenizer, found = it.tokenizer, dict[int, str]()
     for table, matrix in tables(it):
-        for id, why in untrained(matrix, used, others).items():
+        for id, why in untrained_rows(it, matrix).items():
             found.setdefault(id, f"{why} in {table}")
-    if not found:
+    if tokenizer is None or not found:
         return
-    trains = it.training is not None and it.training.trains_control_rows
+    training = it.training
+    trains = training is not None and training.trains_control_rows(it.template_added)
     yield Finding(
         "W" if trains else "E",
         f"{many(len(found), 'control token')} of the chat that the model was never trained on",
@@ -78,6 +73,16 @@ def untrained_tokens(it: Checkpoint) -> Findings:
         else "fine-tune with --train-control-tokens yes, or every weight; doctor --fix starts "
         "their rows from the mean",
     )
+
+
+def untrained_rows(it: Checkpoint, matrix: torch.Tensor) -> dict[int, str]:
+    """Which rows of an embedding or head a chat needs and nobody trained, and how it shows."""
+    if it.tokenizer is None:
+        return {}
+    rows = len(matrix)
+    used = written_by_template(it.tokenizer, it.template) | it.stops.ids
+    others = (id for id in it.tokenizer.added.values() if id < rows)
+    return untrained(matrix, [id for id in used if 0 <= id < rows], [*others])
 
 
 def tied_head(it: Checkpoint) -> Findings:

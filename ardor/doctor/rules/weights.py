@@ -81,11 +81,7 @@ def config_dtype(it: Checkpoint) -> Findings:
     """The dtype that config.json names is the one that most of the weights have."""
     config = it.config or {}
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    sizes: dict[str, int] = {}
-    for held in it.statistics:
-        name = str(held.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + held.rows * (held.shape or (1,))[-1]
-    stored = max(sizes, key=lambda name: sizes[name], default=said)
+    sizes, stored = _sizes(it), stored_dtype(it) or said
     if said and said != stored:
         yield Finding(
             "W",
@@ -98,6 +94,21 @@ def config_dtype(it: Checkpoint) -> Findings:
 def _matrices(it: Checkpoint) -> list[Statistics]:
     """Of weights: a scale of a quantized one says nothing by being like its neighbour."""
     return [s for s in it.statistics if len(s.shape) > 1 and s.name not in it.packed]
+
+
+def _sizes(it: Checkpoint) -> dict[str, int]:
+    """How many values are stored in each dtype."""
+    sizes: dict[str, int] = {}
+    for held in it.statistics:
+        name = str(held.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + held.rows * (held.shape or (1,))[-1]
+    return sizes
+
+
+def stored_dtype(it: Checkpoint) -> str | None:
+    """The dtype of most values; None if none was read."""
+    sizes = _sizes(it)
+    return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 RULES: Registry = {
