@@ -11,7 +11,7 @@ from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoi
 from ardor.doctor.data import ROWS, Reading, Sample, sample
 from ardor.doctor.facts import facts_of
 from ardor.doctor.finding import Finding, Level
-from ardor.doctor.probe import SMALL, Probe, cost, probe
+from ardor.doctor.probe import SMALL, Probe, cost, observe
 from ardor.doctor.repair import repair
 from ardor.doctor.rules import RULES
 from ardor.doctor.runs import is_run, open_run
@@ -208,7 +208,7 @@ def _weight_bytes(found: Checkpoint) -> int:
 
 def _probed(found: Checkpoint) -> Probe:
     size, trusted = _weight_bytes(found), found.trusted
-    return probe(found.path, size, default_device(), trust_remote_code=trusted)
+    return observe(found.path, size, default_device(), trust_remote_code=trusted)
 
 
 def _read(found: Checkpoint, progress: Progress | None) -> int:

@@ -100,7 +100,12 @@ class Checkpoint:
     @cached_property
     def stops(self) -> StopSet:
         """Every token that any of the files calls an end."""
-        return stops_of(self.tokenizer, self.template, self.generation or {}, self.config or {})
+        base = self.base
+        config = self.config if base is None else base.config
+        generation = self.generation
+        if base is not None and self.text_path == base.path:
+            generation = base.generation
+        return stops_of(self.tokenizer, self.template, generation or {}, config or {})
 
     @property
     def pickles(self) -> list[str]:

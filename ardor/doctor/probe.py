@@ -68,7 +68,7 @@ def cost(size: int) -> str:
     return f"loads {size / 2**20:,.0f} MiB of weights and runs about {tokens} tokens through them"
 
 
-def probe(path: Path, size: int, device: torch.device, *, trust_remote_code: bool) -> Probe:
+def observe(path: Path, size: int, device: torch.device, *, trust_remote_code: bool) -> Probe:
     """Load the model and run it. What keeps it from running is told, not raised."""
     began = time.monotonic()
     try:

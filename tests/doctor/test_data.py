@@ -76,7 +76,7 @@ CASES: Mapping[str, list[Case]] = {
     "control-in-content": [
         Case(pairs(("Hi", "Hello<|im_end|>")), "W", ("rows.jsonl:1: <|im_end|>", "mere text"))
     ],
-    "unknown-characters": [Case(pairs(("hé", "a")), "W", ("does not know", "%"), unigram)],
+    "unknown-characters": [Case(pairs(("h\u65e5", "a")), "W", ("does not know", "%"), unigram)],
     "broken-characters": [Case(pairs(("Hi \ufffd", "Hello")), "W", ("U+FFFD",))],
     "prompt-space": [Case(pairs(("Answer: ", "yes")), "W", ("ends in a space",))],
     "boundary": [Case(pairs(("the c", "at sat")), "I", ("100.0% of prompts",))],

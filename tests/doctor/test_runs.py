@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import ardor
 from ardor.doctor.rules import runs
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import checkpoints, newest_checkpoint
 
 from .damage import Case, check, edit, look, said, template
 
@@ -66,9 +66,8 @@ def in_checkpoint(change: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def no_checkpoint(run: Path) -> None:
-    newest = newest_checkpoint(run)
-    assert newest is not None
-    shutil.rmtree(newest)
+    for checkpoint in checkpoints(run):
+        shutil.rmtree(checkpoint)
 
 
 SPIKY = [*[3.0] * 16, 9.0, *[3.0] * 3]
