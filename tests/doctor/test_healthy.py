@@ -87,7 +87,7 @@ def test_a_family_as_transformers_saves_it(tmp_path, base, kind):
         (GEMMA, "<end_of_turn>", {"double-bos", "roles"}),
         (MISTRAL_1, "<|endoftext|>", {"double-bos", "roles"}),
         (QWEN_3, "<|im_end|>", {"keeps-past"}),
-        (PHI_3, "<|end|>", {"token-strips"}),
+        (PHI_3, "<|end|>", {"token-strips", "keeps-past"}),
     ],
 )
 def test_a_template_as_it_is_published(chat, source, ends, remarks):
@@ -107,7 +107,9 @@ def test_a_template_as_it_is_published(chat, source, ends, remarks):
         token = {"id": "<|im_start|>", "ids": [278], "tokens": ["<|im_start|>"]}
         held["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": around, "pair": around, "special_tokens": {"<|im_start|>": token},
+            "single": around,
+            "pair": around,
+            "special_tokens": {"<|im_start|>": token},
         }
         for name in TEXT_FILES[1:]:
             edit(name, bos_token="<|im_start|>")(chat)

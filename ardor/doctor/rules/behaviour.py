@@ -65,7 +65,10 @@ def activation_range(it: Checkpoint) -> Findings:
 
 
 def writes_past_end(it: Checkpoint) -> Findings:
-    """The model does not go on after a control token that looks like an end."""
+    """The model does not go on after a control token, which may be an end that no file names.
+
+    A warning of a model that chats; without a template it has not learnt what they are for.
+    """
     passed = (
         [f"{a.passed} after {a.prompt!r}" for a in it.probe.answers if a.passed]
         if (it.probe)
@@ -74,7 +77,7 @@ def writes_past_end(it: Checkpoint) -> Findings:
     if passed:
         what = "the model writes control tokens and goes on"
         fix = "if one of them ends a turn, list it in eos_token_id of generation_config.json"
-        yield Finding("W", what, listed(passed), fix)
+        yield Finding("I" if it.template is None else "W", what, listed(passed), fix)
 
 
 def beyond_vocabulary(it: Checkpoint) -> Findings:
