@@ -97,8 +97,7 @@ def doctor(
     """
     began = time.monotonic()
     found = _opened(name, revision, use_safetensors=use_safetensors)
-    found.trusted = trust_remote_code
-    folder = _run_folder(name, run)
+    found.trusted, folder = trust_remote_code, _run_folder(name, run)
     found.run = None if folder is None else open_run(folder)
     if data is not None:
         heldout = () if eval_data is None else read_rows(eval_data)
@@ -112,10 +111,8 @@ def doctor(
     repaired = None
     if fix is not None:
         done = repair(found, {finding.rule for finding in findings}, Path(fix))
-        again = doctor(
-            fix, data=data, weights=weights, probe=probe, rows=rows, max_length=max_length
-        )
-        repaired = Repaired(Path(fix), done, again)
+        same = {"data": data, "rows": rows, "max_length": max_length}
+        repaired = Repaired(Path(fix), done, doctor(fix, weights=weights, probe=probe, **same))
     return Report(
         path=found.path,
         findings=tuple(findings),

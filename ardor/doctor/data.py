@@ -19,6 +19,7 @@ ROWS = 10_000  # looked at unless asked otherwise
 IGNORED = -100  # a label that is no target, as everyone writes it
 NAMED = 5  # places that a count names
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+LONG = 100  # characters from which an answer may have been cut by a limit
 ENDS = tuple(".!?:;)]}>\"'`*|。！？…”’»」")  # what a finished answer may end with
 
 
@@ -285,7 +286,7 @@ class _Held:
         """Answers that a length limit has cut: many of the greatest length, ending in no end."""
         longest = max((length for length, _, _ in self._answers), default=0)
         for length, end, place in self._answers:
-            if length == longest and end not in ENDS:
+            if length == longest >= LONG and end not in ENDS:
                 self.found.cut.add(place)
 
 

@@ -38,7 +38,7 @@ def pairs(*pairs: tuple[str, str]) -> Rows:
 
 
 GOOD = chats(12)
-CUT = pairs(*((f"Tell me {i}", f"{'x' * 30}{i}") for i in range(4)), ("And", "Short."))
+CUT = pairs(*((f"Tell me {i}", f"{'x' * 130}{i}") for i in range(4)), ("And", "Short."))
 
 
 class Case(NamedTuple):
