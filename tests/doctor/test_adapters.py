@@ -197,7 +197,7 @@ def test_packed_storage(chat, tmp_path, storage):
     assert not broken  # codes are no numbers
     assert bool(text) is (storage == "bfloat16")
     assert storage == "uint8" or f"{len(codes)} quantized weights" in text
-    assert storage == "uint8" or "of them look like NaN" in text and "\n0 of" not in text
+    assert storage == "uint8" or ("of them look like NaN" in text and "\n0 of" not in text)
 
 
 @pytest.mark.parametrize(
