@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, load, save
+    from ardor.preview import preview
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ PUBLIC = {
     "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
+    "preview": "ardor.preview",
     "quantize": "ardor.quantize",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
@@ -45,6 +47,7 @@ __all__ = [
     "TextError",
     "doctor",
     "load",
+    "preview",
     "quantize",
     "save",
 ]

@@ -1,6 +1,6 @@
 """Questions about token ids that several rules ask."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ardor.errors import TextError
@@ -16,6 +16,21 @@ def ids_of(value: Any) -> list[int]:
     return [id for id in found if type(id) is int]
 
 
+def rendered(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    prompts: bool,
+) -> str:
+    """What the template writes with the tokenizer's special tokens; `prompts`: for an answer.
+
+    Raises: TextError if it refuses the messages.
+    """
+    names: dict[str, Any] = dict(tokenizer.names)
+    return template.render(messages, prompts, **names)
+
+
 def written_by_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
     """The control tokens that a template writes around a question and its answer."""
     if template is None:
@@ -23,7 +38,7 @@ def written_by_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> 
     found: set[int] = set()
     for prompts in (False, True):
         try:
-            text = template.render(PROBE[: 2 - prompts], prompts, **tokenizer.names)
+            text = rendered(template, tokenizer, PROBE[: 2 - prompts], prompts=prompts)
         except TextError:
             continue
         found |= {part for part in tokenizer.split(text) if isinstance(part, int)}

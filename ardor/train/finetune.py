@@ -16,13 +16,12 @@ from ardor.doctor.checkpoint import Training
 from ardor.doctor.finding import Finding
 from ardor.doctor.preflight import preflight, told
 from ardor.errors import ConfigError
-from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
-from ardor.text.chat import CHATML, ChatTemplate
-from ardor.text.templates import default_template
+from ardor.text.chat import ChatTemplate
+from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
@@ -54,7 +53,7 @@ def prepare(config: Finetune) -> Run:
     check_finetune(config, default_device())
     heldout_rows = [] if config.eval_data is None else [*read_rows(config.eval_data)]
     findings = () if checkpoint else _looked_at(config, rows, heldout_rows)
-    model, added = _model(config, checkpoint, chats=_chats(rows))
+    model, added = _model(config, checkpoint, rows)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
@@ -77,6 +76,7 @@ def prepare(config: Finetune) -> Run:
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            *_template_note(model, config, rows),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *told(findings, config.allow),
@@ -91,12 +91,6 @@ def _looked_at(config: Finetune, rows: list[Row], heldout: list[Row]) -> tuple[F
 
     Raises: ConfigError or DataError for what would spoil the run.
     """
-    chats = _chats(rows)
-
-    def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
-        added = config.chat_template is not None or (chats and own is None)
-        return _template(config, tokenizer) if added else own
-
     rows_are_trained = {"yes": True, "no": False}
     training = Training(
         config.method,
@@ -108,13 +102,28 @@ def _looked_at(config: Finetune, rows: list[Row], heldout: list[Row]) -> tuple[F
         config.model,
         rows=rows,
         heldout=heldout,
-        template=template,
+        template=lambda tokenizer, own: template_for(config.chat_template, tokenizer, own, rows),
         training=training,
         max_length=config.max_length,
         allow=config.allow,
         revision=config.revision,
         use_safetensors=config.use_safetensors,
     )
+
+
+def template_for(
+    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, rows: list[Row]
+) -> ChatTemplate | None:
+    """The template that conversations are rendered by: as asked, the model's own, or a default.
+
+    None where the model has none and nothing in `rows` needs one: a template says that a model was
+    trained on it.
+
+    Raises: TextError if what is asked for is unknown, or needs tokens that the tokenizer lacks.
+    """
+    if asked is not None:
+        return template_named(asked, tokenizer)
+    return default_template(tokenizer) if own is None and _chats(rows) else own
 
 
 def _chats(rows: list[Row]) -> bool:
@@ -148,14 +157,12 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
         max_length=limit,
         over_length=config.over_length,
         vocab=model.decoder.facts.vocab,
+        train_on=config.train_on,
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it.
-
-    Where nothing `chats`, none is added: a template says that a model was trained on it.
-    """
+def _model(config: Finetune, checkpoint: Path | None, rows: list[Row]) -> tuple[Model, bool]:
+    """The model with the chat template it will be trained on, and whether that is new to it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
@@ -181,9 +188,10 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    added = config.chat_template is not None or (chats and model.template is None)
-    if checkpoint is None and added:
-        model.template = _template(config, tokenizer_of(model))
+    own = model.template
+    if checkpoint is None:
+        model.template = template_for(config.chat_template, tokenizer_of(model), own, rows)
+    added = model.template is not own
     model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
     model.generation_config["eos_token_id"] = model.stops.eos_token_id
     if full:
@@ -191,19 +199,6 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     if checkpoint is not None:
         _require_grad(config, model)
     return model, added
-
-
-def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
-    if config.chat_template is None:
-        return default_template(tokenizer)
-    if config.chat_template == "chatml":
-        return CHATML
-    path = Path(config.chat_template)
-    if not path.is_file():
-        raise ConfigError(
-            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
-        )
-    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
 
 
 def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
@@ -269,6 +264,14 @@ def _described(model: Model, config: Finetune) -> str:
     held = sum(t.nbytes for t in (*parameters, *model.decoder.buffers()))
     text = f"{config.method}, {trained / 1e6:.2f} M trained parameters, {held / 2**20:.0f} MiB"
     return text + (f", base in {model.quantization}" if model.quantization else "")
+
+
+def _template_note(model: Model, config: Finetune, rows: list[Row]) -> tuple[str, ...]:
+    """Which template conversations were rendered by, and which of their answers are trained on."""
+    if model.template is None or not _chats(rows):
+        return ()
+    which = "every answer" if config.train_on == "all" else "the last answer"
+    return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)
 
 
 def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ardor.doctor.checkpoint import TOKENIZER_CONFIG, Checkpoint, Findings, Registry
 from ardor.doctor.finding import Finding, listed
+from ardor.doctor.ids import rendered
 from ardor.errors import TextError
 from ardor.text.chat import ChatTemplate, prompt_ids
 from ardor.text.tokenizer import Tokenizer
@@ -269,7 +270,7 @@ def _text(
     if template is None or tokenizer is None:
         return None
     try:
-        return template.render(messages, prompts, **tokenizer.names)
+        return rendered(template, tokenizer, messages, prompts=prompts)
     except TextError:
         return None
 
@@ -284,7 +285,7 @@ def _refusal(it: Checkpoint, *messages: dict[str, Any]) -> str | None:
     if it.template is None or it.tokenizer is None:
         return None
     try:
-        it.template.render(messages, False, **it.tokenizer.names)
+        rendered(it.template, it.tokenizer, messages, prompts=False)
     except TextError as error:
         return str(error)
     return None
