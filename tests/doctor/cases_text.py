@@ -48,7 +48,7 @@ DROPS = (
     "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
     "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
 )
-REWRITES = BLOCK.replace("m.content", "m.content | replace('b', 'c')") + ASK
+REWRITES = BLOCK.replace("m.content", "m.content.split('|>')[-1]") + ASK
 BOS_TWICE = "{{ bos_token }}{{ bos_token }}" + BLOCK + ASK
 BOS_ONCE = "{{ bos_token }}" + BLOCK + ASK
 
