@@ -36,7 +36,7 @@ SPARE = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"<\|?pad\|?>|\[pad\]",
-        r".*\bpad\b.*|.*_pad_.*",
+        r"<\|finetune_right_pad(_id)?\|>",
         r".*(reserved|unused|dummy).*",
     )
 )

@@ -78,7 +78,9 @@ def test_rows_begin_near_the_mean_and_all_others_stay(chat, tmp_path):
     assert bool(near.all())
 
 
-@pytest.mark.parametrize("name", ["<|reserved_special_token_3|>", "[PAD]", "<|vision_pad|>"])
+@pytest.mark.parametrize(
+    "name", ["<|reserved_special_token_3|>", "[PAD]", "<|finetune_right_pad_id|>"]
+)
 def test_a_padding_token_is_one_that_the_vocabulary_has_to_spare(chat, tmp_path, name):
     tokenizer(lambda held: held["added_tokens"][1].update(content=name))(chat)
     named(pad_token="<|im_end|>")(chat)
