@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ardor.data.sources import Row, Source, read_rows
+from ardor.data.readers import Row
+from ardor.data.sources import Rows, read_rows
 from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoint
 from ardor.doctor.data import ROWS, Reading, Sample, sample
 from ardor.doctor.facts import facts_of
@@ -70,8 +71,8 @@ class Repaired:
 def doctor(
     name: str | Path,
     *,
-    data: Source | None = None,
-    eval_data: Source | None = None,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
     run: str | Path | None = None,
     weights: bool = True,
     probe: bool | None = None,

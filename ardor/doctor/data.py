@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
 
-from ardor.data.formats import Completion, Conversation, Text, examples_of, recognise
-from ardor.data.sources import Row
+from ardor.data.choices import Preferences
+from ardor.data.formats import (
+    Completion,
+    Content,
+    Preference,
+    Segments,
+    Text,
+    examples_of,
+    recognise,
+)
+from ardor.data.readers import Row
 from ardor.errors import ArdorError, DataError
-from ardor.text.chat import ChatTemplate
+from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.example import Example
 from ardor.text.tokenizer import Tokenizer
 
@@ -58,6 +67,7 @@ class Sample:
     broken: Found = field(default_factory=Found)  # cannot be read or encoded: with the reason
     empty: Found = field(default_factory=Found)  # no target after the shift
     unstopped: Found = field(default_factory=Found)  # the last target is no stop token
+    open_ended: Found = field(default_factory=Found)  # the same, of segments: taken as written
     over: Found = field(default_factory=Found)  # longer than the limit, and not a plain text
     shifted: Found = field(default_factory=Found)  # labels that were shifted already
     masked_ends: Found = field(default_factory=Found)  # a stop token in the ids, not in the labels
@@ -109,6 +119,8 @@ class Reading:
     stops: frozenset[int]
     vocab: int | None  # rows of the embedding
     limit: int | None  # tokens of an example
+    preferences: Preferences = "chosen"
+    train_on: TrainOn = "all"
 
 
 def sample(
@@ -170,18 +182,24 @@ class _Held:
         self._contents(content, row.where)
         if isinstance(content, Completion):
             self._boundary(content, row.where)
-        examples = examples_of(row, reading.tokenizer, reading.template)
+        examples = examples_of(
+            row,
+            reading.tokenizer,
+            reading.template,
+            preferences=reading.preferences,
+            train_on=reading.train_on,
+        )
         if not any(example.targets for example in examples):
             found.empty.add(row.where)
         for example in examples:
-            self._example(example, row.where, counts_over=format.name != "text")
+            self._example(example, row.where, content)
 
-    def _contents(self, content: Text | Completion | Conversation, place: str) -> None:
+    def _contents(self, content: Content, place: str) -> None:
         """What the texts of a row hold, whoever wrote them."""
         found, tokenizer = self.found, self.reading.tokenizer
         texts = [*_texts(content)]
         found.characters += sum(len(text) for text, _ in texts)
-        for text, is_answer in texts:
+        for text, is_answer in () if isinstance(content, Segments) else texts:
             if (token := tokenizer.control_in(text, tags=is_answer)) is not None:
                 found.control.add(f"{place}: {token}")
                 break
@@ -203,15 +221,18 @@ class _Held:
         if joint[: len(apart)] != apart:
             self.found.merged.add(place)
 
-    def _example(self, example: Example, place: str, *, counts_over: bool) -> None:
+    def _example(self, example: Example, place: str, content: Content) -> None:
         found, reading = self.found, self.reading
         special = reading.tokenizer.special
         found.lengths.append(len(example.tokens))
         found.targets += example.targets
         trained = [t for t, flag in zip(example.tokens, example.supervised, strict=True) if flag]
         if trained and trained[-1] not in reading.stops:
-            found.unstopped.add(f"{place}: {reading.tokenizer.token(trained[-1])!r}")
-        if counts_over and reading.limit is not None and len(example.tokens) > reading.limit:
+            open_ended = isinstance(content, Segments)
+            told = found.open_ended if open_ended else found.unstopped
+            told.add(f"{place}: {reading.tokenizer.token(trained[-1])!r}")
+        long_text = isinstance(content, Text)  # is cut into pieces
+        if not long_text and reading.limit is not None and len(example.tokens) > reading.limit:
             found.over.add(f"{place}: {len(example.tokens):,} tokens")
         self._ids(example.tokens, place)
         if special.unk is not None and special.unk not in reading.stops:
@@ -290,13 +311,18 @@ class _Held:
                 self.found.cut.add(place)
 
 
-def _texts(content: Text | Completion | Conversation) -> Iterator[tuple[str, bool]]:
+def _texts(content: Content) -> Iterator[tuple[str, bool]]:
     """Every text, and whether a model is to write it."""
     if isinstance(content, Text):
         yield content.text, False
     elif isinstance(content, Completion):
         yield content.prompt, False
         yield content.completion, True
+    elif isinstance(content, Segments):
+        yield from content.parts
+    elif isinstance(content, Preference):
+        yield from _texts(content.chosen)
+        yield from ((text, True) for text, answers in _texts(content.rejected) if answers)
     else:
         for message in content.messages:
             if isinstance(message, Mapping) and isinstance(message.get("content"), str):

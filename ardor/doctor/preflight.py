@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from ardor.data.sources import Row
+from ardor.data.choices import Preferences
+from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoint
 from ardor.doctor.data import Reading, sample
 from ardor.doctor.finding import Finding
@@ -18,7 +19,7 @@ from ardor.errors import ConfigError, DataError
 from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
 from ardor.files.runs import newest_checkpoint
 from ardor.load import CONFIG
-from ardor.text.chat import ChatTemplate
+from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.tokenizer import Tokenizer
 
 ROWS = 500  # of the data: enough to see what is wrong with all, soon enough to wait for
@@ -33,10 +34,11 @@ TemplateOf = Callable[[Tokenizer, ChatTemplate | None], ChatTemplate | None]
 def preflight(
     name: str | Path,
     *,
-    rows: Sequence[Row] = (),
+    rows: Iterable[Row] = (),
     heldout: Iterable[Row] = (),
     template: TemplateOf | None = None,
     training: Training | None = None,
+    choices: tuple[Preferences, TrainOn] = ("refuse", "all"),
     max_length: int | None = None,
     allow: Sequence[str] = (),
     revision: str | None = None,
@@ -45,7 +47,8 @@ def preflight(
     """The warnings and remarks on a model and its data, before any weight is read.
 
     Of `rows` the first ROWS are looked at. `template` gives the one that will be used, where that
-    is not the model's own. An error among the rules named in `allow` is returned with the rest.
+    is not the model's own; `choices` are the run's preferences and train_on. An error among the
+    rules named in `allow` is returned with the rest.
 
     Raises: ConfigError for any other error, or a name in `allow` that is no rule; DataError for a
     row that cannot be trained on; CheckpointError if there is no such model.
@@ -61,8 +64,8 @@ def preflight(
     if found.tokenizer is not None and template is not None:
         own, found.template = found.template, template(found.tokenizer, found.template)
         found.template_added = found.template is not None and found.template is not own
-    if rows and found.tokenizer is not None:
-        _look(found, rows, heldout, max_length)
+    if found.tokenizer is not None and (some := [*islice(rows, ROWS + 1)]):
+        _look(found, some, heldout, max_length, choices)
     names = [n for subject, rules in SUBJECTS.items() if subject not in LOADER for n in rules]
     findings = [replace(one, rule=rule) for rule in names for one in RULES[rule](found)]
     errors = [one for one in findings if one.level == "E" and one.rule not in allow]
@@ -81,13 +84,17 @@ def check_rules(names: Sequence[str]) -> None:
 
 
 def _look(
-    found: Checkpoint, rows: Sequence[Row], heldout: Iterable[Row], max_length: int | None
+    found: Checkpoint,
+    rows: Sequence[Row],
+    heldout: Iterable[Row],
+    max_length: int | None,
+    choices: tuple[Preferences, TrainOn],
 ) -> None:
     assert found.tokenizer is not None
     positions = None if found.spec is None else found.spec.max_positions
     known = [length for length in (max_length, positions) if length is not None]
     limit = min(known, default=None)
-    reading = Reading(found.tokenizer, found.template, found.stops.ids, found.rows, limit)
+    reading = Reading(found.tokenizer, found.template, found.stops.ids, found.rows, limit, *choices)
     found.data = sample(rows, reading, most=ROWS, heldout=islice(heldout, ROWS))
 
 

@@ -37,6 +37,10 @@ def pairs(*pairs: tuple[str, str]) -> Rows:
     return [{"prompt": p, "completion": c} for p, c in pairs]
 
 
+def segments(*texts: str) -> Rows:
+    return [{"segments": [{"text": t, "label": i > 0} for i, t in enumerate(texts)]}]
+
+
 GOOD = chats(12)
 CUT = pairs(*((f"Tell me {i}", f"{'x' * 130}{i}") for i in range(4)), ("And", "Short."))
 
@@ -69,6 +73,7 @@ CASES: Mapping[str, list[Case]] = {
     "row-stops": [
         Case(ids([5, 6, 7]), "E", ("no end is learnt", "rows.jsonl:1")),
         Case(ids([5, 6, 276], [5, 6, -100]), "E", ("is masked in labels",)),
+        Case(segments("Hi", "Hello"), "W", ("of segments", "rows.jsonl:1")),
     ],
     "labels-shifted": [Case(ids([5, 6, 7, 276], [6, 7, 276, -100]), "E", ("shifted already",))],
     "row-length": [Case(chats(2, "word " * 60 + "{i}."), "W", ("48 tokens", "the longest has"))],

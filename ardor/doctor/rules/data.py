@@ -45,6 +45,9 @@ def row_stops(it: Checkpoint) -> Findings:
         what = f"{_share(rows, it.data)} whose last target ends no text: no end is learnt from them"
         fix = "end each with the model's stop token, and put it into the labels; or give the texts"
         yield Finding("E", what, str(rows), fix)
+    if it.data and (rows := it.data.open_ended):
+        what = f"{_share(rows, it.data)} of segments that are trained on without an end"
+        yield Finding("W", what, str(rows), "let the last trained segment spell the stop token")
     if it.data and (rows := it.data.masked_ends):
         what = f"{_share(rows, it.data)} whose end stands in input_ids and is masked in labels"
         fix = "mask labels by length and not where the id is the pad id; or give the texts"
