@@ -61,8 +61,9 @@ def beside(folder: Path, base: Path) -> None:
 
 def model_of(case: Case, folder: Path, base: Path) -> None:
     sizes = dict(case.sizes) | {"vocab_size": 320, "eos_token_id": 276, "pad_token_id": 277}
-    keys = {k: 320 if k == "vocab_size_per_layer_input" else v for k, v in case.keys.items()}
-    peer(replace(case, sizes=sizes | {"bos_token_id": None}, keys=keys)).save_pretrained(folder)
+    per_layer = {key: 320 for key in (*sizes, *case.keys) if key.startswith("vocab_size_per")}
+    sizes |= {"bos_token_id": None}
+    peer(replace(case, sizes=sizes, keys={**case.keys, **per_layer})).save_pretrained(folder)
     edit("config.json", eos_token_id=276, pad_token_id=277, bos_token_id=None)(folder)
     beside(folder, base)
 
