@@ -104,6 +104,8 @@ class LoraConfig:
             return False
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, name) is not None
+        if name in self.target_modules:
+            return True  # a whole name means that module, whatever its layer
         if not any(ends_with(name, target) for target in self.target_modules):
             return False
         if not self.layers_to_transform:

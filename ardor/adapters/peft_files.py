@@ -1,4 +1,4 @@
-"""PEFT's files: adapter_config.json and adapter_model.safetensors, written and read.
+"""PEFT's files read: adapter_config.json and adapter_model.safetensors.
 
 Source: peft 0.21, utils/save_and_load.py and tuners/lora/model.py.
 """
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from ardor.adapters.config import ALL_LINEAR, LoraConfig, by_pattern, ends_with, is_init, scale_of
@@ -24,33 +24,29 @@ from ardor.adapters.lora import (
     Wrapper,
     add_token_rows,
     is_tied,
-    lora_modules,
     wrap,
     wrapped_modules,
 )
 from ardor.adapters.lora import replace as put
 from ardor.adapters.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    NOTE,
+    PREFIX,
+    TOKENS,
     DiskLinear,
     Factors,
     Group,
+    disk_name,
     from_file,
     groups_of,
-    join,
+    plain,
     scaled_alpha,
-    shortest_endings,
     split,
-    to_file,
+    tensor_key,
 )
-from ardor.errors import CheckpointError, ConfigError
-from ardor.files.atomic import write_atomic
-from ardor.files.json import read_object, write_json
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-_PREFIX = "base_model.model."
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-_NOTE = "ardor"  # in the metadata of the weights: what PEFT's config has no word for
+from ardor.errors import CheckpointError
+from ardor.files.json import read_object
 
 # Keys of adapter_config.json that are read here.
 _READ = {
@@ -96,61 +92,6 @@ class _Files:
         return by_pattern(self.raw.get(pattern) or {}, [disk], self.raw.get(key, default))
 
 
-def save_adapter(
-    directory: str | Path,
-    decoder: nn.Module,
-    config: LoraConfig,
-    *,
-    disk_names: Mapping[str, DiskLinear],
-    base_model: str,
-    revision: str | None = None,
-) -> None:
-    """Write the adapter of `decoder` so that PEFT and `load_adapter` compute the same with it.
-
-    Linears that share a disk linear are joined: one A if their A are equal, else a block-diagonal
-    adapter whose rank is the sum of theirs, with the same scale. One that began at a part of W
-    (PiSSA, OLoRA) is written with twice its rank, exactly, on the base as it is. Each file appears
-    whole or not at all, the weights first; other files of the directory stay.
-
-    Raises: ConfigError if there is nothing to save, or `disk_names` lacks a module.
-    """
-    adapted = dict(lora_modules(decoder))
-    groups = [
-        group
-        for group in groups_of(decoder, disk_names)
-        if any(name in adapted for name in group.names)
-    ]
-    others = {name: m for name, m in wrapped_modules(decoder) if name not in adapted}
-    if not groups and not others and not adapted:
-        raise ConfigError("this model has no adapter to save; save the model instead")
-    if lost := adapted.keys() - {name for group in groups for name in group.names}:
-        raise ConfigError(f"no name on disk is known for the adapted {sorted(lost)}")
-    tied = is_tied(decoder)
-    tensors: dict[str, Tensor] = {}
-    joined = {g: join(g, adapted, decoder, rslora=config.use_rslora) for g in groups}
-    for group, factors in joined.items():
-        key = _key(group, {one.disk for one in groups})
-        a, b = to_file(group, factors)
-        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-        if factors.magnitude is not None:
-            tensors[f"{key}.lora_magnitude_vector"] = factors.magnitude
-    for name, module in others.items():
-        tensors |= _other_tensors(name, module, _place(disk_names, name), tied=tied)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    written = _config(config, joined, others, disk_names)
-    written |= {"base_model_name_or_path": base_model, "revision": revision}
-    written["ensure_weight_tying"] = tied and _ties(others)
-    note = {
-        "init": config.init_lora_weights,
-        "dropout": config.lora_dropout,
-        "ranks": {g.disk: _own_rank(g, adapted) for g in groups if len(g.names) > 1},
-    }
-    metadata = {"format": "pt", _NOTE: json.dumps(note)}
-    unshared = {key: tensor.clone() for key, tensor in tensors.items()}
-    write_atomic(Path(directory) / ADAPTER_WEIGHTS, save(unshared, metadata=metadata))
-    write_json(Path(directory) / ADAPTER_CONFIG, written)
-
-
 def load_adapter(
     directory: str | Path, decoder: nn.Module, *, disk_names: Mapping[str, DiskLinear]
 ) -> LoraConfig:
@@ -171,10 +112,10 @@ def load_adapter(
     _check_settings(raw, path)
     groups = groups_of(decoder, disk_names)
     present = dict(wrapped_modules(decoder))
-    chosen = _targeted(raw, groups, path, embedding=_disk(disk_names, "embed_tokens"))
+    chosen = _targeted(raw, groups, path, embedding=disk_name(disk_names, "embed_tokens"))
     _check_present(present, groups, chosen, path)
     names = {group.disk for group in chosen}
-    on_disk = {group: _take(group, files, _key(group, names)) for group in chosen}
+    on_disk = {group: _take(group, files, tensor_key(group, names)) for group in chosen}
     _check_base(on_disk, files)
     others = _take_others(decoder, files, disk_names)
     if tensors:
@@ -193,115 +134,6 @@ def load_adapter(
     for name, tensor in others.items():
         _place_other(decoder, name, tensor, config, files, disk_names, present)
     return config
-
-
-# --- writing ---
-
-
-def _own_rank(group: Group, adapted: Mapping[str, LoraLinear | LoraExperts]) -> int:
-    """Of the parts of a group, which joined have the sum of theirs."""
-    return next(adapted[name].r for name in group.names if name in adapted)
-
-
-def _key(group: Group, targeted: set[str]) -> str:
-    """What the names of a group's tensors begin with.
-
-    Adapters of several parameters of one module are nested in the order of the parameters.
-    """
-    if not group.experts:
-        return f"{_PREFIX}{group.disk}"
-    module, _, parameter = group.disk.rpartition(".")
-    outer = parameter != "down_proj" and f"{module}.down_proj" in targeted
-    return f"{_PREFIX}{module}" + (".base_layer" if outer else "")
-
-
-def _other_tensors(
-    name: str, module: Wrapper, place: DiskLinear, *, tied: bool
-) -> dict[str, Tensor]:
-    """Of what is not a low-rank adapter of a linear."""
-    found: dict[str, Tensor]
-    key, head = f"{_PREFIX}{place.name}", f"{_PREFIX}lm_head"
-    if isinstance(module, TrainableTokens):
-        return {f"{key}{_TOKENS}": module.trainable_tokens_delta}
-    if isinstance(module, LoraEmbedding):
-        a, b = module.lora_embedding_A, module.lora_embedding_B
-        found = {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
-        if tied:
-            found |= {f"{head}.lora_A.weight": b.T, f"{head}.lora_B.weight": a.T}
-        return found
-    assert isinstance(module, SavedModule)
-    found = {
-        f"{key}.{leaf}": p.T if place.transposed and leaf == "weight" else p
-        for leaf, p in module.copy.named_parameters()
-    }
-    if tied and name == "embed_tokens":
-        found[f"{head}.weight"] = module.weight
-    return found
-
-
-def _ties(others: Mapping[str, Wrapper]) -> bool:
-    return isinstance(others.get("embed_tokens"), LoraEmbedding | SavedModule)
-
-
-def _config(
-    config: LoraConfig,
-    joined: Mapping[Group, Factors],
-    others: Mapping[str, Wrapper],
-    disk_names: Mapping[str, DiskLinear],
-) -> dict[str, Any]:
-    doubled = config.saves_rank
-    r = config.r * doubled
-    alpha = scaled_alpha(config.lora_alpha, config.r, r, rslora=config.use_rslora)
-    plain = {group: factors for group, factors in joined.items() if not group.experts}
-    experts = {group for group in joined if group.experts}
-    known = [p.name for p in disk_names.values() if not p.experts]
-    places = {name: _disk(disk_names, name) for name in others}
-    found = {group.disk: (f.rank, f.alpha) for group, f in joined.items()}
-    found |= {
-        places[name]: (m.r, m.alpha) for name, m in others.items() if isinstance(m, LoraEmbedding)
-    }
-    targets = {g.disk for g in plain} | (found.keys() - {g.disk for g in joined})
-    parameters = [p.name for p in disk_names.values() if p.experts]
-    saved = [places[n] for n, m in others.items() if isinstance(m, SavedModule)]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "bias": "none",
-        "r": r,
-        "lora_alpha": _plain(alpha),
-        # PEFT has no dropout in front of experts, and refuses what names it.
-        "lora_dropout": 0.0 if experts else config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "target_modules": shortest_endings(targets, [*dict.fromkeys(known)]),
-        "target_parameters": shortest_endings({g.disk for g in experts}, parameters) or None,
-        "modules_to_save": shortest_endings({*saved}, [*dict.fromkeys(known)]) or None,
-        "rank_pattern": {disk: rank for disk, (rank, _) in found.items() if rank != r},
-        "alpha_pattern": {
-            disk: _plain(a) for disk, (_, a) in found.items() if not math.isclose(a, alpha)
-        },
-        "fan_in_fan_out": any(group.transposed for group in plain),
-        "init_lora_weights": True,
-        "trainable_token_indices": _token_indices(others, disk_names),
-    }
-
-
-def _token_indices(
-    others: Mapping[str, Wrapper], disk_names: Mapping[str, DiskLinear]
-) -> list[int] | dict[str, list[int]] | None:
-    rows = {name: m for name, m in others.items() if isinstance(m, TrainableTokens)}
-    if not rows:
-        return None
-    if rows.keys() == {"embed_tokens"}:
-        return rows["embed_tokens"].token_ids.tolist()  # PEFT finds the embedding by itself
-    return {
-        _disk(disk_names, name).split(".")[-1]: module.token_ids.tolist()
-        for name, module in rows.items()
-    }
-
-
-# --- reading ---
 
 
 def _check_settings(raw: Mapping[str, Any], path: Path) -> None:
@@ -516,14 +348,14 @@ def _take_others(
     tied = is_tied(decoder)
     indices = _read_indices(raw, disk_names, files.config)
     for name, ids in indices.items():
-        rows = tensors.pop(f"{_PREFIX}{_disk(disk_names, name)}{_TOKENS}", None)
+        rows = tensors.pop(f"{PREFIX}{disk_name(disk_names, name)}{TOKENS}", None)
         if rows is None:
             raise CheckpointError(
                 f"{files.config.parent} lacks the trained token rows of {sorted(indices)}"
             )
         found[name] = (ids, rows)
     for name, place in disk_names.items():
-        key, head = f"{_PREFIX}{place.name}", f"{_PREFIX}lm_head"
+        key, head = f"{PREFIX}{place.name}", f"{PREFIX}lm_head"
         if f"{key}.lora_embedding_A" in tensors:
             parts = [tensors.pop(f"{key}.lora_embedding_{letter}") for letter in "AB"]
             tensors.pop(f"{key}.base_layer.weight", None)  # the base's, which PEFT saves again
@@ -546,7 +378,7 @@ def _take_others(
     for entry in raw.get("modules_to_save") or ():
         saved = (n for n, value in found.items() if isinstance(value, dict))
         follows = tied and entry == "lm_head" and "embed_tokens" in found
-        if not follows and not any(ends_with(_disk(disk_names, n), entry) for n in saved):
+        if not follows and not any(ends_with(disk_name(disk_names, n), entry) for n in saved):
             raise CheckpointError(f"{files.weights} lacks the weights of {entry} (modules_to_save)")
     return found
 
@@ -583,7 +415,7 @@ def _place_other(
         _place_rows(decoder, name, value, files.config, present)
         return
     if isinstance(value, list):
-        disk = _disk(disk_names, name)
+        disk = disk_name(disk_names, name)
         if module is None:
             r = files.setting("r", disk, "rank_pattern")
             alpha = files.setting("lora_alpha", disk, "alpha_pattern")
@@ -653,14 +485,14 @@ def _read_config(
     return replace(
         said,
         r=r // doubled,
-        lora_alpha=_plain(scaled_alpha(alpha, r, r // doubled, rslora=files.rslora)),
+        lora_alpha=plain(scaled_alpha(alpha, r, r // doubled, rslora=files.rslora)),
         lora_dropout=files.note.get("dropout", raw.get("lora_dropout", 0.0)),
         target_modules=targets,
         use_rslora=files.rslora,
         use_dora=bool(raw.get("use_dora")),
         init_lora_weights=init if isinstance(init, str) and is_init(init) else "default",
         modules_to_save=tuple(
-            _disk(disk_names, name) for name, value in others.items() if isinstance(value, dict)
+            disk_name(disk_names, name) for name, value in others.items() if isinstance(value, dict)
         ),
         trainable_token_indices=indices.get("embed_tokens", ()) if only_embedding else indices,
         rank_pattern={key: rank // doubled for key, rank in ranks.items()},
@@ -696,7 +528,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         data = path.read_bytes()
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return tensors, json.loads(header.get("__metadata__", {}).get(_NOTE, "{}"))
+        return tensors, json.loads(header.get("__metadata__", {}).get(NOTE, "{}"))
     except FileNotFoundError:
         pickled = path.with_suffix(".bin")
         remedy = (
@@ -711,25 +543,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _place(disk_names: Mapping[str, DiskLinear], name: str) -> DiskLinear:
-    if name not in disk_names:
-        raise ConfigError(f"no name on disk is known for {name}, which is trained")
-    return disk_names[name]
-
-
-def _disk(disk_names: Mapping[str, DiskLinear], name: str) -> str:
-    return disk_names[name].name if name in disk_names else name
-
-
-def _plain(number: int | float) -> int | float:
-    """32 rather than 32.0, as PEFT writes it."""
-    return int(number) if float(number).is_integer() else number
-
-
 def _some(names: Iterable[str], most: int = 6) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
-
-
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "DiskLinear", "load_adapter", "save_adapter"]

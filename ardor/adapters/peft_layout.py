@@ -25,6 +25,13 @@ from ardor.adapters.lora import (
     size_of,
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"
+NOTE = "ardor"  # in the metadata of the weights: what PEFT's config has no word for
+
 
 @runtime_checkable
 class DiskLinear(Protocol):
@@ -241,3 +248,24 @@ def shortest_endings(chosen: set[str], known: list[str]) -> list[str]:
                 endings.add(".".join(parts[-length:]))
                 break
     return sorted(endings)
+
+
+def tensor_key(group: Group, targeted: set[str]) -> str:
+    """What the names of a group's tensors begin with.
+
+    Adapters of several parameters of one module are nested in the order of the parameters.
+    """
+    if not group.experts:
+        return f"{PREFIX}{group.disk}"
+    module, _, parameter = group.disk.rpartition(".")
+    outer = parameter != "down_proj" and f"{module}.down_proj" in targeted
+    return f"{PREFIX}{module}" + (".base_layer" if outer else "")
+
+
+def disk_name(disk_names: Mapping[str, DiskLinear], name: str) -> str:
+    return disk_names[name].name if name in disk_names else name
+
+
+def plain(number: int | float) -> int | float:
+    """32 rather than 32.0, as PEFT writes it."""
+    return int(number) if float(number).is_integer() else number

@@ -69,9 +69,7 @@ def test_eva_begins_at_the_principal_inputs_of_all_batches(llama):
         hook.remove()
     for name in names:
         expected = torch.linalg.svd(torch.cat(seen[name]), full_matrices=False)[2][:4]
-        assert torch.equal(
-            found[name].shape and torch.tensor(found[name].shape), torch.tensor(expected.shape)
-        )
+        assert found[name].shape == expected.shape
         torch.testing.assert_close(
             (found[name] @ expected.T).abs(), torch.eye(4), rtol=1e-3, atol=1e-3
         )

@@ -17,7 +17,9 @@ from ardor.adapters.lora import (
     lora_parameters,
 )
 from ardor.adapters.merge import merge
-from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, save_adapter
+from ardor.adapters.peft_files import load_adapter
+from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ardor.adapters.peft_save import save_adapter
 from ardor.arch.decoder import Decoder
 from ardor.errors import CheckpointError, ConfigError
 from ardor.load import load_model

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
-from ardor.adapters.peft_files import save_adapter
+from ardor.adapters.peft_save import save_adapter
 from ardor.adapters.registry import Adapters
 from ardor.errors import ConfigError
 

@@ -52,11 +52,11 @@ def patterns(seed, names):
     return settings
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_names_are_chosen_as_peft_chooses_them(seed):
     names = [*tree(seed).values()]
-    for other in range(10):
-        settings = patterns(100 * seed + other, names)
+    for other in range(30):
+        settings = patterns(1000 * seed + other, names)
         theirs = PeftConfig(**settings)
         ours = LoraConfig(**{k: v if isinstance(v, str) else tuple(v) for k, v in settings.items()})
         expected = [n for n in names if bool(check_target_module_exists(theirs, n))]
@@ -88,7 +88,7 @@ def test_what_matches_nothing_lists_what_there_is():
         ConfigError, match=r"modules_to_save: 'lm_hed' matches no module .* lm_head"
     ):
         add_lora(Holder(), LoraConfig(r=2, modules_to_save=("lm_hed",)))
-    with pytest.raises(ConfigError, match="no module would be trained"):
+    with pytest.raises(ConfigError, match="exclude_modules leave none of them"):
         add_lora(Holder(), LoraConfig(r=2, target_modules=("a",), exclude_modules=("a",)))
 
 
