@@ -4,7 +4,7 @@ Axes: R adapter rank, D model width, V vocabulary, n trainable tokens.
 """
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +193,8 @@ class SavedModule(nn.Module):
     def bias(self) -> nn.Parameter | None:
         return getattr(self.copy, "bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         made = self.copy(x)
+        if not isinstance(made, Tensor):
+            return made  # a router's decision
         return made.to(x.dtype if x.is_floating_point() else self.base_weight.dtype)

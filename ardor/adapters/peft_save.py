@@ -93,8 +93,19 @@ def save_adapter(
     }
     metadata = {"format": "pt", NOTE: json.dumps(note)}
     unshared = {key: tensor.clone() for key, tensor in tensors.items()}
-    write_atomic(Path(directory) / ADAPTER_WEIGHTS, save(unshared, metadata=metadata))
+    data = _same_every_time(save(unshared, metadata=metadata))
+    write_atomic(Path(directory) / ADAPTER_WEIGHTS, data)
     write_json(Path(directory) / ADAPTER_CONFIG, written)
+
+
+def _same_every_time(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: safetensors writes them in that of a hash."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _own_rank(group: Group, adapted: Mapping[str, LoraLinear | LoraExperts]) -> int:

@@ -160,6 +160,7 @@ def test_linear_maps_and_the_embedding_know_their_place_on_disk():
         "a_proj": ("body.fused", 0, 3, True, 1, False),
         "b_proj": ("body.fused", 1, 3, True, 1, False),
         "c_proj": ("body.fused", 2, 3, True, 1, False),
+        "norm": ("body.norm", 0, 1, False, 1, False),  # that can be trained in full
     }
 
 
