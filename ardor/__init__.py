@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         ShapeError,
         TextError,
     )
-    from ardor.lm import LM, load, save
+    from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -25,6 +25,8 @@ PUBLIC = {
     "load": "ardor.lm",
     "save": "ardor.lm",
     "LM": "ardor.lm",
+    "setup_chat_format": "ardor.lm",
+    "clone_chat_template": "ardor.lm",
     "doctor": "ardor.doctor",
     "quantize": "ardor.quantize",
     "ArdorError": "ardor.errors",
@@ -43,10 +45,12 @@ __all__ = [
     "DataError",
     "ShapeError",
     "TextError",
+    "clone_chat_template",
     "doctor",
     "load",
     "quantize",
     "save",
+    "setup_chat_format",
 ]
 
 

@@ -83,6 +83,9 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         )
         record = model.quantizing.record() if model.quantizing else model.quantization
         origin: dict[str, Any] = {"quantization": record or "none"}
+        if model.growths:
+            _require_trained(model)
+            origin["growths"] = [growth.record() for growth in model.growths]
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
@@ -92,6 +95,18 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
     if model.tokenizer is not None:
         template = None if model.template is None else model.template.source
         model.tokenizer.save(directory, template)
+
+
+def _require_trained(model: Model) -> None:
+    """An adapter leaves out the rows that it does not train, and so would lose them."""
+    trained = set().union(*(model.adapter.token_rows if model.adapter else {}).values())
+    if left := model.untrained - trained:
+        assert model.tokenizer is not None
+        shown = ", ".join(repr(model.tokenizer.token(id)) for id in sorted(left)[:5])
+        raise ConfigError(
+            f"the rows of the added tokens {shown} are in no adapter; name their ids in "
+            "trainable_token_indices, or train with method full"
+        )
 
 
 def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:

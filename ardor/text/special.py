@@ -1,9 +1,10 @@
 """Which ids are special, which are control, and a tokenizer that cannot produce the control ones.
 
 A control token is any added token that is not mere white space, whether its file calls it "special"
-or not (DeepSeek's `<｜User｜>` is not). White-space tokens (GPT-NeoX, Phi) are text. A tag is a
-control token that the file calls not special and that looks like one, as Qwen's `<think>` and
-`<tool_call>`: a model writes it as part of its answer, so it is a token there and nowhere else.
+or not (DeepSeek's `<｜User｜>` is not). White-space tokens (GPT-NeoX, Phi) are text; so is a word
+that is not special. A tag is a control token that the file calls not special and that looks like
+one, as Qwen's `<think>` and `<tool_call>`: a model writes it as part of its answer, so it is a
+token there and nowhere else.
 """
 
 import re
@@ -37,8 +38,11 @@ class SpecialTokens:
 
 
 def is_control(token: AddedToken) -> bool:
-    """Is this added token more than white space (as typed, or as SentencePiece writes it)?"""
-    return token.special or bool(token.content.replace("▁", " ").strip())
+    """Is this added token special, or more than words and white space (typed, or SentencePiece's)?
+
+    An added word, such as a term that fine-tuning gives a token of its own, is text.
+    """
+    return token.special or re.fullmatch(r"[\w\s'-]*", token.content.replace("▁", " ")) is None
 
 
 def is_tag(token: AddedToken) -> bool:

@@ -163,6 +163,45 @@ class Tokenizer:
             names["pad_token"] = "<|pad|>"
         return cls(backend, names)
 
+    def adding(self, tokens: Iterable[str | AddedToken]) -> "Tokenizer":
+        """This tokenizer with `tokens` at the next free ids; those it has already stay as they are.
+
+        A string becomes a token that decoding shows, and that stands where it is spelled: a word in
+        any text, a tag such as `<tool>` in prompts and in answers, other signs in templates only.
+
+        Raises: TextError for an empty token, or if the next id is not a free one.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        taken = set(backend.get_vocab(with_added_tokens=True).values())
+        for token in tokens:
+            token = AddedToken(token, normalized=False) if isinstance(token, str) else token
+            if not token.content.strip():
+                raise TextError(f"cannot add the token {token.content!r}: it has no visible sign")
+            if backend.token_to_id(token.content) is not None:
+                continue
+            backend.add_tokens([token])
+            id = backend.token_to_id(token.content)
+            if id is None or id in taken:
+                raise TextError(
+                    f"cannot add the token {token.content!r}: its id would be {id}, which "
+                    f"{self.token(id or 0)!r} has; the vocabulary's ids have gaps, so add it to "
+                    "added_tokens in tokenizer.json with a free id"
+                )
+            taken.add(id)
+        return Tokenizer(backend, self.names, self.max_length)
+
+    def naming(self, **names: str) -> "Tokenizer":
+        """This tokenizer with other tokens in its parts: naming(eos_token="<|im_end|>").
+
+        Raises: TextError for a token that the vocabulary lacks.
+        """
+        for name, text in names.items():
+            if self.id(text) is None:
+                raise TextError(
+                    f"{name}={text!r} is not in the vocabulary; add it first (add_tokens)"
+                )
+        return Tokenizer(self._backend, {**self.names, **names}, self.max_length)
+
     @cached_property
     def vocab_rows(self) -> int:
         """The largest id plus one: how many rows an embedding needs at least."""
@@ -274,6 +313,21 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def reaches_unk(self) -> bool:
+        """Can a text become the unknown token? Not where bytes stand for what no token covers."""
+        if self.special.unk is None:
+            return False
+        spec = json.loads(self._backend.to_str())
+        model = spec["model"]
+        known = set(self._backend.get_vocab(with_added_tokens=False))
+        if model.get("byte_fallback"):
+            return not known.issuperset(f"<0x{byte:02X}>" for byte in range(256))
+        steps = spec["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        spelled = any(step.get("type") == "ByteLevel" for step in steps)
+        return not (spelled and known.issuperset(pre_tokenizers.ByteLevel.alphabet()))
 
     def is_special(self, id: int) -> bool:
         """Does decoding with `skip_special` leave this id out?"""

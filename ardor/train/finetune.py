@@ -13,14 +13,10 @@ from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Conversation, recognise
 from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError
-from ardor.files.json import read_text
-from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
+from ardor.load import Model, default_device, load_model, tokenizer_of
 from ardor.precision import training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
-from ardor.text.chat import CHATML, ChatTemplate
-from ardor.text.templates import default_template
-from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate
 from ardor.train.peak import check_finetune
@@ -33,6 +29,8 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
+from ardor.train.tokens import Tokens, occurrence, prepare_tokens, rows_to_train
+from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -49,7 +47,7 @@ def prepare(config: Finetune) -> Run:
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
-    model, added = _model(config, checkpoint, chats=_chats(rows))
+    model, tokens = _model(config, checkpoint, chats=_chats(rows))
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
@@ -57,8 +55,10 @@ def prepare(config: Finetune) -> Run:
     held = None
     if config.eval_data is not None:
         held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
-    if checkpoint is None:
-        _make_trainable(config, model, added)
+    pad: tuple[str, ...] = ()
+    if tokens is not None:
+        pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
+        _make_trainable(config, model, tokens)
     train, heldout = split(config, data, held)
     run = begin(
         config,
@@ -74,6 +74,7 @@ def prepare(config: Finetune) -> Run:
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
+            *pad,
         ),
     )
     run.opening = _opening(rows[0])
@@ -114,11 +115,10 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it.
-
-    Where nothing `chats`, none is added: a template says that a model was trained on it.
-    """
+def _model(
+    config: Finetune, checkpoint: Path | None, *, chats: bool
+) -> tuple[Model, Tokens | None]:
+    """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
@@ -144,42 +144,22 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    added = config.chat_template is not None or (chats and model.template is None)
-    if checkpoint is None and added:
-        model.template = _template(config, tokenizer_of(model))
-    model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
-    model.generation_config["eos_token_id"] = model.stops.eos_token_id
-    if full:
-        model.config["eos_token_id"] = model.stops.eos_token_id
-    if checkpoint is not None:
-        _require_grad(config, model)
-    return model, added
+    if checkpoint is None:
+        return model, prepare_tokens(config, model, chats=chats)
+    _require_grad(config, model)
+    return model, None
 
 
-def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
-    if config.chat_template is None:
-        return default_template(tokenizer)
-    if config.chat_template == "chatml":
-        return CHATML
-    path = Path(config.chat_template)
-    if not path.is_file():
-        raise ConfigError(
-            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
-        )
-    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
-
-
-def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
+def _make_trainable(config: Finetune, model: Model, tokens: Tokens) -> None:
     if config.method != "full":
         targets = config.target_modules
-        rows = _control_rows(config, model, template_added)
         model.adapter = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
             use_rslora=config.use_rslora,
-            trainable_token_indices=rows,
+            trainable_token_indices=rows_to_train(config, model, tokens),
         )
         disk = model.form.disk_linears()
         add_lora(
@@ -211,19 +191,6 @@ def _require_grad(config: Finetune, model: Model) -> None:
         return
     for parameter in lora_parameters(model.decoder):
         parameter.requires_grad_(True)
-
-
-def _control_rows(config: Finetune, model: Model, template_added: bool) -> tuple[int, ...]:
-    """Control tokens that the template writes, where the model has never been trained on them."""
-    if config.train_control_tokens == "no" or model.template is None:
-        return ()
-    if config.train_control_tokens == "auto" and not template_added:
-        return ()
-    tokenizer = tokenizer_of(model)
-    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    text = model.template.render(probe, add_generation_prompt=True)
-    written = {part for part in tokenizer.split(text) if isinstance(part, int)}
-    return tuple(sorted(written - {tokenizer.special.bos, tokenizer.special.eos}))
 
 
 def _described(model: Model, config: Finetune) -> str:

@@ -1,0 +1,107 @@
+"""The tokens of a model that is fine-tuned: new ones, its chat template, and which rows it trains."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ardor.arch.decoder import Decoder
+from ardor.arch.grow import untrained
+from ardor.chat_format import CHATML_TOKENS, chatml_for, clone_chat_template, setup_chat_format
+from ardor.data.dataset import Dataset
+from ardor.data.sources import Row
+from ardor.errors import ConfigError
+from ardor.files.json import read_text
+from ardor.load import Model, tokenizer_of
+from ardor.text.chat import ChatTemplate
+from ardor.text.templates import default_template
+from ardor.text.tokenizer import Tokenizer
+from ardor.train.config import Finetune
+from ardor.vocabulary import add_tokens, align, head_rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was known of a model's tokens before they were changed."""
+
+    template_added: bool
+    trained: frozenset[int | None]  # BOS and EOS of its pre-training
+
+
+def prepare_tokens(config: Finetune, model: Model, *, chats: bool) -> Tokens:
+    """Add the tokens and the chat template that a run asks for, and have all files name them.
+
+    Where nothing `chats`, no template is added: a template says that a model was trained on it.
+
+    Raises: ConfigError or TextError for a template or token that this model cannot have.
+    """
+    before, special = model.template, tokenizer_of(model).special
+    add_tokens(model, config.add_tokens, seed=config.seed)
+    if config.setup_chat_format:
+        setup_chat_format(model, seed=config.seed)
+    elif config.clone_chat_template is not None:
+        clone_chat_template(model, config.clone_chat_template, seed=config.seed)
+    elif config.chat_template is not None or (chats and model.template is None):
+        model.template = _template(config, tokenizer_of(model))
+    align(model)
+    return Tokens(model.template is not before, frozenset({special.bos, special.eos}))
+
+
+def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
+    if config.chat_template is None:
+        return default_template(tokenizer)
+    if config.chat_template == "chatml":
+        if not {*CHATML_TOKENS} <= tokenizer.added.keys():
+            raise ConfigError(
+                "chat_template=chatml, but the tokenizer lacks <|im_start|> or <|im_end|>; give "
+                "setup_chat_format (--setup-chat-format), which adds and trains them"
+            )
+        return chatml_for(tokenizer)
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ConfigError(
+            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
+        )
+    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
+
+
+def occurrence(data: Dataset, rows: list[Row]) -> Callable[[int], str | None]:
+    """Where the data hold a token, for people; None if nowhere."""
+
+    def where(id: int) -> str | None:
+        places = (data.tokens == id).nonzero()[0]
+        if not len(places):
+            return None
+        example = int(data.starts.searchsorted(places[0], side="right")) - 1
+        return f"{rows[int(data.rows[example])].where}, {len(places):,} times in all"
+
+    return where
+
+
+def rows_to_train(
+    config: Finetune, model: Model, tokens: Tokens
+) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+    """Rows that an adapter trains: of added tokens, and of those in the template never trained.
+
+    Raises: ConfigError if rows that were added are to stay as they are.
+    """
+    if config.train_control_tokens == "no":
+        if model.untrained:
+            raise ConfigError(
+                f"train_control_tokens=no would leave the rows of {len(model.untrained)} added "
+                "tokens as they are for ever; leave it out, or train with method full"
+            )
+        return ()
+    written = _written(model) - tokens.trained
+    if config.train_control_tokens == "auto" and not tokens.template_added:
+        decoder = model.decoder
+        written = {*untrained(decoder, written)} if isinstance(decoder, Decoder) else set()
+    return head_rows(model, tuple(sorted(model.untrained | written)))
+
+
+def _written(model: Model) -> set[int]:
+    """The control tokens that the template writes around a question and an answer."""
+    if model.template is None:
+        return set()
+    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    text = model.template.render(probe, add_generation_prompt=True)
+    return {part for part in tokenizer_of(model).split(text) if isinstance(part, int)}
