@@ -118,25 +118,19 @@ def load_model(
     origin = _origin(Path(name), str(name), adapter)
     quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
-    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
-    found = resolve(origin.base, revision or origin.revision, patterns=patterns)
+    found = _found(origin, revision, use_safetensors=use_safetensors)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
     files, how = opened(files, raw, str(found.path / CONFIG))
     quantizing = wanted(quantization, how, origin.base)
-    asked = (device, attn_implementation, quantizing)
-    held = _Held(found, origin.base, raw, files, dtype, *asked)
+    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantizing)
     theirs = trust_remote_code and not implemented(raw)
     assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    assembled, raw, growths = _grown(assembled, raw, origin)
     decoder, form, precision, placement = assembled
-    growths = _growths(origin.adapter, decoder.facts.vocab)
-    if growths:
-        form, raw = _grown(assembled, raw, growths, origin)
-        assembled = (decoder, form, precision, placement)
     lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
-    text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text, decoder.facts.vocab)
-    count_tokens(decoder, tokenizer)
+    text = _text_home(origin.adapter, found.path)
+    tokenizer, template = _text(text, decoder)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -324,6 +318,11 @@ def _bridged(held: _Held) -> Assembled:
     return decoder, form, precision, None
 
 
+def _found(origin: Origin, revision: str | None, *, use_safetensors: bool) -> Resolved:
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    return resolve(origin.base, revision or origin.revision, patterns=patterns)
+
+
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
     try:
         return open_weights(found.path, use_safetensors=use_safetensors)
@@ -464,9 +463,13 @@ def _growths(adapter: Path | None, rows: int) -> tuple[Growth, ...]:
 
 
 def _grown(
-    assembled: Assembled, config: dict[str, Any], growths: tuple[Growth, ...], origin: Origin
-) -> tuple[Form, dict[str, Any]]:
-    decoder, form, _, placement = assembled
+    assembled: Assembled, config: dict[str, Any], origin: Origin
+) -> tuple[Assembled, dict[str, Any], tuple[Growth, ...]]:
+    """The base as it was when its adapter was trained: with the rows of added tokens."""
+    decoder, form, precision, placement = assembled
+    growths = _growths(origin.adapter, decoder.facts.vocab)
+    if not growths:
+        return assembled, config, ()
     if not isinstance(form, Native) or placement is not None:
         raise ConfigError(
             f"{origin.adapter} adds tokens to {origin.base}, for which its tables must grow; load "
@@ -474,7 +477,7 @@ def _grown(
         )
     for growth in growths:
         form, config = form.grow(decoder, config, growth)
-    return form, config
+    return (decoder, form, precision, placement), config, growths
 
 
 def _adapted(
@@ -508,17 +511,18 @@ def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
-def _text_home(adapter: Path, base: Path) -> Path:
+def _text_home(adapter: Path | None, base: Path) -> Path:
     """Files beside the adapter win: fine-tuning may have set a chat template."""
-    return adapter if (adapter / "tokenizer.json").exists() else base
+    return adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
 
 
-def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def _text(path: Path, decoder: CausalLM) -> tuple[Tokenizer | None, ChatTemplate | None]:
     if not (path / "tokenizer.json").exists():
         return None, None
     tokenizer = Tokenizer.from_directory(path)
-    if problem := lacks_rows(tokenizer, rows):
+    if problem := lacks_rows(tokenizer, decoder.facts.vocab):
         raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
+    count_tokens(decoder, tokenizer)
     return tokenizer, ChatTemplate.from_directory(path)
 
 

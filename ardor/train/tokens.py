@@ -1,4 +1,4 @@
-"""The tokens of a model that is fine-tuned: new ones, its chat template, and which rows it trains."""
+"""The tokens of a model that is fine-tuned: new ones, its template, and which rows it trains."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
