@@ -111,6 +111,7 @@ def _adopt(model: Model, template: ChatTemplate) -> None:
         raise ConfigError(f"{error}; take another template") from error
     model.template = template
     align(model)
-    special = tokenizer_of(model).special
-    if special.pad is None or special.pad in model.stops.ids:
-        set_pad(model)
+    # Rows are being added anyway, so that no stop token has to pad.
+    for strategy in ("auto", "new"):
+        if tokenizer_of(model).special.pad in {None, *model.stops.ids}:
+            set_pad(model, strategy)

@@ -49,6 +49,7 @@ from ardor.quant.fp8 import hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
+from ardor.text.legacy import has_tokenizer
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer, lacks_rows
 
@@ -513,11 +514,11 @@ def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _text_home(adapter: Path | None, base: Path) -> Path:
     """Files beside the adapter win: fine-tuning may have set a chat template."""
-    return adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
+    return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
 def _text(path: Path, decoder: CausalLM) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    if not (path / "tokenizer.json").exists():
+    if not has_tokenizer(path):
         return None, None
     tokenizer = Tokenizer.from_directory(path)
     if problem := lacks_rows(tokenizer, decoder.facts.vocab):

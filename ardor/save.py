@@ -19,6 +19,7 @@ from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.load import CONFIG, GENERATION, Model, Native
 from ardor.packing import saved_config
 from ardor.quant.linear import QuantizedLinear
+from ardor.vocabulary import align
 
 
 def save_model(
@@ -89,6 +90,8 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
+        if model.adapter is not None:
+            align(model)  # what was merged may have brought a template and tokens
         _write_weights(model, directory, max_shard_bytes)
     if model.generation_config:
         _write_json(model, directory / GENERATION, model.generation_config)

@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The Model that load assembled is what these change, and what save takes apart.
     "vocabulary": (*BELOW_3, "form", "load"),
     "chat_format": (*BELOW_3, "load", "vocabulary"),
-    "save": (*BELOW_3, "form", "load", "packing"),
+    "save": (*BELOW_3, "form", "load", "packing", "vocabulary"),
     "data": BELOW_3,
     "outline": BELOW_3,
     "generate": BELOW_4,

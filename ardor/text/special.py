@@ -74,15 +74,44 @@ def read_names(directory: Path) -> dict[str, str]:
     return names
 
 
+def read_extra(directory: Path) -> list[str]:
+    """Further special tokens that the files name: `extra_special_tokens` in transformers 5 (a list,
+    or named ones), `additional_special_tokens` before.
+
+    Raises: CheckpointError for invalid JSON; TextError for a value that is no list of tokens.
+    """
+    config, path = read_config(directory), directory / "tokenizer_config.json"
+    sources = [(config, path)]
+    if "added_tokens_decoder" not in config:
+        path = directory / "special_tokens_map.json"
+        sources.append((_read_object(path), path))
+    found: list[str] = []
+    for source, path in sources:
+        key = "extra_special_tokens" if "extra_special_tokens" in source else None
+        key = key or "additional_special_tokens"
+        value = source.get(key) or ()
+        for token in value.values() if isinstance(value, dict) else value:
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str):
+                raise TextError(
+                    f"{path}: {key} holds {token!r}; expected strings, or objects with 'content'"
+                )
+            found.append(text)
+    return list(dict.fromkeys(found))
+
+
 def read_added(directory: Path) -> dict[int, AddedToken]:
     """Added tokens that the files beside tokenizer.json declare, by id.
 
     Raises: CheckpointError for invalid JSON.
     """
-    found = {
-        id: AddedToken(content, normalized=False)
-        for content, id in _read_object(directory / "added_tokens.json").items()
-    }
+    if "added_tokens_decoder" not in read_config(directory):
+        special = {*read_names(directory).values(), *read_extra(directory)}
+        return {
+            id: AddedToken(content, normalized=content not in special, special=content in special)
+            for content, id in _read_object(directory / "added_tokens.json").items()
+        }
+    found = {}
     for id, token in read_config(directory).get("added_tokens_decoder", {}).items():
         flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip")}
         flags |= {name: token.get(name, False) for name in ("normalized", "special")}
@@ -147,6 +176,8 @@ def _at(step: Any, place: Place) -> Any:
             return step | {"add_prefix_space": False}
         case "Prepend" if place == "middle":
             return None
+        case "Replace" if place != "start" and step["content"] == "▁▁":
+            return None  # SentencePiece's second space at the start of a text
     return step
 
 

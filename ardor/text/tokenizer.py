@@ -6,7 +6,7 @@ in two kinds: template text, in which a control token counts, and content, in wh
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from ardor.errors import TextError
 from ardor.files.atomic import write_atomic
 from ardor.files.json import parse_json, read_text, write_json
+from ardor.text.legacy import read_legacy
 from ardor.text.special import (
     KINDS,
     Place,
@@ -26,6 +27,7 @@ from ardor.text.special import (
     is_tag,
     read_added,
     read_config,
+    read_extra,
     read_names,
     without_control,
 )
@@ -90,28 +92,21 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint directory: tokenizer.json and the names beside it.
 
-        Raises: TextError if tokenizer.json is missing or cannot be understood, or if the files
+        Where there is none, it is made of tokenizer.model (SentencePiece) or vocab.json and
+        merges.txt, to give the same ids.
+
+        Raises: TextError if all of these are missing, or one cannot be understood, or if the files
         disagree; CheckpointError if a JSON file beside it is damaged.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise TextError(_missing(directory))
-        text = read_text(path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more precise
-            parse_json(text, path)
-            raise TextError(
-                f"{path} is JSON but not a tokenizer: {error}; "
-                "fetch the file again, or update the tokenizers package"
-            ) from error
+        backend, names = _read(directory)
         _add_declared(backend, directory)
+        _add_named(backend, names, read_extra(directory))
         length = read_config(directory).get("model_max_length")
         try:
             # transformers writes 1e30 for "no limit"
             known = int(length) if length is not None and 0 < length < 1e9 else None
-            return cls(backend, read_names(directory), known)
+            return cls(backend, names, known)
         except TextError as error:
             raise TextError(f"{directory}: {error}") from error
 
@@ -387,6 +382,23 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         ) from error
 
 
+def _read(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        if (found := read_legacy(directory)) is None:
+            raise TextError(_missing(directory))
+        return found
+    text = read_text(path)
+    try:
+        return tokenizers.Tokenizer.from_str(text), read_names(directory)
+    except Exception as error:  # the library raises nothing more precise
+        parse_json(text, path)
+        raise TextError(
+            f"{path} is JSON but not a tokenizer: {error}; "
+            "fetch the file again, or update the tokenizers package"
+        ) from error
+
+
 def _counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:
     for count, text in enumerate(texts, 1):
         if progress is not None:
@@ -408,10 +420,21 @@ def _add_declared(backend: tokenizers.Tokenizer, directory: Path) -> None:
             )
 
 
+def _add_named(
+    backend: tokenizers.Tokenizer, names: Mapping[str, str], extra: Iterable[str]
+) -> None:
+    """Make tokens that have a part in the files control tokens, as transformers does."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for text in dict.fromkeys([*names.values(), *extra]):
+        # A named token that the vocabulary lacks would get an id that no row was trained for.
+        if text not in known and (text in extra or backend.token_to_id(text) is not None):
+            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+
+
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
         return f"{directory} is not a directory; give the directory that holds tokenizer.json"
-    others = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+    others = ("vocab.json", "merges.txt", "vocab.txt")
     present = [name for name in others if (directory / name).is_file()]
     if not present:
         return (
