@@ -19,6 +19,7 @@ from ardor.errors import TextError
 from ardor.files.atomic import write_atomic
 from ardor.files.json import parse_json, read_text, write_json
 from ardor.text.legacy import read_legacy
+from ardor.text.padding import Padded, Side, pad
 from ardor.text.special import (
     KINDS,
     Place,
@@ -308,6 +309,23 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @property
+    def filler(self) -> int:
+        """What fills up a padded row: the padding token, else EOS, else id 0; masks decide."""
+        known = (self.special.pad, self.special.eos, 0)
+        return next(id for id in known if id is not None)
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Side = "left", *, multiple_of: int = 1
+    ) -> Padded:
+        """Rows of ids as a rectangle with its mask and positions, for other tools.
+
+        "left" is for generation, "right" for training; a model gives the same logits for either.
+
+        Raises: TextError as `padding.pad`.
+        """
+        return pad(rows, self.filler, side, multiple_of)
 
     @cached_property
     def reaches_unk(self) -> bool:
