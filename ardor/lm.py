@@ -1,5 +1,6 @@
 """The surface: a loaded model with everything one does with it."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -143,12 +144,12 @@ def load(
     model that we do not implement is run by transformers, with `trust_remote_code` only, as is code
     in its repository if it names some; a line on stderr says what runs, of which revision, before
     it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
-    otherwise, with torch's restricted reader.
+    otherwise, with torch's restricted reader. What was chosen, and why, is one line on stderr.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    return LM(
+    lm = LM(
         load_model(
             name,
             dtype=_dtype(dtype, torch_dtype),
@@ -163,6 +164,17 @@ def load(
             use_safetensors=use_safetensors,
         )
     )
+    print(f"{name}{_held(lm.model)}", file=sys.stderr)
+    return lm
+
+
+def _held(model: Model) -> str:
+    at = "" if model.revision is None else f" at {model.revision[:12]}"
+    form = "" if model.quantization is None else f"linears in {model.quantization}, other "
+    text = f"{at}: {form}{model.precision}, on {model.decoder.device}"
+    if model.placement is not None:
+        text = f"{text}; {model.placement.summary()}"
+    return text if model.adapter is None else f"{text}, adapter on {model.source}"
 
 
 def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:

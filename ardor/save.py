@@ -122,9 +122,7 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    # A config.json that was read is written as it was; a new one says what older readers look for.
-    config = model.config if CONFIG in model.texts else with_older_keys(model.config)
-    config = config | changed
+    config = with_older_keys(model.config) | changed
     if isinstance(form, Native):
         compute = model.precision.compute
         config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)

@@ -187,6 +187,15 @@ def test_the_accepted_spellings_of_four_bits_and_of_a_device(world):
         public_load(world.base, attn_implementation="flash")
 
 
+def test_what_was_chosen_and_why_is_said_once(world, capfd):
+    public_load(world.base, dtype="bfloat16")
+    out, said = capfd.readouterr()
+    wanted = "weights in bfloat16, computing in bfloat16 (as asked), on cpu"
+    assert (out, said) == ("", f"{world.base}: {wanted}\n")
+    public_load(world.qlora)
+    assert "linears in nf4, other weights in float32" in capfd.readouterr().err
+
+
 def test_what_other_loaders_take_for_granted_is_accepted(world):
     defaults = {"load_in_8bit": False, "trust_remote_code": False, "max_memory": None}
     assert public_load(world.base, **defaults, offload_folder=None)

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ardor.cli.console import remarks
 from ardor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,11 +48,11 @@ class ModelFlags:
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
 
     def load(self, name: str) -> LM:
-        """The model, with one line on stderr that says how it is held."""
+        """The model; how it is held is said on stderr."""
         from ardor.lm import load  # later: help needs no torch
         from ardor.load import default_device
 
-        lm = load(
+        return load(
             name,
             device_map=_devices(self.device_map) or str(default_device()),
             max_memory=_amounts(self.max_memory),
@@ -68,14 +67,6 @@ class ModelFlags:
             trust_remote_code=self.trust_remote_code,
             use_safetensors=self.use_safetensors,
         )
-        model = lm.model
-        at = "" if model.revision is None else f" at {model.revision[:12]}"
-        form = "" if model.quantization is None else f"linears in {model.quantization}, other "
-        text = f"{name}{at}: {form}{model.precision}, on {model.decoder.device}"
-        if model.placement is not None:
-            text = f"{text}; {model.placement.summary()}"
-        remarks().print(text if model.adapter is None else f"{text}, adapter on {model.source}")
-        return lm
 
 
 def _devices(given: str | None) -> str | dict[str, str | int] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from ardor.files.json import read_json
 from ardor.files.weights import open_weights
 
 V, T = 53, 24
@@ -112,3 +113,24 @@ def contents(directory: Path) -> dict[str, tuple[str, list[int], bytes]]:
         name: (str(t.dtype), list(t.shape), t.reshape(-1).view(torch.uint8).numpy().tobytes())
         for name, t in held.items()
     }
+
+
+# Beside newer keys that say the same; see `ardor.families.older`.
+OLDER = {"torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+OLDER |= {"partial_rotary_factor", "rotary_emb_base", "rotary_pct", "num_experts"}
+
+
+def assert_config_kept(after: Path, before: Path) -> None:
+    """config.json says what it said, and besides only what older readers look for."""
+    kept, found = read_json(before / "config.json"), read_json(after / "config.json")
+    _assert_kept(kept, found)
+
+
+def _assert_kept(kept: dict[str, Any], found: dict[str, Any]) -> None:
+    inner = kept.get("text_config")
+    if isinstance(inner, dict):
+        _assert_kept(inner, found["text_config"])
+    assert {key: found[key] for key in kept if key != "text_config"} == {
+        key: value for key, value in kept.items() if key != "text_config"
+    }
+    assert {*found} - {*kept} <= OLDER

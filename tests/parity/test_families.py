@@ -11,10 +11,21 @@ import torch
 import ardor
 from ardor.arch.cache import KVCache
 from ardor.arch.layout import Packed
-from ardor.files.json import read_json
 
 from .cases import CASES
-from .peer import CLOSE, Case, T, contents, logits, peer, reader, reloaded, saved, tokens
+from .peer import (
+    CLOSE,
+    Case,
+    T,
+    assert_config_kept,
+    contents,
+    logits,
+    peer,
+    reader,
+    reloaded,
+    saved,
+    tokens,
+)
 
 FIRST = {case.model_type: name for name, case in reversed(CASES.items())}.values()
 sweep = pytest.mark.sweep
@@ -134,7 +145,7 @@ def test_what_is_loaded_is_saved_bit_for_bit(tmp_path, case):
     before = saved(theirs, tmp_path / "before")
     ardor.load(before).save(tmp_path / "after")
     assert contents(tmp_path / "after") == contents(before)
-    assert read_json(tmp_path / "after" / "config.json") == read_json(before / "config.json")
+    assert_config_kept(tmp_path / "after", before)
     again = logits(reloaded(tmp_path / "after", case), tokens())
     assert torch.equal(again, logits(reloaded(before, case), tokens()))
 
