@@ -1,10 +1,12 @@
 """Tokens added to a model that is loaded, its padding token, and files that agree afterwards."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken
@@ -344,3 +346,30 @@ def test_tokens_are_added_before_an_adapter_not_under_it(tmp_path: Path):
     with pytest.raises(ConfigError, match="under an adapter; merge"):
         add_tokens(lm.model, ["<tool>"])
     assert tokenizer_of(lm.model).id("<tool>") is None
+
+
+def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_path: Path):
+    folder, written = made(tmp_path / "m", rows=320), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(60)),
+        model_writer=written,
+        model_type="bpe",
+        byte_fallback=True,
+        vocab_size=310,
+        hard_vocab_limit=False,
+        minloglevel=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    lm = ardor.load(folder, dtype="float32")
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    text = "the cat  saw naïve 你好"
+    assert lm.tokenizer.encode(text) == [theirs.bos_id(), *theirs.encode(text)]
+    assert lm.model.stops.ids >= {theirs.eos_id()}
+    assert lm.generate("the cat", max_new_tokens=4).tokens
+    lm.save(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(text)["input_ids"] == lm.tokenizer.encode(text)

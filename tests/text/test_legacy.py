@@ -13,6 +13,7 @@ from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
 from ardor.errors import CheckpointError, TextError
 from ardor.text.legacy import has_tokenizer
+from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 
 from .conftest import TEXTS
@@ -180,3 +181,20 @@ def test_merges_that_do_not_fit_are_told_with_their_line(tokenizer: Tokenizer, t
     byte_level(folder, tokenizer, "RobertaTokenizer")
     with pytest.raises(TextError, match="of a RobertaTokenizer, of which only transformers knows"):
         Tokenizer.from_directory(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 100_000), max_size=20))
+def test_any_ids_stream_as_they_decode(pair: Any, numbers: list[int]):
+    ours, _, _ = pair
+    ids = [number % ours.vocab_rows for number in numbers]
+    decoder = StreamDecoder(ours)
+    given_out = "".join(map(decoder.push, ids)) + decoder.flush()
+    assert given_out == ours.decode(ids)
+
+
+def test_a_gigantic_text_is_encoded_in_time_that_grows_with_it(pair: Any):
+    ours, theirs, _ = pair
+    text = " ".join(TEXTS[:6]) * 1000
+    assert len(text) > 150_000
+    assert ours.encode_template(text) == theirs.encode(text)
