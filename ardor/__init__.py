@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
+    from ardor.preview import preview
     from ardor.quantize import quantize
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ PUBLIC = {
     "setup_chat_format": "ardor.lm",
     "clone_chat_template": "ardor.lm",
     "doctor": "ardor.doctor",
+    "preview": "ardor.preview",
     "quantize": "ardor.quantize",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "clone_chat_template",
     "doctor",
     "load",
+    "preview",
     "quantize",
     "save",
     "setup_chat_format",

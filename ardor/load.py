@@ -116,7 +116,7 @@ def load_model(
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
-    origin = _origin(Path(name), str(name), adapter)
+    origin = find_origin(Path(name), str(name), adapter)
     quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
     found = _found(origin, revision, use_safetensors=use_safetensors)
@@ -125,13 +125,13 @@ def load_model(
     files, how = opened(files, raw, str(found.path / CONFIG))
     quantizing = wanted(quantization, how, origin.base)
     held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantizing)
-    theirs = trust_remote_code and not implemented(raw)
-    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    assembled = _assembled(held, check_finite, trusted=trust_remote_code)
     assembled, raw, growths = _grown(assembled, raw, origin)
     decoder, form, precision, placement = assembled
     lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
-    text = _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text, decoder)
+    text = text_home(origin.adapter, found.path)
+    tokenizer, template = read_texts(text, decoder.facts.vocab)
+    count_tokens(decoder, tokenizer)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -154,7 +154,7 @@ def load_model(
     )
 
 
-def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
+def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     """Follow a run folder to its newest checkpoint, and an adapter to its base."""
     if not name:  # as a path it would be the current directory
         raise CheckpointError("the model's name is empty; give a directory or a hub id")
@@ -229,6 +229,12 @@ class _Held:
 
 
 Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _assembled(held: _Held, check_finite: bool, *, trusted: bool) -> Assembled:
+    """Our decoder; transformers' model where we have none and it is trusted."""
+    theirs = trusted and not implemented(held.config)
+    return _bridged(held) if theirs else _implemented(held, check_finite)
 
 
 def _implemented(held: _Held, check_finite: bool) -> Assembled:
@@ -512,18 +518,18 @@ def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
-def _text_home(adapter: Path | None, base: Path) -> Path:
+def text_home(adapter: Path | None, base: Path) -> Path:
     """Files beside the adapter win: fine-tuning may have set a chat template."""
     return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
-def _text(path: Path, decoder: CausalLM) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def read_texts(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """A checkpoint's tokenizer and chat template, for a model with so many embedding rows."""
     if not has_tokenizer(path):
         return None, None
     tokenizer = Tokenizer.from_directory(path)
-    if problem := lacks_rows(tokenizer, decoder.facts.vocab):
+    if problem := lacks_rows(tokenizer, rows):
         raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
-    count_tokens(decoder, tokenizer)
     return tokenizer, ChatTemplate.from_directory(path)
 
 

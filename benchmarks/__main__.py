@@ -1,24 +1,25 @@
 """`python -m benchmarks TASK`: us and a peer in turn, in one run, and the ratio.
 
 load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
-disk; offload-load: how often a second it can be loaded so.
+disk; offload-load: how often a second it can be loaded so; lora, qlora: seconds a step and peak.
 """
 
 import argparse
 import json
 import os
 
-from benchmarks import load_quantized
+from benchmarks import load_quantized, tune
 from benchmarks.duel import duel
 from benchmarks.load import load_duel
 from benchmarks.shapes import MODELS
 
 OFFLOAD = ("offload", "offload-load")
+TUNE = ("lora", "qlora")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("task", choices=["decode", "prefill", "train", "load", *OFFLOAD])
+    parser.add_argument("task", choices=["decode", "prefill", "train", "load", *OFFLOAD, *TUNE])
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
     )
@@ -41,6 +42,10 @@ def main() -> None:
         return
     if args.task == "load":
         print(json.dumps(load_duel(args.model, args.rounds, options), indent=2))
+        return
+    if args.task in TUNE:
+        given = {"task": args.task, "model": args.model, "threads": args.threads, "steps": 3}
+        print(json.dumps(tune.duel(args.rounds, given), indent=2))
         return
     if args.task == "train":
         options["compiled"] = args.compile

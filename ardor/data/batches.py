@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ardor.data.dataset import Dataset, permutation, shift
 from ardor.errors import ConfigError, DataError
-from ardor.text.tokenizer import Tokenizer
 
 WINDOW = 1024  # examples sorted together while bins are filled: fuller bins against more mixing
 
@@ -26,11 +25,6 @@ class Position(NamedTuple):
 
     epoch: int = 0
     index: int = 0
-
-
-class Span(NamedTuple):
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +160,3 @@ def _fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[tuple[int
                 bins.append([i])
             bisect.insort(room, (free - size, which))
     return [tuple(indices) for indices in bins]
-
-
-def preview(dataset: Dataset, tokenizer: Tokenizer, count: int) -> list[list[Span]]:
-    """The first `count` examples as text, in runs that are trained on and runs that are not.
-
-    The first token of an example is never trained on, whatever its mark says.
-    """
-    shown = []
-    for index in range(min(count, len(dataset))):
-        example = dataset[index]
-        marks = (False, *example.supervised[1:])
-        borders = [i for i in range(1, len(marks)) if marks[i] != marks[i - 1]]
-        spans, done = [], ""
-        for start, stop in zip([0, *borders], [*borders, len(marks)], strict=True):
-            # Decoded from the start: on its own a run may lose its leading space.
-            text = tokenizer.decode(list(example.tokens[:stop]))
-            spans.append(Span(text[len(done) :], marks[start]))
-            done = text
-        shown.append(spans)
-    return shown

@@ -20,7 +20,7 @@ from ardor.data.formats import Format, examples_of, recognise
 from ardor.data.sources import Row
 from ardor.errors import ConfigError, DataError, ShapeError
 from ardor.loss import IGNORE
-from ardor.text.chat import ChatTemplate
+from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.example import Example
 from ardor.text.tokenizer import Tokenizer
 
@@ -120,6 +120,7 @@ class Dataset:
         max_length: int | None = None,
         over_length: OverLength = "drop",
         vocab: int | None = None,
+        train_on: TrainOn = "all",
         progress: Progress | None = None,
     ) -> "Dataset":
         """The examples of `rows`, none longer than `max_length` tokens (None: no limit).
@@ -134,6 +135,7 @@ class Dataset:
           its stop token; where that leaves no prompt token the example is dropped and counted.
         - "error": refused, naming the row.
 
+        Of a conversation's answers `train_on` says which are trained on, where its messages do not.
         Examples with no target are left out and counted. A tokenizer may know added tokens that
         the model lacks: `vocab` are the ids that it has.
 
@@ -151,7 +153,7 @@ class Dataset:
                     f"{first.name!r}; keep one format per file"
                 )
             builder.begin_row(format.name, format.unread(row.values))
-            examples = examples_of(row, tokenizer, template)
+            examples = examples_of(row, tokenizer, template, train_on)
             builder.counts["empty"] += not examples
             for example in examples:
                 if vocab is not None and (high := max(example.tokens, default=0)) >= vocab:

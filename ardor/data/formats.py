@@ -7,8 +7,9 @@ from typing import Any
 
 from ardor.data.sources import Row
 from ardor.errors import DataError, TextError
-from ardor.text.chat import ChatTemplate, checked, supervise
+from ardor.text.chat import ChatTemplate, TrainOn, checked, supervise
 from ardor.text.example import Example, completion, document
+from ardor.text.messages import text_of
 from ardor.text.tokenizer import Tokenizer
 
 Values = Mapping[str, Any]
@@ -80,12 +81,15 @@ def recognise(values: Values, where: str = "the row") -> Format:
     )
 
 
-def examples_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Example]:
+def examples_of(
+    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn = "all"
+) -> list[Example]:
     """The token sequences of a row, usually one, each ending with a stop token that is trained on.
 
     Messages, ShareGPT, question/answer and instruction rows become conversations and need a chat
     template. A prompt and a completion are messages if they are lists of messages, and are joined
-    as they are, without any template, if they are strings. In a prompt nothing is trained on.
+    as they are, without any template, if they are strings. In a prompt nothing is trained on; of a
+    conversation's answers, `train_on` and the messages' own flags say which are.
     A row with no answer, or with blank ones only, gives no example.
 
     Raises: DataError naming the row.
@@ -99,13 +103,16 @@ def examples_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -
             if not content.completion.strip():
                 return []
             return [completion(tokenizer, content.prompt, content.completion)]
-        return _conversation(content, tokenizer, template)
+        return _conversation(content, tokenizer, template, train_on)
     except (DataError, TextError) as error:
         raise DataError(f"{row.where} ({format.name}): {error}") from error
 
 
 def _conversation(
-    conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate | None
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    train_on: TrainOn,
 ) -> list[Example]:
     if template is None:
         raise DataError(
@@ -113,31 +120,14 @@ def _conversation(
             "chat_template=chatml, or use the columns prompt and completion"
         )
     messages, given = checked(conversation.messages), conversation.given
-    answers = [message["content"] for message in messages[given:] if _role(message) == "assistant"]
-    if not any(answer.strip() for answer in answers):
+    answers = [message for message in messages[given:] if _role(message) == "assistant"]
+    if not any(text_of(answer).strip() or answer.get("tool_calls") for answer in answers):
         return []
-    examples = supervise(tokenizer, template, messages)
-    return _unmark(examples, sum(_role(message) == "assistant" for message in messages[:given]))
+    return supervise(tokenizer, template, messages, train_on=train_on, given=given)
 
 
 def _role(message: object) -> object:
     return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _unmark(examples: list[Example], answers: int) -> list[Example]:
-    """The examples without supervision of the first `answers` answers, each of which is one run."""
-    if not answers:
-        return examples
-    changed = []
-    for example in examples:
-        flags = list(example.supervised)
-        for i, flag in enumerate(example.supervised):
-            starts = flag and not (i and example.supervised[i - 1])
-            if starts and (answers := answers - 1) < 0:
-                break
-            flags[i] = False
-        changed.append(Example(example.tokens, tuple(flags)))
-    return [example for example in changed if any(example.supervised)]
 
 
 # ---- reading values ----

@@ -215,6 +215,14 @@ class Tokenizer:
         marked = zip(found.ids, found.special_tokens_mask, strict=True)
         return tuple(id for id, _ in takewhile(lambda pair: pair[1], marked))
 
+    @cached_property
+    def normalizes_control(self) -> bool:
+        """Is a control token looked for in normalized text, where several spellings give it?"""
+        tokens = self._backend.get_added_tokens_decoder()
+        return self._backend.normalizer is not None and any(
+            token.normalized for id, token in tokens.items() if id in self.control
+        )
+
     @property
     def adds_bos(self) -> bool:
         """Does plain encoding put anything before a text?"""

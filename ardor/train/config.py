@@ -215,8 +215,12 @@ class Finetune(Optimisation):
     train_control_tokens: Literal["auto", "yes", "no"] = "auto"
     """Train the embedding rows of the chat's control tokens; auto: where they never were."""
     chat_template: str | None = None
-    """A jinja file, or chatml. Default: the model's own; for a model without one, ChatML where the
-    tokenizer has its control tokens, else plain headings."""
+    """A template's name (chatml, llama3, qwen3, ...: docs/CHAT.md lists them) or a jinja file.
+    Default: the model's own; for a model without one, ChatML where the tokenizer has its control
+    tokens, else plain headings."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained on. A message's own "train": true or false (or
+    OpenAI's "weight": 1 or 0) goes before."""
     setup_chat_format: bool = False
     """Give a base model without a chat template ChatML, with its two tokens; their rows are
     trained."""

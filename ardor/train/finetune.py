@@ -29,7 +29,7 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
-from ardor.train.tokens import Tokens, occurrence, prepare_tokens, rows_to_train
+from ardor.train.tokens import Tokens, chats, occurrence, prepare_tokens, rows_to_train
 from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -47,7 +47,7 @@ def prepare(config: Finetune) -> Run:
     rows = [*islice(rows, 1), *rows]
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
-    model, tokens = _model(config, checkpoint, chats=_chats(rows))
+    model, tokens = _model(config, checkpoint, rows)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
@@ -72,6 +72,7 @@ def prepare(config: Finetune) -> Run:
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            *_template_note(model, config, rows),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *pad,
@@ -79,20 +80,6 @@ def prepare(config: Finetune) -> Run:
     )
     run.opening = _opening(rows[0])
     return run
-
-
-def _chats(rows: list[Row]) -> bool:
-    """Whether a chat template is needed: texts and completions are learnt without one.
-
-    A row that cannot be read counts, and is told of with its place when it is encoded.
-    """
-    plain = {"text", "prompt-completion"}
-    for row in rows:
-        format = recognise(row.values, row.where)
-        strings = all(isinstance(row.values[column], str) for column in format.columns)
-        if format.name not in plain or not strings:
-            return True
-    return False
 
 
 def _opening(row: Row) -> str | None:
@@ -112,11 +99,12 @@ def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dat
         max_length=limit,
         over_length=config.over_length,
         vocab=model.decoder.facts.vocab,
+        train_on=config.train_on,
     )
 
 
 def _model(
-    config: Finetune, checkpoint: Path | None, *, chats: bool
+    config: Finetune, checkpoint: Path | None, rows: list[Row]
 ) -> tuple[Model, Tokens | None]:
     """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
@@ -145,7 +133,7 @@ def _model(
     model.precision = precision
     model.decoder.compute = precision.compute
     if checkpoint is None:
-        return model, prepare_tokens(config, model, chats=chats)
+        return model, prepare_tokens(config, model, rows)
     _require_grad(config, model)
     return model, None
 
@@ -199,6 +187,14 @@ def _described(model: Model, config: Finetune) -> str:
     held = sum(t.nbytes for t in (*parameters, *model.decoder.buffers()))
     text = f"{config.method}, {trained / 1e6:.2f} M trained parameters, {held / 2**20:.0f} MiB"
     return text + (f", base in {model.quantization}" if model.quantization else "")
+
+
+def _template_note(model: Model, config: Finetune, rows: list[Row]) -> tuple[str, ...]:
+    """Which template conversations were rendered by, and which of their answers are trained on."""
+    if model.template is None or not chats(rows):
+        return ()
+    which = "every answer" if config.train_on == "all" else "the last answer"
+    return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)
 
 
 def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:

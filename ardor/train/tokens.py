@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ardor.arch.decoder import Decoder
 from ardor.arch.grow import untrained
-from ardor.chat_format import CHATML_TOKENS, chatml_for, clone_chat_template, setup_chat_format
+from ardor.chat_format import CHATML_TOKENS, clone_chat_template, setup_chat_format
 from ardor.data.dataset import Dataset
+from ardor.data.formats import recognise
 from ardor.data.sources import Row
 from ardor.errors import ConfigError
-from ardor.files.json import read_text
 from ardor.load import Model, tokenizer_of
 from ardor.text.chat import ChatTemplate
-from ardor.text.templates import default_template
+from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.vocabulary import add_tokens, align, head_rows
@@ -27,10 +26,8 @@ class Tokens:
     trained: frozenset[int | None]  # BOS and EOS of its pre-training
 
 
-def prepare_tokens(config: Finetune, model: Model, *, chats: bool) -> Tokens:
+def prepare_tokens(config: Finetune, model: Model, rows: list[Row]) -> Tokens:
     """Add the tokens and the chat template that a run asks for, and have all files name them.
-
-    Where nothing `chats`, no template is added: a template says that a model was trained on it.
 
     Raises: ConfigError or TextError for a template or token that this model cannot have.
     """
@@ -40,28 +37,45 @@ def prepare_tokens(config: Finetune, model: Model, *, chats: bool) -> Tokens:
         setup_chat_format(model, seed=config.seed)
     elif config.clone_chat_template is not None:
         clone_chat_template(model, config.clone_chat_template, seed=config.seed)
-    elif config.chat_template is not None or (chats and model.template is None):
-        model.template = _template(config, tokenizer_of(model))
+    else:
+        model.template = template_for(config.chat_template, tokenizer_of(model), before, rows)
     align(model)
     return Tokens(model.template is not before, frozenset({special.bos, special.eos}))
 
 
-def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
-    if config.chat_template is None:
-        return default_template(tokenizer)
-    if config.chat_template == "chatml":
-        if not {*CHATML_TOKENS} <= tokenizer.added.keys():
-            raise ConfigError(
-                "chat_template=chatml, but the tokenizer lacks <|im_start|> or <|im_end|>; give "
-                "setup_chat_format (--setup-chat-format), which adds and trains them"
-            )
-        return chatml_for(tokenizer)
-    path = Path(config.chat_template)
-    if not path.is_file():
+def template_for(
+    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, rows: list[Row]
+) -> ChatTemplate | None:
+    """The template that conversations are rendered by: as asked, the model's own, or a default.
+
+    None where the model has none and nothing in `rows` needs one: a template says that a model was
+    trained on it.
+
+    Raises: TextError or ConfigError if what is asked for is unknown, or needs tokens that the
+    tokenizer lacks.
+    """
+    if asked == "chatml" and not {*CHATML_TOKENS} <= tokenizer.added.keys():
         raise ConfigError(
-            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
+            "chat_template=chatml, but the tokenizer lacks <|im_start|> or <|im_end|>; give "
+            "setup_chat_format (--setup-chat-format), which adds and trains them"
         )
-    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
+    if asked is not None:
+        return template_named(asked, tokenizer)
+    return default_template(tokenizer) if own is None and chats(rows) else own
+
+
+def chats(rows: list[Row]) -> bool:
+    """Whether a chat template is needed: texts and completions are learnt without one.
+
+    A row that cannot be read counts, and is told of with its place when it is encoded.
+    """
+    plain = {"text", "prompt-completion"}
+    for row in rows:
+        format = recognise(row.values, row.where)
+        strings = all(isinstance(row.values[column], str) for column in format.columns)
+        if format.name not in plain or not strings:
+            return True
+    return False
 
 
 def occurrence(data: Dataset, rows: list[Row]) -> Callable[[int], str | None]:
