@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ardor.data.batches import Batch, BatchPlan
+from ardor.data.choices import OverLength, Preferences
 from ardor.data.dataset import Census, Dataset
-from ardor.data.sources import Row, read_rows
+from ardor.data.mixture import Mixture
+from ardor.data.readers import Row
+from ardor.data.sources import read_rows
 from ardor.errors import ConfigError
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
@@ -26,9 +29,10 @@ from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.run import split
-from ardor.train.tokens import template_for
+from ardor.train.tokens import chats, template_for
 
-PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")  # no weights
+PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
+PATTERNS += ("tokenizer.model", "merges.txt")  # no weights
 Kind = Literal["text", "control"]
 
 
@@ -42,8 +46,10 @@ class Settings:
     """Which answers of a conversation are trained on; a message's own "train" goes before."""
     max_length: int = 1024
     """Longest example in tokens."""
-    over_length: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: text is cut into pieces, prompts lose their start; counted."""
+    over_length: OverLength = "truncate_left"
+    """What happens to longer ones: see `ardor finetune --help`; counted."""
+    preferences: Preferences = "refuse"
+    """Of rows that compare two answers: refuse them, or train on the chosen one."""
     tokens_per_batch: int | None = None
     """Fill micro-batches with whole documents up to this many tokens."""
     per_device_train_batch_size: int = 8
@@ -143,8 +149,13 @@ def preview(
     if rows < 1:
         raise ConfigError(f"rows={rows}; at least 1 can be shown")
     texts = _texts(str(model), settings.revision)
-    read = list(read_rows(data))
-    template = template_for(settings.chat_template, texts.tokenizer, texts.template, read)
+    read = list(Mixture(str(data)) if isinstance(data, str | Path) else read_rows(data))
+    template = template_for(
+        settings.chat_template,
+        texts.tokenizer,
+        texts.template,
+        lambda: chats(read, settings.preferences),
+    )
     limit = min(settings.max_length, texts.positions)
     dataset = Dataset.build(
         read,
@@ -152,13 +163,14 @@ def preview(
         template,
         max_length=limit,
         over_length=settings.over_length,
+        preferences=settings.preferences,
         vocab=texts.vocab,
         train_on=settings.train_on,
     )
     plan = _plan(dataset, settings)
     stops = stops_of(texts.tokenizer, template, texts.generation, texts.config)
     planned = plan.epoch(0)
-    kept = {int(row) for row in dataset.rows}
+    kept = {int(row) for row in dataset.row_of}
     lost = [read[i].where for i in range(len(read)) if i not in kept]
     return Preview(
         model=str(model),
@@ -253,10 +265,11 @@ def _document(
     targets = [IGNORE, *batch.targets[0, start : stop - 1].tolist()]
     trained = [target != IGNORE for target in targets]
     index = batch.examples[place]
-    siblings = [int(i) for i in (dataset.rows == dataset.rows[index]).nonzero()[0]]
+    row_of = dataset.row_of
+    siblings = [int(i) for i in (row_of == row_of[index]).nonzero()[0]]
     part = f"{siblings.index(index) + 1} of {len(siblings)}" if len(siblings) > 1 else ""
     return Document(
-        where=read[int(dataset.rows[index])].where,
+        where=read[int(row_of[index])].where,
         part=part,
         cells=tuple(_cells(tokens, trained, tokenizer, stops.ids)),
         tokens=len(tokens),

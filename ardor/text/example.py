@@ -1,6 +1,6 @@
 """One training document: its tokens, and which of them are trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ardor.errors import TextError
@@ -84,6 +84,29 @@ def pad_examples(
     ]
     length = len(found.input_ids[0])
     return found._replace(labels=[filled(row, IGNORED, length, side) for row in labels])
+
+
+def segments(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]]) -> Example:
+    """Runs of text as (text, whether it is trained on), encoded apart and joined.
+
+    Begins as the tokenizer begins a text; control tokens count; nothing is put at the end, so a
+    stop token is learnt only where a text spells it.
+    """
+    example = EMPTY
+    for text, supervised in parts:
+        if not example.tokens:
+            ids = tokenizer.encode(text)
+        else:
+            ids, place = [], "middle"
+            for part in tokenizer.split(text):
+                if isinstance(part, int):
+                    ids.append(part)
+                    place = "segment"
+                else:
+                    ids += tokenizer.encode_content(part, place=place)
+                    place = "middle"
+        example = example.then(ids, supervised=supervised)
+    return example
 
 
 def _stop(tokenizer: Tokenizer, stop_id: int | None) -> int:

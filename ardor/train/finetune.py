@@ -1,7 +1,6 @@
 """`ardor finetune`: a model that exists, on examples of what it should do."""
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -9,9 +8,14 @@ import torch
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
-from ardor.data.dataset import Dataset
-from ardor.data.formats import Completion, Conversation, recognise
-from ardor.data.sources import Row, read_rows
+from ardor.data.cache import Encoding, encode
+from ardor.data.formats import (
+    Completion,
+    Segments,
+    Text,
+)
+from ardor.data.mixture import Mixture
+from ardor.data.readers import Row
 from ardor.errors import ConfigError
 from ardor.load import Model, default_device, load_model, tokenizer_of
 from ardor.precision import training_compute
@@ -29,7 +33,14 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
-from ardor.train.tokens import Tokens, chats, occurrence, prepare_tokens, rows_to_train
+from ardor.train.tokens import (
+    Tokens,
+    chats,
+    content_of,
+    occurrence,
+    prepare_tokens,
+    rows_to_train,
+)
 from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -43,18 +54,17 @@ def prepare(config: Finetune) -> Run:
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")
-    rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
-    rows = [*islice(rows, 1), *rows]
+    rows = Mixture(config.data, streaming=config.streaming)
+    apart = Mixture(config.eval_data) if config.eval_data else None
+    first = list(rows.first_rows())  # a missing file is told before a model is loaded
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
-    model, tokens = _model(config, checkpoint, rows)
+    model, tokens = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
-    data = _dataset(rows, model, config, limit)
-    held = None
-    if config.eval_data is not None:
-        held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
+    data, kept = _dataset(rows, model, config, limit)
+    held = None if apart is None else _dataset(apart, model, config, limit).dataset
     pad: tuple[str, ...] = ()
     if tokens is not None:
         pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
@@ -68,43 +78,45 @@ def prepare(config: Finetune) -> Run:
         evaluate=lambda: (
             [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
         ),
+        mixture=rows,
         notes=(
-            data_note(data, train, heldout, limit),
+            *data_note(data, train, heldout, limit, kept),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
-            *_template_note(model, config, rows),
+            *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *pad,
         ),
     )
-    run.opening = _opening(rows[0])
+    run.opening = _opening(first[0], config)
     return run
 
 
-def _opening(row: Row) -> str | None:
+def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    content = recognise(row.values, row.where).read(row.values)
-    if isinstance(content, Conversation):
-        return None
-    text = content.prompt if isinstance(content, Completion) else content.text
-    return " ".join(text.split()[:8]) or "The"
+    match content_of(row, config.preferences):
+        case Text(text) | Completion(text) | Segments(((text, _), *_)):
+            return " ".join(text.split()[:8]) or "The"
+    return None
 
 
-def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dataset:
-    return Dataset.build(
+def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
+    return encode(
         rows,
         tokenizer_of(model),
         model.template,
         max_length=limit,
         over_length=config.over_length,
+        preferences=config.preferences,
         vocab=model.decoder.facts.vocab,
         train_on=config.train_on,
+        cache=config.cache,
     )
 
 
 def _model(
-    config: Finetune, checkpoint: Path | None, rows: list[Row]
+    config: Finetune, checkpoint: Path | None, first: list[Row]
 ) -> tuple[Model, Tokens | None]:
     """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
@@ -133,7 +145,7 @@ def _model(
     model.precision = precision
     model.decoder.compute = precision.compute
     if checkpoint is None:
-        return model, prepare_tokens(config, model, rows)
+        return model, prepare_tokens(config, model, first)
     _require_grad(config, model)
     return model, None
 
@@ -189,9 +201,9 @@ def _described(model: Model, config: Finetune) -> str:
     return text + (f", base in {model.quantization}" if model.quantization else "")
 
 
-def _template_note(model: Model, config: Finetune, rows: list[Row]) -> tuple[str, ...]:
+def _template_note(model: Model, config: Finetune, first: list[Row]) -> tuple[str, ...]:
     """Which template conversations were rendered by, and which of their answers are trained on."""
-    if model.template is None or not chats(rows):
+    if model.template is None or not chats(first, config.preferences):
         return ()
     which = "every answer" if config.train_on == "all" else "the last answer"
     return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)

@@ -6,12 +6,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ardor import __version__
 from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
+from ardor.data.mixture import Mixture
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
 from ardor.files.runs import checkpoints, newest_checkpoint
@@ -124,13 +127,28 @@ def split(
     return data.split(config.eval_fraction, config.seed)
 
 
-def data_note(data: Dataset, train: Dataset, heldout: Dataset | None, limit: int) -> str:
-    """Where every row went, for people."""
+def data_note(
+    data: Dataset, train: Dataset, heldout: Dataset | None, limit: int, kept: str | None
+) -> tuple[str, ...]:
+    """Where every row went, and what is `kept` of them for the next run, for people."""
     held = "nothing" if heldout is None else f"{len(heldout):,} examples"
-    return (
+    note = (
         f"data: {data.census.summary()}, each at most {limit:,} tokens; "
         f"trained on {len(train):,}, held out {held}"
     )
+    return (note,) if kept is None else (note, kept)
+
+
+def _mixture_note(plan: BatchPlan, mixture: Mixture) -> str:
+    """What an epoch has of each part, for people."""
+    assert plan.counts is not None
+    held = np.bincount(plan.dataset.part_of, minlength=len(plan.counts))
+    parts = (
+        f"{Path(part.path).name} {count:,} ({count / sum(plan.counts):.1%}, each "
+        f"{count / have:.3g} times)"
+        for part, count, have in zip(mixture.parts, plan.counts, held, strict=True)
+    )
+    return f"mixture: an epoch has {sum(plan.counts):,} examples: {', '.join(parts)}"
 
 
 def choose_attention(model: Model, asked: str | None) -> tuple[str, ...]:
@@ -155,6 +173,7 @@ def begin(
     data: tuple[Dataset, Dataset | None],
     *,
     evaluate: Callable[[], list[dict[str, Any]]] | None,
+    mixture: Mixture,
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
 ) -> Run:
@@ -173,7 +192,10 @@ def begin(
             None if config.tokens_per_batch is not None else config.per_device_train_batch_size
         ),
         seed=config.seed,
+        weights=mixture.weights,
     )
+    if plan.counts is not None:
+        notes = (*notes[:1], _mixture_note(plan, mixture), *notes[1:])
     hooks = Hooks(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,

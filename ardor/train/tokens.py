@@ -3,19 +3,25 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ardor.arch.decoder import Decoder
 from ardor.arch.grow import untrained
 from ardor.chat_format import CHATML_TOKENS, clone_chat_template, setup_chat_format
+from ardor.data.choices import Preferences
 from ardor.data.dataset import Dataset
-from ardor.data.formats import recognise
-from ardor.data.sources import Row
-from ardor.errors import ConfigError
+from ardor.data.formats import Content, Conversation, answer_of, explained, read
+from ardor.data.mixture import Mixture
+from ardor.data.readers import Row
+from ardor.errors import ConfigError, DataError
 from ardor.load import Model, tokenizer_of
 from ardor.text.chat import ChatTemplate
 from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.vocabulary import add_tokens, align, head_rows
+
+PIECE = 1 << 24  # tokens that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Tokens:
     trained: frozenset[int | None]  # BOS and EOS of its pre-training
 
 
-def prepare_tokens(config: Finetune, model: Model, rows: list[Row]) -> Tokens:
+def prepare_tokens(config: Finetune, model: Model, first: list[Row]) -> Tokens:
     """Add the tokens and the chat template that a run asks for, and have all files name them.
 
     Raises: ConfigError or TextError for a template or token that this model cannot have.
@@ -38,18 +44,23 @@ def prepare_tokens(config: Finetune, model: Model, rows: list[Row]) -> Tokens:
     elif config.clone_chat_template is not None:
         clone_chat_template(model, config.clone_chat_template, seed=config.seed)
     else:
-        model.template = template_for(config.chat_template, tokenizer_of(model), before, rows)
+        model.template = template_for(
+            config.chat_template,
+            tokenizer_of(model),
+            before,
+            lambda: chats(first, config.preferences),
+        )
     align(model)
     return Tokens(model.template is not before, frozenset({special.bos, special.eos}))
 
 
 def template_for(
-    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, rows: list[Row]
+    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, needed: Callable[[], bool]
 ) -> ChatTemplate | None:
     """The template that conversations are rendered by: as asked, the model's own, or a default.
 
-    None where the model has none and nothing in `rows` needs one: a template says that a model was
-    trained on it.
+    None where the model has none and nothing in the data needs one (`needed`): a template says that
+    a model was trained on it.
 
     Raises: TextError or ConfigError if what is asked for is unknown, or needs tokens that the
     tokenizer lacks.
@@ -61,32 +72,38 @@ def template_for(
         )
     if asked is not None:
         return template_named(asked, tokenizer)
-    return default_template(tokenizer) if own is None and chats(rows) else own
+    return default_template(tokenizer) if own is None and needed() else own
 
 
-def chats(rows: list[Row]) -> bool:
+def chats(first: list[Row], preferences: Preferences) -> bool:
     """Whether a chat template is needed: texts and completions are learnt without one.
 
-    A row that cannot be read counts, and is told of with its place when it is encoded.
+    `first` are the first rows of all files. Raises: DataError if one of them cannot be read.
     """
-    plain = {"text", "prompt-completion"}
-    for row in rows:
-        format = recognise(row.values, row.where)
-        strings = all(isinstance(row.values[column], str) for column in format.columns)
-        if format.name not in plain or not strings:
-            return True
-    return False
+    return any(isinstance(content_of(row, preferences), Conversation) for row in first)
 
 
-def occurrence(data: Dataset, rows: list[Row]) -> Callable[[int], str | None]:
+def content_of(row: Row, preferences: Preferences) -> Content:
+    """What of a row is learnt. Raises: DataError naming the row, if it cannot be read."""
+    format, content = read(row)
+    try:
+        return answer_of(content, preferences)
+    except DataError as error:
+        raise explained(row, format, error) from error
+
+
+def occurrence(data: Dataset, rows: Mixture) -> Callable[[int], str | None]:
     """Where the data hold a token, for people; None if nowhere."""
 
     def where(id: int) -> str | None:
-        places = (data.tokens == id).nonzero()[0]
-        if not len(places):
-            return None
-        example = int(data.starts.searchsorted(places[0], side="right")) - 1
-        return f"{rows[int(data.rows[example])].where}, {len(places):,} times in all"
+        for at in range(0, len(data.tokens), PIECE):  # they may be a mapped file
+            found = (data.tokens[at : at + PIECE] == id).nonzero()[0]
+            if len(found):
+                example = int(data.starts.searchsorted(at + found[0], side="right")) - 1
+                row = int(data.rows[example])
+                part = int(np.searchsorted(data.bounds, row, side="right")) - 1
+                return f"{rows.parts[part].path}, row {row - data.bounds[part] + 1}"
+        return None
 
     return where
 

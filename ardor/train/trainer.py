@@ -36,6 +36,8 @@ RNG = "rng"  # the first part of the names of the generators' states
 _FREE = frozenset(
     {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
     | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples"}
+    # What these make of the data is in its fingerprint.
+    | {"over_length", "preferences", "streaming", "cache"}
 )
 
 Event = Mapping[str, Any]
@@ -79,7 +81,7 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.steps = self._count_steps()
-        self.progress = Progress(0, 0, 0, 0, 0, 0, plan.dataset.fingerprint, self._settings())
+        self.progress = Progress(0, 0, 0, 0, 0, 0, plan.fingerprint, self._settings())
         self.stop_requested = False  # set from a signal handler: stop after the current step
 
     def _settings(self) -> dict[str, Any]:

@@ -19,13 +19,14 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
-def make(lengths):
+def make(lengths, bounds=(0,)):
     """Examples of these lengths, each made of a token of its own; the first third is prompt."""
     tokens = np.concatenate([np.full(n, i, dtype=np.int32) for i, n in enumerate(lengths)])
     marks = np.concatenate([np.arange(n) >= n // 3 for n in lengths])
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    rows = np.arange(len(lengths), dtype=np.int32)
-    return Dataset(tokens, marks, starts, rows, Census())
+    rows = np.arange(len(lengths), dtype=np.int64)
+    unended = np.zeros(len(lengths), dtype=np.bool_)
+    return Dataset(tokens, marks, starts, rows, unended, Census(), bounds)
 
 
 @pytest.fixture
