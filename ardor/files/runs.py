@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+SETTINGS, METRICS = "config.yaml", "metrics.jsonl"  # in the folder of a run
 ORIGIN = "ardor.json"  # beside an adapter: how its base was held while it was trained
 
 _NAME = re.compile(r"checkpoint-(\d+)")

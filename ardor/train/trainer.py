@@ -20,12 +20,12 @@ from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import METRICS, newest_checkpoint
 from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
-from ardor.train.metrics import METRICS, Metrics
+from ardor.train.metrics import Metrics
 from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
 from ardor.train.schedule import rate_share
 
@@ -35,7 +35,7 @@ RNG = "rng"  # the first part of the names of the generators' states
 # content of the training data is compared, so its place may change.
 _FREE = frozenset(
     {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
-    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples"}
+    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples", "allow"}
     # What these make of the data is in its fingerprint.
     | {"over_length", "preferences", "streaming", "cache"}
 )
