@@ -152,7 +152,7 @@ def test_limits_outside_their_range_are_refused(model):
             run(model.decoder, [[1]], repetition_penalty=penalty)
 
 
-def test_an_id_that_no_token_has_or_that_is_banned_is_never_chosen(model, monkeypatch):
+def test_an_id_that_no_token_has_is_never_chosen(model, monkeypatch):
     free = run(model.decoder, PROMPTS, max_new_tokens=20)
     seen = sorted({id for row in free for id in ids(row)})
     limit = seen[len(seen) // 2]  # as if the tokenizer ended here: the model wants more
