@@ -149,7 +149,7 @@ CASES: Mapping[str, list[Case]] = {
                 edit("tokenizer_config.json", bos_token="<|endoftext|>"),
             ),
             "W",
-            ("begins with '<|im_start|>'", "bos_token is 'e'"),
+            ("begins with '<|im_start|>'", "bos_token is '<|endoftext|>'"),
         ),
     ],
     "padding-block": [
