@@ -11,7 +11,7 @@ from ardor.doctor.rules import RULES
 from ardor.doctor.tensors import measure
 from ardor.errors import CheckpointError
 from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.load import CONFIG
 
 Progress = Callable[[int, int], None]  # called with the bytes that are read, and all there are
@@ -55,7 +55,7 @@ def doctor(
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
     path = resolve(name, revision, patterns=patterns).path
     if not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
+        path = chosen_checkpoint(path) or path
     found = open_checkpoint(path, use_safetensors=use_safetensors)
     compare(found)
     size = _read(found, progress) if weights else 0

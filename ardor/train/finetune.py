@@ -15,14 +15,15 @@ from ardor.data.sources import Row, read_rows
 from ardor.errors import ConfigError
 from ardor.files.json import read_text
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
-from ardor.precision import training_compute
+from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
-from ardor.train.evaluate import evaluate
+from ardor.train.evaluate import evaluate, samples
+from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
 from ardor.train.run import (
     Run,
@@ -59,19 +60,27 @@ def prepare(config: Finetune) -> Run:
         held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
     if checkpoint is None:
         _make_trainable(config, model, added)
+    frozen = choose_trained(model.decoder, config, aliases(model))
     train, heldout = split(config, data, held)
     run = begin(
         config,
         folder,
         model,
         (train, heldout),
-        evaluate=lambda: (
-            [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
-        ),
+        evaluate=lambda: [
+            *(
+                []
+                if heldout is None
+                else [evaluate(model, heldout, answers=config.stop_rate_samples)]
+            ),
+            *samples(model, config.sample_prompts, config.sample_tokens),
+        ],
         notes=(
             data_note(data, train, heldout, limit),
             f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
+            f"{config.master_dtype if config.method == 'full' else 'float32'}",
+            *frozen,
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
         ),
@@ -126,7 +135,7 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(
         checkpoint if full and checkpoint is not None else config.model,
-        dtype=precision.weights if full else precision.compute,
+        dtype=_masters(config, precision) if full else precision.compute,
         device=device,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization if config.method == "qlora" else "none",
@@ -154,6 +163,11 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
     if checkpoint is not None:
         _require_grad(config, model)
     return model, added
+
+
+def _masters(config: Finetune, precision: Precision) -> torch.dtype:
+    """What weights that are all trained are held in."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
 
 
 def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:

@@ -21,8 +21,10 @@ from ardor.load import Model
 from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
+from ardor.train.groups import aliases
 from ardor.train.metrics import METRICS, Metrics
 from ardor.train.peak import measured, predicted
+from ardor.train.ranks import Ranks
 from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Trainer
 
@@ -46,10 +48,13 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last."""
+        first = self.trainer.ranks.first
         for event in self.trainer.events():
-            if event["kind"] == "checkpoint":
+            if event["kind"] == "checkpoint" and first:
                 write_report(self.folder)
             yield event
+        if not first:
+            return
         yield from self._memory()
         if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
             write_report(self.folder)
@@ -166,6 +171,7 @@ def begin(
     that the run was begun with.
     """
     train, heldout = data
+    ranks = Ranks.joined(model.decoder.device)
     plan = BatchPlan(
         train,
         tokens_per_batch=config.tokens_per_batch,
@@ -173,15 +179,24 @@ def begin(
             None if config.tokens_per_batch is not None else config.per_device_train_batch_size
         ),
         seed=config.seed,
+        order=config.train_sampling_strategy,
     )
     hooks = Hooks(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,
+        tokenizer=model.tokenizer,
+        names=aliases(model),
     )
+    if heldout is None and (config.early_stopping_patience or config.load_best_model_at_end):
+        raise ConfigError(
+            "early_stopping_patience and load_best_model_at_end compare held-out losses, and "
+            "nothing is held out; give --eval-data, or --eval-fraction above 0"
+        )
+    notes = (*notes, *_small_note(plan, config))
     found = predicted(model, plan, heldout, config)
     if found is not None:
         notes = (*notes, note(found))
-    trainer = Trainer(model.decoder, plan, config, folder, hooks)
+    trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks)
     resumed = config.resume and trainer.resume()
     if other_model:
         more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""
@@ -190,11 +205,24 @@ def begin(
             f"{newest_checkpoint(folder)} holds another model ({shown}); "
             "resume with the model the run was begun with, or choose another output folder"
         )
-    text = to_yaml(replace(config, output=folder, resume=False))
-    write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
+    if ranks.first:
+        text = to_yaml(replace(config, output=folder, resume=False))
+        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
+
+
+def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
+    """For people, where a step would have more examples than there are."""
+    have, each = len(plan.dataset), config.gradient_accumulation_steps
+    if len(plan.epoch(0)) >= each and (plan.examples_per_batch or 0) <= have:
+        return ()
+    wanted = "tokens_per_batch" if plan.examples_per_batch is None else "batch"
+    return (
+        f"small data: {have} example{'s' * (have != 1)}, fewer than one step's {wanted} takes; "
+        f"every step trains on all of them, and an epoch is one step",
+    )
 
 
 def _header(file: Path, model: Model, resumed: bool) -> str:

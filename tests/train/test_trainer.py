@@ -26,7 +26,7 @@ from ardor.train import finetune, pretrain
 from ardor.train import trainer as trainer_module
 from ardor.train.config import Finetune, Optimisation, Train
 from ardor.train.evaluate import evaluate
-from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
+from ardor.train.optim import Optimizer, trainable
 from ardor.train.run import Run
 from ardor.train.schedule import rate_share
 from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document_loss
@@ -170,9 +170,8 @@ def test_vectors_do_not_decay_and_matrices_do():
         "matrix": nn.Parameter(torch.ones(2, 2)),
         "vector": nn.Parameter(torch.ones(2)),
     }
-    optimizer = adamw(
-        parameters, learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5
-    )
+    optimizer = Optimizer(parameters, Optimisation(weight_decay=0.5))
+    optimizer.set_rate(0.1)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -184,9 +183,9 @@ def test_one_step_of_adamw_is_the_paper_s():
     g = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(3, 4, generator=g), torch.randn(3, 4, generator=g)
     weight = nn.Parameter(start.clone())
-    optimizer = adamw(
-        {"w": weight}, learning_rate=0.01, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.1
-    )
+    settings = Optimisation(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, weight_decay=0.1)
+    optimizer = Optimizer({"w": weight}, settings)
+    optimizer.set_rate(0.01)
     first, second = torch.zeros(3, 4), torch.zeros(3, 4)
     expected = start.clone()
     for step in (1, 2):
@@ -205,18 +204,18 @@ def test_only_what_takes_a_gradient_is_trained_and_the_state_fits_by_name():
     module.bias.requires_grad_(False)
     parameters = trainable(module)
     assert list(parameters) == ["weight"]
-    optimizer = adamw(
-        parameters, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0
-    )
+    optimizer = Optimizer(parameters, Optimisation())
+    optimizer.set_rate(0.1)
     parameters["weight"].grad = torch.ones(3, 2)
     optimizer.step()
-    state = optimizer_state(optimizer, parameters)
+    state = optimizer.state()
     assert set(state) == {"weight|step", "weight|exp_avg", "weight|exp_avg_sq"}
-    restore_optimizer(optimizer, parameters, state.items())
+    optimizer.restore(state)
+    both = Optimizer({**parameters, "bias": module.bias}, Optimisation())
     with pytest.raises(CheckpointError, match="does not fit .*'bias'"):
-        restore_optimizer(optimizer, {**parameters, "bias": module.bias}, state.items())
+        both.restore(state)
     with pytest.raises(CheckpointError, match="does not fit .*'weight'"):
-        restore_optimizer(optimizer, {}, state.items())
+        Optimizer({"bias": module.bias}, Optimisation()).restore(state)
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_its_floor():
@@ -383,13 +382,14 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     return found
 
 
+MEASURED = ("seconds", "tokens_per_second", "memory", "mfu")
+
+
 def figures(run: Path) -> list[dict]:
     """Every line of metrics.jsonl without what was measured: seconds and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] != "memory"]
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows
-    ]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
