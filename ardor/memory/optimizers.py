@@ -20,7 +20,7 @@ def _eight_bit(count: int) -> State:
     def bytes(name: str, shape: Shape, width: int) -> int:
         n = math.prod(shape)
         if n < LEAST_8_BIT or is_table(name):
-            return 4 * count * n
+            return width * count * n
         return count * (n + 4 * -(-n // BLOCK))
 
     return bytes
