@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.data.sources import Row
 from ardor.errors import CheckpointError, ConfigError
@@ -22,47 +20,20 @@ from ardor.generate.settings import Settings
 from ardor.load import load_model, tokenizer_of
 from ardor.loss import IGNORE, next_token_loss
 from ardor.train import evaluate as evaluate_module
-from ardor.train import finetune, pretrain
+from ardor.train import finetune
 from ardor.train import trainer as trainer_module
 from ardor.train.config import Finetune, Optimisation, Train
 from ardor.train.evaluate import evaluate
 from ardor.train.optim import Optimizer, trainable
-from ardor.train.run import Run
 from ardor.train.schedule import rate_share
-from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document_loss
+from ardor.train.trainer import Diverged, Trainer, _differences, document_loss
 
-from ..tiny import SIZES, sentences, write_rows
-from .conftest import finish
+from ..tiny import sentences, write_rows
+from .conftest import figures, finish, prepare, train_config, tune_config
 
 pytestmark = pytest.mark.sweep
 
 # --- one step ---
-
-
-@pytest.fixture
-def dataset(texts, base) -> Dataset:
-    """10 documents of unequal lengths, as the tiny base model's tokenizer cuts them."""
-    tokenizer = tokenizer_of(load_model(base("llama")))
-    found = Dataset.from_documents(sentences(10, seed=5), tokenizer)
-    assert len(set(found.lengths.tolist())) > 4
-    return found
-
-
-@pytest.fixture
-def make(dataset, base, tmp_path) -> Callable[..., Trainer]:
-    """A trainer of the tiny base model on `dataset`, in a folder of its own."""
-
-    def trainer(hooks: Hooks | None = None, **settings: Any) -> Trainer:
-        decoder = load_model(base("llama"), dtype="float32").decoder
-        for parameter in decoder.parameters():
-            parameter.data = parameter.data.clone()
-        decoder.requires_grad_(True)
-        config = Optimisation(**{"learning_rate": 1e-3, "warmup_ratio": 0.0, **settings})
-        plan = BatchPlan(dataset, examples_per_batch=config.per_device_train_batch_size)
-        hooks = hooks or Hooks(save_weights=lambda directory: None)
-        return Trainer(decoder, plan, config, tmp_path / "run", hooks)
-
-    return trainer
 
 
 def gradients(trainer: Trainer, monkeypatch, steps: int = 1) -> list[dict[str, Tensor]]:
@@ -316,49 +287,6 @@ def test_a_template_comes_to_a_model_that_learns_to_chat_and_to_no_other(base, p
 # --- stopping and going on ---
 
 
-def train_config(texts: Path, folder: Path, **settings: Any) -> Train:
-    return Train(
-        **{
-            "data": str(texts),
-            "output": folder,
-            "tokens_per_batch": 48,
-            "gradient_accumulation_steps": 3,
-            "num_train_epochs": 2.0,
-            "eval_fraction": 0.1,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "save_total_limit": 9,
-            **SIZES,
-            **settings,
-        }
-    )
-
-
-def tune_config(base: Path, pairs: Path, folder: Path, **settings: Any) -> Finetune:
-    return Finetune(
-        **{
-            "model": str(base),
-            "data": str(pairs),
-            "output": folder,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 2.0,
-            "learning_rate": 1e-2,
-            **({} if settings.get("method") == "full" else {"lora_r": 3, "lora_dropout": 0.3}),
-            "eval_fraction": 0.1,
-            "eval_steps": 3,
-            "save_steps": 2,
-            "dtype": "float32",
-            "save_total_limit": 9,
-            **settings,
-        }
-    )
-
-
-def prepare(config: Train | Finetune) -> Run:
-    return pretrain.prepare(config) if isinstance(config, Train) else finetune.prepare(config)
-
-
 def go_on(config: Train | Finetune, **changed: Any) -> list[dict]:
     run = prepare(replace(config, resume=True, **changed))
     assert run.resumed == (newest_checkpoint(run.folder) is not None)
@@ -380,16 +308,6 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     del record["metrics_bytes"]
     found["trainer.json"] = json.dumps(record).encode()
     return found
-
-
-MEASURED = ("seconds", "tokens_per_second", "memory", "mfu")
-
-
-def figures(run: Path) -> list[dict]:
-    """Every line of metrics.jsonl without what was measured: seconds and memory."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] != "memory"]
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
