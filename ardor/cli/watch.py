@@ -23,6 +23,8 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     CheckpointError with the same, if the disk is full.
     """
     console, trainer = remarks(), run.trainer
+    console.quiet = not trainer.ranks.first
+    json = json and trainer.ranks.first
     for note in run.notes:
         console.print(note)
     where = f"step {trainer.progress.step} of {trainer.steps}"

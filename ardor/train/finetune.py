@@ -25,6 +25,7 @@ from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
+from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
     begin,
@@ -43,6 +44,7 @@ def prepare(config: Finetune) -> Run:
 
     Raises: an ArdorError before anything is written.
     """
+    Ranks.take_device()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")

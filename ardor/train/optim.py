@@ -19,6 +19,7 @@ Group = dict[str, Any]
 # What AdamWScheduleFree keeps of a group, and changes.
 _GROUP_STATE = ("k", "weight_sum", "lr_max", "scheduled_lr")
 _NUMBER = ":number"  # ends the names of what is a Python number, not a tensor
+_ROUNDING = "rounding"  # the state of the generator that rounds to bfloat16
 _EMPTY = "empty" + _NUMBER  # the state of a parameter that has none yet
 
 
@@ -155,12 +156,14 @@ class Optimizer:
         narrow = any(p.dtype == torch.bfloat16 for p in parameters.values())
         one_by_one = narrow or home is not None or config.optimizer_in_backward
         self.home = home
+        device = next(iter(parameters.values())).device
+        self.rounding = torch.Generator(device).manual_seed(config.seed) if narrow else None
         self.members: list[_Member] = []
         self._homes: dict[str, _Home] = {}
         for kind, names in _divided(config.optim, parameters).items():
             groups = _groups(names, parameters, shares or {}, config.weight_decay, one_by_one)
             made = OPTIMIZERS[kind](groups, config)
-            stepwise = Stepwise(made, home) if one_by_one else None
+            stepwise = Stepwise(made, self.rounding, home) if one_by_one else None
             self.members.append(_Member(made, stepwise))
             where = {id(p): group for group in made.param_groups for p in group["params"]}
             for name in names:
@@ -257,6 +260,8 @@ class Optimizer:
                     found[f"{name}|{quantity}{_NUMBER}"] = torch.tensor(value, dtype=kind)
             if not held:
                 found[f"{name}|{_EMPTY}"] = torch.tensor(0)
+        if self.rounding is not None:
+            found[_ROUNDING] = self.rounding.get_state()
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -267,6 +272,9 @@ class Optimizer:
         """
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
+            if key == _ROUNDING and self.rounding is not None:
+                self.rounding.set_state(value)
+                continue
             name, _, quantity = key.partition("|")
             states.setdefault(name, {})[quantity] = value
         if differing := sorted(states.keys() ^ self.parameters.keys()):

@@ -26,6 +26,7 @@ from ardor.train.config import Train
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_scratch
+from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
     begin,
@@ -54,6 +55,7 @@ def prepare(
     Raises: DataError, ConfigError or TextError before anything is written; a model that the memory
     cannot hold is refused before it is allocated.
     """
+    Ranks.take_device()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")

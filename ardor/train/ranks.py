@@ -1,7 +1,8 @@
 """Several processes that train one model: each computes a share of every step's micro-batches.
 
 Gradients are summed over processes before they are clipped, and divided by the targets of all, so
-that the step is that of one process. Every process holds the whole model and optimizer.
+that the step is that of one process. Every process holds the whole model and optimizer, and
+evaluates all of the held-out data; the first one writes.
 """
 
 import os
@@ -39,6 +40,12 @@ class Ranks:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
+
+    @staticmethod
+    def take_device() -> None:
+        """Use the GPU that torchrun means for this process, before anything is placed on one."""
+        if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
     @property
     def first(self) -> bool:
@@ -86,3 +93,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def leads() -> bool:
+    """Whether this process is the one that talks, before it has joined the others."""
+    return os.environ.get("RANK", "0") == "0"

@@ -6,6 +6,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ardor import __version__
 from ardor.adapters.peft_files import ADAPTER_CONFIG
 from ardor.arch.attention import backend_for
@@ -205,6 +207,11 @@ def begin(
             f"{newest_checkpoint(folder)} holds another model ({shown}); "
             "resume with the model the run was begun with, or choose another output folder"
         )
+    if ranks.count > 1:
+        if not resumed:  # else restored
+            torch.manual_seed(config.seed + ranks.rank)
+        ranks.wait()  # all have seen the folder as it was
+        notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
     if ranks.first:
         text = to_yaml(replace(config, output=folder, resume=False))
         write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)

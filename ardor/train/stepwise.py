@@ -14,16 +14,21 @@ from jaxtyping import BFloat16, Float32
 from torch import Tensor, nn
 
 
-def round_stochastically(x: Float32[Tensor, "*shape"]) -> BFloat16[Tensor, "*shape"]:
+def round_stochastically(
+    x: Float32[Tensor, "*shape"], generator: torch.Generator | None = None
+) -> BFloat16[Tensor, "*shape"]:
     """One of the two bfloat16 numbers around each of `x`, the nearer the likelier: the mean is x.
 
     Rounding to the nearest would lose every update below half the distance of two neighbours,
-    which is all of them at usual learning rates. Draws from PyTorch's generator of x's device.
+    which is all of them at usual learning rates.
 
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3; for bfloat16, arXiv:2010.06192.
     """
     bits = x.view(torch.int32)
-    noise = torch.randint_like(bits, 1 << 16)  # below the bits that bfloat16 keeps
+    # Below the bits that bfloat16 keeps.
+    noise = torch.randint(
+        1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=x.device
+    )
     rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
 
@@ -32,11 +37,18 @@ class Stepwise:
     """Steps `optimizer`, which has one group for each parameter, one parameter at a time.
 
     Numbers in bfloat16, weights and states, are float32 during their step and rounded
-    stochastically after it. With `home`, states wait there and visit the parameter's device.
+    stochastically after it, by `generator`: not PyTorch's own, from which processes that train one
+    model together draw differently. With `home`, states wait there and visit the parameter's
+    device.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, home: torch.device | None = None):
-        self.optimizer, self.home = optimizer, home
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator | None = None,
+        home: torch.device | None = None,
+    ):
+        self.optimizer, self.generator, self.home = optimizer, generator, home
         self._groups = {group["params"][0]: group for group in optimizer.param_groups}
         assert len(self._groups) == len(optimizer.param_groups)
 
@@ -83,9 +95,16 @@ class Stepwise:
             self.optimizer.step()
         finally:
             group["params"] = [parameter]
-        parameter.copy_(round_stochastically(wide))
+        parameter.copy_(round_stochastically(wide, self.generator))
         made = states.pop(wide, {})
-        states[parameter] = {name: _narrower(value, parameter) for name, value in made.items()}
+        states[parameter] = {n: self._narrower(value, parameter) for n, value in made.items()}
+
+    def _narrower(self, value: Any, parameter: Tensor) -> Any:
+        """Of states, those that have a number for each of the parameter's."""
+        whole = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+        if not whole or value.dtype != torch.float32:
+            return value
+        return round_stochastically(value, self.generator)
 
 
 def _wider(value: Any, parameter: Tensor) -> Any:
@@ -93,9 +112,3 @@ def _wider(value: Any, parameter: Tensor) -> Any:
         return value
     value = value.to(parameter.device)
     return value.float() if value.dtype == torch.bfloat16 else value
-
-
-def _narrower(value: Any, parameter: Tensor) -> Any:
-    """Of states, those that have a number for each of the parameter's."""
-    whole = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
-    return round_stochastically(value) if whole and value.dtype == torch.float32 else value

@@ -82,6 +82,12 @@ class Trainer:
             raise ConfigError("a run needs a learning_rate and gradient_accumulation_steps >= 1")
         if config.optimizer_in_backward and ranks.count > 1:
             raise ConfigError("optimizer_in_backward is for one process; leave it out")
+        if config.gradient_accumulation_steps < ranks.count:
+            raise ConfigError(
+                f"{ranks.count} processes share the micro-batches of a step, and "
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts those of "
+                f"all; give {ranks.count} or more"
+            )
         self.decoder, self.plan, self.config, self.run = decoder, plan, config, run
         self.hooks, self.ranks = hooks, ranks
         self.parameters = trainable(decoder)

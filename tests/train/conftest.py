@@ -13,6 +13,7 @@ from ardor.data.dataset import Dataset
 from ardor.load import load_model, tokenizer_of
 from ardor.train import finetune, pretrain
 from ardor.train.config import Finetune, Optimisation, Train
+from ardor.train.ranks import ALONE, Ranks
 from ardor.train.run import Run
 from ardor.train.trainer import Hooks, Trainer
 
@@ -78,7 +79,7 @@ def dataset(texts, base) -> Dataset:
 def make(dataset, base, tmp_path) -> Callable[..., Trainer]:
     """A trainer of the tiny base model on `dataset`, in a folder of its own."""
 
-    def trainer(hooks: Hooks | None = None, **settings: Any) -> Trainer:
+    def trainer(hooks: Hooks | None = None, ranks: Ranks = ALONE, **settings: Any) -> Trainer:
         decoder = load_model(base("llama"), dtype="float32").decoder
         for parameter in decoder.parameters():
             parameter.data = parameter.data.clone()
@@ -86,7 +87,7 @@ def make(dataset, base, tmp_path) -> Callable[..., Trainer]:
         config = Optimisation(**{"learning_rate": 1e-3, "warmup_ratio": 0.0, **settings})
         plan = BatchPlan(dataset, examples_per_batch=config.per_device_train_batch_size)
         hooks = hooks or Hooks(save_weights=lambda directory: None)
-        return Trainer(decoder, plan, config, tmp_path / "run", hooks)
+        return Trainer(decoder, plan, config, tmp_path / "run", hooks, ranks)
 
     return trainer
 

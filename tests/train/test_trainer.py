@@ -372,6 +372,49 @@ TUNINGS = {
     "qlora": ("llama", {"method": "qlora"}),
     "full": ("llama", {"method": "full"}),
     "full on gpt2": ("gpt2", {"method": "full"}),
+    "in bfloat16": ("llama", {"method": "full", "master_dtype": "bfloat16", "optim": "lion"}),
+    "averaged": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "schedule_free_adamw",
+            "lr_scheduler_type": "constant",
+            "eval_steps": 1,
+        },
+    ),
+    "averaged in bfloat16": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "schedule_free_adamw",
+            "lr_scheduler_type": "constant",
+            "master_dtype": "bfloat16",
+        },
+    ),
+    "muon": ("llama", {"method": "full", "optim": "muon", "lr_scheduler_type": "wsd"}),
+    "8 bits": ("llama", {"method": "full", "optim": "adamw_8bit"}),
+    "noise, recomputed, states elsewhere": (
+        "llama",
+        {
+            "neftune_noise_alpha": 5.0,
+            "gradient_checkpointing": "layers",
+            "offload_optimizer": True,
+            "loraplus_lr_ratio": 4.0,
+        },
+    ),
+    "in the backward pass": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "adafactor",
+            "optimizer_in_backward": True,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 5,
+            "freeze": ("embed",),
+            "train_sampling_strategy": "group_by_length",
+        },
+    ),
 }
 
 

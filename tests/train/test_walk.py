@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def shares(kind, **given):
 def test_every_schedule_rises_and_never_rises_again(kind):
     found = shares(kind, min_share=0.05)
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(a >= b for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(found[4:]))
     assert all(0.05 <= share <= 1 for share in found)
 
 
@@ -91,7 +92,9 @@ def test_rates_by_pattern():
         loraplus_lr_ratio=16.0,
         learning_rates=("embed=1e-4", r"layers\.0.*A=x0.5"),
     )
-    assert rate_shares(names, config, {}) == pytest.approx(dict(zip(names, (0.1, 0.5, 16.0))))
+    assert rate_shares(names, config, {}) == pytest.approx(
+        dict(zip(names, (0.1, 0.5, 16.0), strict=True))
+    )
     first = replace(config, learning_rates=("lora_B=x2", "lora=x3"))
     assert rate_shares(names, first, {})[names[2]] == 2
     for wrong in ("embed", "embed=", "embed=fast", "=1e-3", "embed=-1"):
@@ -287,7 +290,7 @@ def test_samples_of_a_tuning_begin_before_it(base, pairs, tmp_path):
 def test_utilisation_is_operations_over_what_the_device_could_do(make):
     trainer = make(peak_tflops=1e-3)  # 1 GFLOP/s
     event = trainer._step(*next(trainer._windows()))
-    lengths = [n for n in trainer.plan.batch(trainer.plan.epoch(0)[0]).lengths]
+    lengths = trainer.plan.batch(trainer.plan.epoch(0)[0]).lengths
     flops = step_flops(trainer.decoder.spec, lengths, full=True)
     assert event["mfu"] == pytest.approx(flops / event["seconds"] / 1e9)
     assert event["memory"] > 1 << 20
