@@ -249,7 +249,8 @@ class Optimizer:
             held = dict(optimizer.state.get(parameter, {}))
             held |= {f"group.{key}": group[key] for key in _GROUP_STATE if key in group}
             if hasattr(optimizer, "eval"):
-                held["trained"] = parameter.detach()  # beside what is saved as the weights
+                # A copy: while the weights are written, `parameter` is what is saved as them.
+                held["trained"] = parameter.detach().clone()
             for quantity, value in held.items():
                 if quantity.startswith("qmap"):
                     continue  # a constant of the format
