@@ -97,7 +97,8 @@ class Stepwise:
             group["params"] = [parameter]
         parameter.copy_(round_stochastically(wide, self.generator))
         made = states.pop(wide, {})
-        states[parameter] = {n: self._narrower(value, parameter) for n, value in made.items()}
+        # By name: one that was restored has another order, and each draws from the generator.
+        states[parameter] = {n: self._narrower(made[n], parameter) for n in sorted(made)}
 
     def _narrower(self, value: Any, parameter: Tensor) -> Any:
         """Of states, those that have a number for each of the parameter's."""
