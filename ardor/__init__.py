@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from ardor.lm import LM, load, save
     from ardor.quantize import quantize
+    from ardor.tuning import finetune, finetune_run, train, train_run
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,10 @@ PUBLIC = {
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
     "quantize": "ardor.quantize",
+    "train": "ardor.tuning",
+    "train_run": "ardor.tuning",
+    "finetune": "ardor.tuning",
+    "finetune_run": "ardor.tuning",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -44,9 +49,13 @@ __all__ = [
     "ShapeError",
     "TextError",
     "doctor",
+    "finetune",
+    "finetune_run",
     "load",
     "quantize",
     "save",
+    "train",
+    "train_run",
 ]
 
 

@@ -28,7 +28,8 @@ class Noise:
                 f"neftune_noise_alpha={alpha:g} is for models that Ardor runs itself, and this "
                 "one is run by transformers; leave it out"
             )
-        self.alpha, self.lengths = alpha, (0,)
+        self.alpha = alpha
+        self.lengths: tuple[int, ...] = ()
         table.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, given: Any, embedded: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ class Trainer:
         self.steps = self._count_steps()
         self.progress = Progress(0, 0, 0, 0, 0, 0, plan.dataset.fingerprint, self._settings())
         self.stop_requested = False  # set from a signal handler: stop after the current step
-        self._count_flops, self._peak = counter(decoder), None
+        self._count_flops = counter(decoder)
+        self._peak: float | None = None  # FLOP/s of the device; 0.0: not known
         self._fresh = True  # no step was done by this process
         self._note: str | None = None  # what the last step found, for people
 
@@ -421,8 +422,8 @@ class Trainer:
             device, compute = self.decoder.device, self.decoder.compute
             whole = float(flops) * self.steps
             peak = device_peak(device, compute, self.config.peak_tflops, whole)
-            self._peak = peak or 0.0
-        if self._peak > 0:
+            self._peak = 0.0 if peak is None else peak
+        if self._peak:
             found["mfu"] = flops / (seconds * self._peak * self.ranks.count)
         return found
 

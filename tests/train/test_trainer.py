@@ -614,7 +614,7 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(base, monkeypatch):
     found = evaluate(model, heldout)
     losses = []
     for tokens in (1, 70, 10_000):  # one document at a time; a few; all of them
-        monkeypatch.setattr("ardor.train.evaluate.TOKENS", tokens)
+        monkeypatch.setattr(evaluate_module, "TOKENS", tokens)
         row = evaluate(model, heldout)
         assert row["targets"] == found["targets"] == heldout.census.targets
         losses.append(row["loss"])
