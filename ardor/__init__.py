@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, load, save
+    from ardor.preview import preview
     from ardor.quantize import quantize
     from ardor.tuning import finetune, finetune_run, train, train_run
 
@@ -27,6 +28,7 @@ PUBLIC = {
     "save": "ardor.lm",
     "LM": "ardor.lm",
     "doctor": "ardor.doctor",
+    "preview": "ardor.preview",
     "quantize": "ardor.quantize",
     "train": "ardor.tuning",
     "train_run": "ardor.tuning",
@@ -52,6 +54,7 @@ __all__ = [
     "finetune",
     "finetune_run",
     "load",
+    "preview",
     "quantize",
     "save",
     "train",

@@ -1,7 +1,7 @@
 """The surface: a loaded model with everything one does with it."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,13 +15,14 @@ from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
-from ardor.load import Model, load_model, tokenizer_of
+from ardor.load import Model, load_model, stops_of, tokenizer_of
 from ardor.packing import settings
 from ardor.place import requested
 from ardor.precision import dtype_of
 from ardor.quant.config import asked
 from ardor.save import save_model
 from ardor.score import Score, score_text
+from ardor.text.templates import template_named
 from ardor.text.tokenizer import Tokenizer
 
 
@@ -71,13 +72,40 @@ class LM:
         ids = self.tokenizer.encode(prompt)
         return stream(self.model, ids, _settings(settings), continues=True)
 
-    def chat(self, messages: list[dict[str, str]], **settings: Any) -> Generation:
-        """Answer a conversation of {"role": ..., "content": ...} messages."""
-        return generate(self.model, [chat_prompt(self.model, messages)], _settings(settings))[0]
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Answer a conversation of {"role": ..., "content": ...} messages.
 
-    def stream_chat(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[Piece]:
+        `tools` are JSON schemas or Python functions with a docstring, `documents` objects as the
+        template reads them. With `continue_final_message` the last message is gone on with.
+        `chat_template_kwargs` are further variables of the template ({"enable_thinking": False}).
+        """
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        return generate(self.model, [prompt], _settings(settings))[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Iterator[Piece]:
         """`chat`, piece by piece."""
-        return stream(self.model, chat_prompt(self.model, messages), _settings(settings))
+        variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
+        prompt = chat_prompt(self.model, messages, **variables)
+        return stream(self.model, prompt, _settings(settings))
 
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""
@@ -110,6 +138,7 @@ def load(
     low_cpu_mem_usage: bool = True,
     use_cache: bool = True,
     use_safetensors: bool = True,
+    chat_template: str | Path | None = None,
 ) -> LM:
     """Load a hub id, a local directory, an adapter, or the newest checkpoint of a run.
 
@@ -126,28 +155,36 @@ def load(
     model that we do not implement is run by transformers, with `trust_remote_code` only, as is code
     in its repository if it names some; a line on stderr says what runs, of which revision, before
     it does. use_safetensors=False reads the weights from pickles (.bin), which are refused
-    otherwise, with torch's restricted reader. What was chosen, and why, is one line on stderr.
+    otherwise, with torch's restricted reader. `chat_template` is the name of a template or a jinja
+    file, in place of the model's own. What was chosen, and why, is one line on stderr.
 
     Raises: CheckpointError, ConfigError or TextError, naming the file or argument; ConfigError for
     what other loaders have and this version has not.
     """
-    lm = LM(
-        load_model(
-            name,
-            dtype=_dtype(dtype, torch_dtype),
-            device=requested(device_map, max_memory, offload_folder),
-            attn_implementation=attn_implementation,
-            quantization=_quantization(
-                quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
-            ),
-            adapter=adapter,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=use_safetensors,
-        )
+    model = load_model(
+        name,
+        dtype=_dtype(dtype, torch_dtype),
+        device=requested(device_map, max_memory, offload_folder),
+        attn_implementation=attn_implementation,
+        quantization=_quantization(
+            quantization, quantization_config, four=load_in_4bit, eight=load_in_8bit
+        ),
+        adapter=adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=use_safetensors,
     )
-    print(f"{name}{_held(lm.model)}", file=sys.stderr)
-    return lm
+    if chat_template is not None:
+        _take_template(model, chat_template)
+    print(f"{name}{_held(model)}", file=sys.stderr)
+    return LM(model)
+
+
+def _take_template(model: Model, chat_template: str | Path) -> None:
+    """Another template than the model's own, which says where an answer ends."""
+    model.template = template_named(chat_template, tokenizer_of(model))
+    files = model.generation_config, model.config
+    model.stops = stops_of(model.tokenizer, model.template, *files)
 
 
 def _held(model: Model) -> str:
@@ -211,6 +248,17 @@ def _dtype(dtype: str | torch.dtype | None, older: str | torch.dtype | None) -> 
     if len(given) > 1:
         raise ConfigError(f"dtype={dtype} and torch_dtype={older} differ; give one")
     return next(iter(given), "auto")
+
+
+def _variables(
+    tools: Sequence[Any] | None,
+    documents: Sequence[Any] | None,
+    continue_final_message: bool,
+    others: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What a chat template is given besides messages."""
+    made = {"tools": tools, "documents": documents, **(others or {})}
+    return made | {"continue_final_message": continue_final_message}
 
 
 def _settings(given: dict[str, Any]) -> Settings:

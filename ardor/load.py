@@ -184,7 +184,7 @@ def load_model(
 
     Raises: CheckpointError, ConfigError or TextError, naming the file and what is wrong with it.
     """
-    origin = _origin(Path(name), str(name), adapter)
+    origin = find_origin(Path(name), str(name), adapter)
     quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
@@ -199,8 +199,8 @@ def load_model(
     assembled = _bridged(held) if theirs else _implemented(held, check_finite)
     decoder, form, precision, placement = assembled
     lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
-    text = found.path if origin.adapter is None else _text_home(origin.adapter, found.path)
-    tokenizer, template = _text(text, decoder.facts.vocab)
+    text = found.path if origin.adapter is None else text_home(origin.adapter, found.path)
+    tokenizer, template = read_texts(text, decoder.facts.vocab)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -222,7 +222,7 @@ def load_model(
     )
 
 
-def _origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
+def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     """Follow a run folder to its newest checkpoint, and an adapter to its base."""
     if not name:  # as a path it would be the current directory
         raise CheckpointError("the model's name is empty; give a directory or a hub id")
@@ -542,12 +542,13 @@ def state_of(decoder: nn.Module) -> dict[str, Tensor]:
     return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
 
 
-def _text_home(adapter: Path, base: Path) -> Path:
+def text_home(adapter: Path, base: Path) -> Path:
     """Files beside the adapter win: fine-tuning may have set a chat template."""
     return adapter if (adapter / "tokenizer.json").exists() else base
 
 
-def _text(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def read_texts(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """A checkpoint's tokenizer and chat template, for a model with so many embedding rows."""
     if not (path / "tokenizer.json").exists():
         return None, None
     tokenizer = Tokenizer.from_directory(path)

@@ -92,6 +92,8 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
     if model.tokenizer is not None:
         template = None if model.template is None else model.template.source
         model.tokenizer.save(directory, template)
+        for name, variant in ({} if model.template is None else model.template.variants).items():
+            write_atomic(directory / "additional_chat_templates" / f"{name}.jinja", variant.source)
 
 
 def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:

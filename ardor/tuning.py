@@ -21,7 +21,7 @@ from ardor.files.runs import chosen_checkpoint
 from ardor.lm import LM, load
 from ardor.train import finetune as finetuning
 from ardor.train import pretrain as pretraining
-from ardor.train.config import Finetune, Optimisation, Train
+from ardor.train.config import Finetune, Train
 from ardor.train.run import Run
 from ardor.train.trainer import Event
 

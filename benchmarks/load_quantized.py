@@ -18,7 +18,10 @@ from benchmarks.duel import PEERS
 def duel(rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Median seconds and peak bytes of both sides over alternating rounds, and their ratios."""
     folder = checkpoint(options["model"], "bfloat16")
-    pythons = {"ours": sys.executable, "peer": str(_peer(options["quantization"]))}
+    needs = "transformers"
+    if options["quantization"] != "none":
+        needs += ", bitsandbytes, accelerate"
+    pythons = {"ours": sys.executable, "peer": str(peer_python(needs))}
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in pythons}
     for number in range(rounds):
         for side, python in pythons.items():
@@ -44,9 +47,8 @@ def duel(rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _peer(quantization: str) -> Path | str:
-    """A Python that has what the peer needs."""
-    needs = "transformers" if quantization == "none" else "transformers, bitsandbytes, accelerate"
+def peer_python(needs: str) -> Path | str:
+    """A Python that can import what the peer `needs` ("a, b")."""
     for python in (PEERS, sys.executable):
         command = [str(python), "-c", f"import {needs}"]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:

@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
+MODELS["tinyllama-4"] = MODELS["tinyllama"] | {"num_hidden_layers": 4}
 DECODE_PROMPT, PREFILL_PROMPT = 128, 512
 LEARNING_RATE, MAX_NORM = 1e-4, 1.0
 # A device map as transformers takes it: every layer on disk.

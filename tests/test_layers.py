@@ -12,7 +12,7 @@ LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
 LAYER_3 = ("bridge", "place", "packing", "load", "save", "data", "outline")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "tuning")
+LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quickstart": (*BELOW_5, "lm"),
     "tuning": (*BELOW_5, "lm"),
     "plan": BELOW_5,  # presets are train's
+    "preview": BELOW_5,  # it shows what train would be given
     "cli": (*BELOW_5, *LAYER_5, "__init__"),
     "__init__": (*BELOW_5, *LAYER_5),
     "__main__": ("cli",),

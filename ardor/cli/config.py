@@ -26,6 +26,7 @@ from cyclopts.exceptions import (
 )
 
 from ardor.cli.console import results
+from ardor.data.choices import Datasets, Part
 from ardor.errors import ConfigError
 from ardor.files.yaml import YamlFile, read_yaml, to_yaml
 
@@ -97,6 +98,7 @@ def _signature(config_class: type) -> inspect.Signature:
     parameters = []
     for field in [*leading, *flags]:
         leads = field in leading
+        kind: Any = TYPED.get(hints[field.name], hints[field.name])
         note = Parameter(
             help=help_of.get(field.name, ""),
             alias=SHORT.get(field.name, ()),
@@ -111,7 +113,7 @@ def _signature(config_class: type) -> inspect.Signature:
                 if leads
                 else inspect.Parameter.KEYWORD_ONLY,
                 default=_default(field),
-                annotation=Annotated[hints[field.name], note],
+                annotation=Annotated[kind, note],
             )
         )
     note = Parameter(help="YAML file with any of these settings; flags override it.", group=OPTIONS)
@@ -161,6 +163,7 @@ def _whole_or_none(kind: Any, tokens: Sequence[Token]) -> int | None:
     return None if tokens[0].value.lower() in ("none", "null") else _whole(kind, tokens)
 
 
+TYPED: dict[Any, Any] = {Datasets: tuple[str, ...]}  # where less can be typed than Python takes
 CONVERTERS = {int: _whole, int | None: _whole_or_none}
 
 
@@ -216,7 +219,15 @@ def _from_yaml(app: App, commands: tuple[str, ...], arguments: "ArgumentCollecti
     names = {a.name.removeprefix("--").replace("-", "_") for a in arguments} - {"config"}
     _refuse_unknown_keys(path, file, names)
     values = {key.replace("-", "_"): value for key, value in file.values.items()}
+    values |= {key: _datasets(values[key]) for key in ("data", "eval_data") if key in values}
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _datasets(value: Any) -> Any:
+    """Datasets as they are typed on a command line, where a YAML file has mappings."""
+    if isinstance(value, dict):
+        return str(Part.of(value))
+    return [_datasets(one) for one in value] if isinstance(value, list) else value
 
 
 def _refuse_unknown_keys(path: Path, file: YamlFile, names: set[str]) -> None:

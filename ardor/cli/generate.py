@@ -20,6 +20,9 @@ class Config(Settings, ModelFlags):
     """Hub id, local directory, or the folder of a run."""
     prompt: str
     """Text to continue; - reads it from standard input."""
+    chat_template: str | None = None
+    """Ask the prompt as a user's message, in this chat template: its name (such as chatml, llama3
+    or qwen3) or a jinja file. `ardor chat` uses the model's own."""
     json: bool = False
     """Print one JSON document: text, tokens, logprobs, stop_reason."""
 
@@ -31,11 +34,14 @@ def run(config: Config) -> int:
     _tell_memory(config, prompt)
     lm = config.load(config.model)
     settings = asdict(Settings.of(config))
+    asked = [{"role": "user", "content": prompt}]
+    as_chat = config.chat_template is not None
     if config.json:
-        found = lm.generate(prompt, **settings)
+        found = lm.chat(asked, **settings) if as_chat else lm.generate(prompt, **settings)
         print_json(asdict(found))
         return 0
-    for piece in lm.stream(prompt, **settings):
+    pieces = lm.stream_chat(asked, **settings) if as_chat else lm.stream(prompt, **settings)
+    for piece in pieces:
         sys.stdout.write(piece.text)
         sys.stdout.flush()
     sys.stdout.write("\n")

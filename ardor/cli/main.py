@@ -23,6 +23,10 @@ VERBS = {
     "download": ("ardor.cli.download", "fetch a model from the hub, as far as it is needed"),
     "train": ("ardor.cli.train", "train a model and its tokenizer from scratch"),
     "finetune": ("ardor.cli.finetune", "tune a model on your data: full, LoRA or QLoRA"),
+    "preview": (
+        "ardor.cli.preview",
+        "your data as the model will be trained on it, token by token",
+    ),
     "generate": ("ardor.cli.generate", "continue a prompt"),
     "chat": ("ardor.cli.chat", "talk with a model or a run"),
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),

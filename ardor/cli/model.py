@@ -46,6 +46,9 @@ class ModelFlags:
     names some. What will run is said first."""
     use_safetensors: bool = True
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
+    chat_template: str | None = None
+    """A chat template's name (such as chatml, llama3 or qwen3) or a jinja file, in place of the
+    model's own."""
 
     def load(self, name: str) -> LM:
         """The model; how it is held is said on stderr."""
@@ -66,6 +69,7 @@ class ModelFlags:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=self.use_safetensors,
+            chat_template=self.chat_template,
         )
 
 

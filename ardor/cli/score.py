@@ -82,7 +82,7 @@ def _score_dataset(config: Config) -> int:
         lm.tokenizer,
         lm.model.template,
         max_length=context if config.max_length is None else min(config.max_length, context),
-        over_length="truncate",
+        over_length="truncate_left",
         vocab=lm.spec.vocab,
     )
     found = evaluate(lm.model, dataset)

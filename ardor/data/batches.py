@@ -4,8 +4,11 @@ Axes: N tokens of one ragged row.
 """
 
 import bisect
+import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +19,10 @@ from torch import Tensor
 
 from ardor.data.dataset import Dataset, permutation, shift
 from ardor.errors import ConfigError, DataError
-from ardor.text.tokenizer import Tokenizer
 
 Order = Literal["random", "sequential", "group_by_length", "shortest_first"]
 GROUP = 50  # batches whose examples are sorted together by group_by_length
+LARGEST_EPOCH = 1 << 31  # examples
 WINDOW = 1024  # examples sorted together while bins are filled: fuller bins against more mixing
 
 
@@ -28,11 +31,6 @@ class Position(NamedTuple):
 
     epoch: int = 0
     index: int = 0
-
-
-class Span(NamedTuple):
-    text: str
-    supervised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +50,17 @@ class Batch:
 class BatchPlan:
     """Which examples are trained on together, and when: a function of (dataset, seed, epoch).
 
-    Every epoch has every example exactly once. Give either `examples_per_batch` (the last batch
+    Every epoch has every example exactly once; with `weights` it is as long as the smallest mixture
+    of the dataset's parts in these shares that has room for every example. Then the examples of a
+    part come in one shuffle after another, whatever the borders of epochs, and in any run of an
+    epoch's examples, before they are put into batches, the shares are exact to one example.
+
+    Give either `examples_per_batch` (the last batch
     of an epoch may be smaller) or `tokens_per_batch`, a budget that no batch exceeds and that
     whole documents fill as well as they can.
 
     Raises: ConfigError unless exactly one is given and at least 1; DataError if an example alone
-    exceeds the budget.
+    exceeds the budget, or a part has a weight but no examples.
 
     `order` of the examples: random; sequential; group_by_length (examples of similar lengths
     together, such groups in random order); shortest_first.
@@ -72,6 +75,7 @@ class BatchPlan:
         seed: int = 0,
         shuffle: bool = True,
         order: Order = "random",
+        weights: tuple[Fraction, ...] | None = None,
     ):
         given = [size for size in (tokens_per_batch, examples_per_batch) if size is not None]
         if len(given) != 1 or given[0] < 1:
@@ -90,6 +94,8 @@ class BatchPlan:
         self.tokens_per_batch = tokens_per_batch
         self.examples_per_batch = examples_per_batch
         self.seed, self.shuffle, self.order = seed, shuffle, order
+        self.weights = weights
+        self.counts = None if weights is None else _counts(dataset, weights)
         self._latest: tuple[int, list[tuple[int, ...]]] | None = None
 
     @cached_property
@@ -102,7 +108,15 @@ class BatchPlan:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "order": self.order,
-        }
+        } | ({} if self.weights is None else {"weights": [str(share) for share in self.weights]})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what is trained on, for a checkpoint to compare: the dataset's, and the weights."""
+        if self.weights is None:
+            return self.dataset.fingerprint
+        shares = " ".join(map(str, self.weights))
+        return hashlib.sha256(f"{self.dataset.fingerprint} {shares}".encode()).hexdigest()
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """The example indices of each batch of an epoch, in order."""
@@ -111,9 +125,9 @@ class BatchPlan:
         return self._latest[1]
 
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
-        count = len(self.dataset)
-        order = permutation(count, self.seed, epoch, 0) if self.shuffle else np.arange(count)
+        order = self._order(epoch)
         order = _arranged(order, self.dataset.lengths, self.order, self.examples_per_batch)
+        count = len(order)
         if self.examples_per_batch is not None:
             starts = range(0, count, self.examples_per_batch)
             batches = [tuple(order[i : i + self.examples_per_batch].tolist()) for i in starts]
@@ -128,6 +142,31 @@ class BatchPlan:
             return bins
         # A window opens its bins with its longest examples: mix the bins too.
         return [bins[i] for i in permutation(len(bins), self.seed, epoch, 1)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch, before they are put into batches."""
+        if self.counts is None:
+            count = len(self.dataset)
+            return permutation(count, self.seed, epoch, 0) if self.shuffle else np.arange(count)
+        drawn, places = [], []
+        for part, count in enumerate(self.counts):
+            drawn.append(self._draw(part, epoch * count, count))
+            places.append((np.arange(count) + 0.5) / count)
+        return np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def _draw(self, part: int, start: int, count: int) -> np.ndarray:
+        """`count` examples of a part from place `start` of its shuffles, laid end to end."""
+        members = np.flatnonzero(self.dataset.part_of == part)
+        drawn: list[np.ndarray] = []
+        while count:
+            lap, at = divmod(start, len(members))
+            order = members
+            if self.shuffle:
+                # 0 and 1 in the last place are of the orders of all examples and of bins.
+                order = members[permutation(len(members), self.seed, lap, 2 + part)]
+            drawn.append(order[at : at + count])
+            start, count = start + len(drawn[-1]), count - len(drawn[-1])
+        return np.concatenate(drawn)
 
     def batch(self, indices: tuple[int, ...]) -> Batch:
         """The micro-batch that holds these examples, in this order."""
@@ -194,6 +233,29 @@ def _fill_in_order(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[
     return [tuple(members) for members in bins]
 
 
+def _counts(dataset: Dataset, weights: tuple[Fraction, ...]) -> list[int]:
+    """How many examples of each part an epoch has."""
+    held = np.bincount(dataset.part_of, minlength=len(weights)).tolist()
+    if (empty := next((i for i, count in enumerate(held) if not count), None)) is not None:
+        raise DataError(
+            f"dataset {empty + 1} of the mixture has a weight, but none of its examples is left "
+            "to train on; leave it out, or raise max_length"
+        )
+    total = max(math.ceil(count / share) for count, share in zip(held, weights, strict=True))
+    if total > LARGEST_EPOCH:
+        raise DataError(
+            f"in these proportions an epoch has {total:,} examples, as every one comes at least "
+            "once; raise the weights of large datasets"
+        )
+    exact = [share * total for share in weights]
+    counts = [math.floor(share) for share in exact]
+    # What rounding leaves over goes to those that lost most by it.
+    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
 def _fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
     """Best fit, longest first within each window; bins stay open for the windows that follow."""
     bins: list[list[int]] = []
@@ -211,23 +273,3 @@ def _fill(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[tuple[int
                 bins.append([i])
             bisect.insort(room, (free - size, which))
     return [tuple(indices) for indices in bins]
-
-
-def preview(dataset: Dataset, tokenizer: Tokenizer, count: int) -> list[list[Span]]:
-    """The first `count` examples as text, in runs that are trained on and runs that are not.
-
-    The first token of an example is never trained on, whatever its mark says.
-    """
-    shown = []
-    for index in range(min(count, len(dataset))):
-        example = dataset[index]
-        marks = (False, *example.supervised[1:])
-        borders = [i for i in range(1, len(marks)) if marks[i] != marks[i - 1]]
-        spans, done = [], ""
-        for start, stop in zip([0, *borders], [*borders, len(marks)], strict=True):
-            # Decoded from the start: on its own a run may lose its leading space.
-            text = tokenizer.decode(list(example.tokens[:stop]))
-            spans.append(Span(text[len(done) :], marks[start]))
-            done = text
-        shown.append(spans)
-    return shown

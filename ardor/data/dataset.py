@@ -4,28 +4,30 @@ Axes: N tokens of one ragged row.
 """
 
 import hashlib
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ardor.data.formats import Format, examples_of, recognise
-from ardor.data.sources import Row
-from ardor.errors import ConfigError, DataError, ShapeError
+from ardor.data.choices import OverLength, Preferences
+from ardor.data.encode import Encoded, Encoder, marked
+from ardor.data.formats import Conversation, conversation_examples
+from ardor.data.lengths import Marked, keep_end, keep_start, pieces, policy_of
+from ardor.data.readers import Row
+from ardor.data.store import Arrays, MemoryStore, Store
+from ardor.errors import ConfigError, DataError, ShapeError, TextError
 from ardor.loss import IGNORE
-from ardor.text.chat import ChatTemplate
+from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.example import Example
 from ardor.text.tokenizer import Tokenizer
 
-OverLength = Literal["drop", "truncate", "error"]
 Progress = Callable[[int], None]  # called with how many rows are done
+HASHED = 1 << 20  # tokens that the fingerprint looks at together
 
 
 def shift(
@@ -54,6 +56,9 @@ def shift(
     return targets
 
 
+_WORDS = {"unended": "without their end"}
+
+
 @dataclass(frozen=True, slots=True)
 class Census:
     """Where every row went. Counts are of examples, except where a name or comment says more."""
@@ -63,7 +68,8 @@ class Census:
     tokens: int = 0  # of kept examples
     targets: int = 0  # tokens that are predicted; the first of an example never is
     dropped: int = 0  # longer than max_length and left out
-    truncated: int = 0  # kept without the start of their prompt
+    truncated: int = 0  # kept without the start of their prompt, or without their end
+    unended: int = 0  # of these, those whose last answer has lost its end, and so its stop token
     cut: int = 0  # documents kept as several examples, every token still predicted once
     empty: int = 0  # left out because they held no target, or rows that held no answer
     longest: int = 0  # tokens of the longest example before the limit was applied
@@ -75,9 +81,9 @@ class Census:
         kinds = ", ".join(name for name, _ in self.formats)
         line = f"{self.rows:,} rows{f' ({kinds})' if kinds else ''}: {self.examples:,} examples"
         line += f", {self.tokens:,} tokens, {self.targets:,} targets"
-        for name in ("dropped", "truncated", "cut", "empty"):
+        for name in ("dropped", "truncated", "unended", "cut", "empty"):
             if count := getattr(self, name):
-                line += f", {count:,} {name}"
+                line += f", {count:,} {_WORDS.get(name, name)}"
         return line
 
     def table(self) -> tuple[tuple[str, str], ...]:
@@ -91,7 +97,8 @@ class Census:
             ("targets", f"{self.targets:,} ({share:.0%} of tokens)"),
             ("longest example", f"{self.longest:,} tokens"),
             ("dropped, too long", f"{self.dropped:,}"),
-            ("prompts truncated", f"{self.truncated:,}"),
+            ("truncated", f"{self.truncated:,}"),
+            ("  without their end", f"{self.unended:,}"),
             ("documents cut", f"{self.cut:,}"),
             ("left out, no targets", f"{self.empty:,}"),
         ]
@@ -102,13 +109,19 @@ class Census:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples end to end in flat arrays. Equal datasets have equal fingerprints."""
+    """Examples end to end in flat arrays, or a choice of them. Equal ones have equal fingerprints.
 
-    tokens: np.ndarray  # int32, of all examples
+    The arrays may be mapped files: nothing here reads more of them than it is asked about.
+    """
+
+    tokens: np.ndarray  # int32, of all examples, chosen or not
     supervised: np.ndarray  # bool, as long
-    starts: np.ndarray  # int64, one more than there are examples
-    rows: np.ndarray  # int32: the row that each example came from
+    starts: np.ndarray  # int64, where each begins: one more than there are
+    rows: np.ndarray  # int64: the row that each example came from
+    unended: np.ndarray  # bool: has the example lost its end to the length limit?
     census: Census
+    bounds: tuple[int, ...] = (0,)  # the first row of each part of a mixture
+    chosen: np.ndarray | None = None  # int64: the examples of this dataset; None: all
 
     @classmethod
     def build(
@@ -119,8 +132,12 @@ class Dataset:
         *,
         max_length: int | None = None,
         over_length: OverLength = "drop",
+        preferences: Preferences = "refuse",
         vocab: int | None = None,
+        train_on: TrainOn = "all",
         progress: Progress | None = None,
+        store: Store | None = None,
+        fast: bool = True,
     ) -> "Dataset":
         """The examples of `rows`, none longer than `max_length` tokens (None: no limit).
 
@@ -129,43 +146,38 @@ class Dataset:
         exactly once. Anything else that is longer is treated by `over_length`:
 
         - "drop": left out and counted.
-        - "truncate": the start of its prompt is taken away, but for a BOS token; an earlier
-          answer that this cuts into is no longer trained on. The last answer stays whole, with
-          its stop token; where that leaves no prompt token the example is dropped and counted.
+        - "truncate_left": a conversation loses its first turns, but for system messages. Where its
+          last turn alone is too long, and of a prompt, the start of the prompt is taken away, but
+          for a BOS token; an earlier answer that this cuts into is no longer trained on. The last
+          answer stays whole, with its stop token; where that leaves no prompt token the example is
+          dropped and counted.
+        - "truncate_right": loses its end. No stop token is put in the place of a lost one: the
+          example is counted as without its end, and marked in `unended`; where that leaves no
+          target it is dropped and counted.
         - "error": refused, naming the row.
 
+        Of a conversation's answers `train_on` says which are trained on, where its messages do not.
         Examples with no target are left out and counted. A tokenizer may know added tokens that
-        the model lacks: `vocab` are the ids that it has.
+        the model lacks: `vocab` are the ids that it has. Of `preferences` nothing is learnt, or
+        the "chosen" answer. The arrays are collected in `store` (default: memory). `fast` False
+        encodes row by row, to the same result.
 
         Raises: DataError naming the row that cannot be read or holds other ids, or if nothing is
         left to train on.
         """
-        builder = _Builder(max_length, over_length, tokenizer.special.bos)
-        first_of_file: dict[str, tuple[Format, str]] = {}
-        for row in rows:
-            format = recognise(row.values, row.where)
-            first, where = first_of_file.setdefault(row.file, (format, row.where))
-            if first is not format:
-                raise DataError(
-                    f"{row.where} is in the format {format.name!r} but {where} is in "
-                    f"{first.name!r}; keep one format per file"
-                )
-            builder.begin_row(format.name, format.unread(row.values))
-            examples = examples_of(row, tokenizer, template)
-            builder.counts["empty"] += not examples
-            for example in examples:
-                if vocab is not None and (high := max(example.tokens, default=0)) >= vocab:
-                    raise DataError(
-                        f"{row.where} holds token {tokenizer.token(high)!r}, id {high}, but the "
-                        f"model has only {vocab} ids; take it out of the data"
-                    )
-                if format.name == "text":
-                    builder.add_document(example, row.where)
-                else:
-                    builder.add(example, row.where)
+        encoder = Encoder(
+            tokenizer, template, preferences=preferences, train_on=train_on, fast=fast
+        )
+        builder = _Builder(max_length, over_length, tokenizer, template, store or MemoryStore())
+        for item in encoder(rows):
+            builder.begin_row(item)
+            for example in item.examples:
+                if vocab is not None:
+                    _check_ids(example, vocab, item.row, tokenizer)
+                builder.add(example, item)
             if progress:
                 progress(builder.counts["rows"])
-        return cls._finish(builder)
+        return builder.finish()
 
     @classmethod
     def from_documents(
@@ -184,20 +196,15 @@ class Dataset:
         return cls.build(rows, tokenizer, max_length=max_length, progress=progress)
 
     @classmethod
-    def _finish(cls, builder: "_Builder") -> "Dataset":
-        census = builder.census()
-        if not census.targets:
-            raise DataError(f"nothing is trained on: {_nothing(census, builder)}")
+    def of(cls, arrays: Arrays, census: Census, bounds: tuple[int, ...] = (0,)) -> "Dataset":
+        """The dataset of what a store has collected."""
+        starts = np.concatenate([[0], arrays.lengths.cumsum()])
         return cls(
-            np.array(builder.tokens, dtype=np.int32),
-            np.frombuffer(bytes(builder.supervised), dtype=np.bool_),
-            np.array(builder.starts, dtype=np.int64),
-            np.array(builder.rows, dtype=np.int32),
-            census,
+            arrays.tokens, arrays.supervised, starts, arrays.rows, arrays.unended, census, bounds
         )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.chosen is None else self.chosen)
 
     def __getitem__(self, index: int) -> Example:
         span = self.span(index)
@@ -213,12 +220,26 @@ class Dataset:
         """Where an example lies in the flat arrays."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+        which = index if self.chosen is None else int(self.chosen[index])
+        return slice(int(self.starts[which]), int(self.starts[which + 1]))
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
-        return np.diff(self.starts)
+        return self._pick(np.diff(self.starts))
+
+    @cached_property
+    def row_of(self) -> np.ndarray:
+        """The row that each example came from, int64."""
+        return self._pick(self.rows)
+
+    @cached_property
+    def part_of(self) -> np.ndarray:
+        """The part of the mixture that each example is from, int64."""
+        return np.searchsorted(self.bounds, self.row_of, side="right") - 1
+
+    def _pick(self, values: np.ndarray) -> np.ndarray:
+        return values if self.chosen is None else values[self.chosen]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -227,9 +248,22 @@ class Dataset:
         A run records it, and refuses to resume with other data.
         """
         digest = hashlib.sha256(b"ardor dataset 1")
-        for values, kind in ((self.starts, "<i8"), (self.tokens, "<i4"), (self.supervised, "|b1")):
-            digest.update(np.ascontiguousarray(values, dtype=kind).tobytes())
+        digest.update(np.concatenate([[0], self.lengths.cumsum()]).astype("<i8").tobytes())
+        for values, kind in ((self.tokens, "<i4"), (self.supervised, "|b1")):
+            for start, stop in self._runs():
+                for at in range(start, stop, HASHED):
+                    part = values[at : min(at + HASHED, stop)]
+                    digest.update(np.ascontiguousarray(part, dtype=kind).tobytes())
         return digest.hexdigest()
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Stretches of the flat arrays that hold the examples, in order."""
+        if self.chosen is None:
+            yield 0, int(self.starts[-1])
+            return
+        breaks = np.flatnonzero(np.diff(self.chosen) != 1) + 1
+        for run in np.split(self.chosen, breaks):
+            yield int(self.starts[run[0]]), int(self.starts[run[-1] + 1])
 
     def split(self, fraction: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """(training, held-out) datasets; about `fraction` of the rows are held out.
@@ -239,7 +273,7 @@ class Dataset:
 
         Raises: DataError if the fraction is not between 0 and 1 or there are fewer than two rows.
         """
-        rows = np.unique(self.rows)
+        rows = np.unique(self.row_of)
         if not 0 < fraction < 1:
             raise DataError(f"the held-out fraction is {fraction}; it must lie between 0 and 1")
         if len(rows) < 2 and self.census.cut:
@@ -249,21 +283,25 @@ class Dataset:
         if len(rows) < 2:
             raise DataError("a dataset with one row cannot be split; give a held-out file instead")
         held = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        heldout = np.isin(self.rows, rows[permutation(len(rows), seed)[:held]])
+        heldout = np.isin(self.row_of, rows[permutation(len(rows), seed)[:held]])
         return self._select(~heldout), self._select(heldout)
 
     def _select(self, keep: np.ndarray) -> "Dataset":
-        lengths, of_token = self.lengths[keep], np.repeat(keep, self.lengths)
-        starts = np.concatenate([[0], lengths.cumsum()])
-        supervised = self.supervised[of_token]
+        chosen = np.flatnonzero(keep) if self.chosen is None else self.chosen[keep]
+        made = replace(self, chosen=chosen)
+        targets = 0
+        for start, stop in made._runs():
+            targets += int(np.count_nonzero(self.supervised[start:stop]))
         census = Census(
-            rows=len(np.unique(self.rows[keep])),
-            examples=len(lengths),
-            tokens=int(starts[-1]),
-            targets=int(supervised.sum() - supervised[starts[:-1]].sum()),
-            longest=int(lengths.max()),
+            rows=len(np.unique(made.row_of)),
+            examples=len(chosen),
+            tokens=int(made.lengths.sum()),
+            # The first token of an example is never a target.
+            targets=targets - int(np.count_nonzero(self.supervised[self.starts[chosen]])),
+            unended=int(np.count_nonzero(self.unended[chosen])),
+            longest=int(made.lengths.max()),
         )
-        return Dataset(self.tokens[of_token], supervised, starts, self.rows[keep], census)
+        return replace(made, census=census)
 
 
 def permutation(count: int, *seeds: int) -> np.ndarray:
@@ -277,126 +315,158 @@ def permutation(count: int, *seeds: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
+def _check_ids(example: Marked, vocab: int, row: Row, tokenizer: Tokenizer) -> None:
+    if (high := int(example.tokens.max(initial=0))) >= vocab:
+        raise DataError(
+            f"{row.where} holds token {tokenizer.token(high)!r}, id {high}, but the "
+            f"model has only {vocab} ids; take it out of the data"
+        )
+
+
 @dataclass
 class _Builder:
     limit: int | None
-    policy: OverLength
-    bos: int | None
-    tokens: array = field(default_factory=lambda: array("i"))
-    supervised: bytearray = field(default_factory=bytearray)
-    starts: array = field(default_factory=lambda: array("q", [0]))
-    rows: array = field(default_factory=lambda: array("i"))
+    over_length: OverLength
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    store: Store
     counts: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     unread: set[str] = field(default_factory=set)
+    bounds: list[int] = field(default_factory=list)
+    first_of_file: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 2:
             raise ConfigError(f"max_length is {self.limit}; predicting one token takes at least 2")
-        if self.policy not in get_args(OverLength):
-            raise ConfigError(
-                f"over_length is {self.policy!r}; choose from {', '.join(get_args(OverLength))}"
-            )
+        self.policy = policy_of(self.over_length)
 
-    def begin_row(self, format: str, unread: Iterable[str]) -> None:
-        self.counts["rows"] += 1
-        self.formats[format] += 1
-        self.unread.update(unread)
+    def begin_row(self, item: Encoded) -> None:
+        """Count a row.
 
-    def add_document(self, example: Example, where: str) -> None:
-        if self.limit is None or self._fits(example, where):
-            self._keep(example)
-            return
-        self.counts["cut"] += 1
-        for piece in _pieces(example, self.limit):
-            self._keep(piece)
-
-    def add(self, example: Example, where: str) -> None:
-        if not example.targets or self.limit is None or self._fits(example, where):
-            self._keep(example)
-            return
-        shorter = _keep_answer(example, self.limit, self.bos) if self.policy == "truncate" else None
-        self.counts["truncated" if shorter else "dropped"] += 1
-        if shorter:
-            self._keep(shorter)
-
-    def _fits(self, example: Example, where: str) -> bool:
-        count = len(example.tokens)
-        self.counts["longest"] = max(self.counts["longest"], count)
-        if self.limit is None or count <= self.limit:
-            return True
-        if self.policy == "error":
+        Raises: DataError if it is in another format than those before it in its file.
+        """
+        row, format = item.row, item.format
+        kind = format.name
+        if kind in ("prompt-completion", "preference"):
+            kind += " of " + ("messages" if isinstance(item.content, Conversation) else "strings")
+        first, where = self.first_of_file.setdefault(row.file, (kind, row.where))
+        if first != kind:
             raise DataError(
-                f"{where} makes an example of {count} tokens, longer than max_length="
-                f"{self.limit}; raise max_length, or choose over_length drop or truncate"
+                f"{row.where} is in the format {kind!r} but {where} is in {first!r}; "
+                "keep one format per file"
             )
-        return False
+        while len(self.bounds) <= row.part:
+            self.bounds.append(self.counts["rows"])
+        self.counts["rows"] += 1
+        self.formats[format.name] += 1
+        self.unread.update(format.unread(row.values))
+        self.counts["empty"] += not item.examples
 
-    def _keep(self, example: Example) -> None:
+    def add(self, example: Marked, item: Encoded) -> None:
+        """Keep an example, or what the limit leaves of it."""
+        size = len(example.tokens)
+        if example.targets:
+            self.counts["longest"] = max(self.counts["longest"], size)
+        if not example.targets or self.limit is None or size <= self.limit:
+            self._keep(example)
+        elif self.policy == "error":
+            raise DataError(
+                f"{item.row.where} makes an example of {size} tokens, longer than max_length="
+                f"{self.limit}; raise max_length, or choose over_length drop, truncate_left or "
+                "truncate_right"
+            )
+        elif item.format.name == "text":
+            self.counts["cut"] += 1
+            for piece in pieces(example, self.limit):
+                self._keep(piece)
+        else:
+            self._shorten(example, item, self.limit)
+
+    def _shorten(self, example: Marked, item: Encoded, limit: int) -> None:
+        shorter, unended = None, False
+        if self.policy == "truncate_left":
+            if len(item.examples) == 1 and isinstance(item.content, Conversation):
+                shorter = _fewer_turns(item.content, limit, self.tokenizer, self.template)
+            shorter = shorter or keep_end(example, limit, self.tokenizer.special.bos)
+        elif self.policy == "truncate_right" and (found := keep_start(example, limit)):
+            shorter, unended = found
+        self.counts["truncated" if shorter else "dropped"] += 1
+        self.counts["unended"] += unended
+        if shorter:
+            self._keep(shorter, unended)
+
+    def _keep(self, example: Marked, unended: bool = False) -> None:
         targets = example.targets
         if not targets:
             self.counts["empty"] += 1
             return
-        self.tokens.extend(example.tokens)
-        self.supervised.extend(example.supervised)
-        self.starts.append(len(self.tokens))
-        self.rows.append(self.counts["rows"] - 1)
+        self.store.append(*example, row=self.counts["rows"] - 1, unended=unended)
         self.counts["targets"] += targets
-        self.counts["longest"] = max(self.counts["longest"], len(example.tokens))
+        self.counts["tokens"] += len(example.tokens)
+        self.counts["examples"] += 1
 
-    def census(self) -> Census:
-        return Census(
+    def finish(self) -> Dataset:
+        """The dataset.
+
+        Raises: DataError if it holds nothing to train on.
+        """
+        census = Census(
             **self.counts,
-            examples=len(self.rows),
-            tokens=len(self.tokens),
             formats=tuple(self.formats.items()),
             unread=tuple(sorted(self.unread)),
         )
+        if not census.targets:
+            raise DataError(f"nothing is trained on: {self._nothing(census)}")
+        return Dataset.of(self.store.finish(), census, tuple(self.bounds))
 
-
-def _pieces(example: Example, limit: int) -> Iterable[Example]:
-    """Runs of at most `limit` tokens, each starting on the last token of the one before."""
-    for start in range(0, len(example.tokens) - 1, limit - 1):
-        stop = start + limit
-        yield Example(example.tokens[start:stop], example.supervised[start:stop])
-
-
-def _keep_answer(example: Example, limit: int, bos: int | None) -> Example | None:
-    """The end of the example that fits, with its last answer whole; None if there is no such.
-
-    What follows the last answer teaches nothing and goes first. A BOS token stays in front: models
-    put attention there that has nowhere else to go.
-    """
-    stop = len(example.tokens)
-    while not example.supervised[stop - 1]:
-        stop -= 1
-    answer = stop - 1
-    while answer and example.supervised[answer - 1]:
-        answer -= 1
-    if stop <= limit:
-        return Example(example.tokens[:stop], example.supervised[:stop])
-    head = 1 if bos is not None and example.tokens[0] == bos else 0
-    start = stop - (limit - head)
-    if start >= answer:
-        return None
-    # An answer that the piece begins with has lost its start, or all of its prompt.
-    cut = example.supervised.index(False, start)
-    supervised = (False,) * (head + cut - start) + example.supervised[cut:stop]
-    return Example(example.tokens[:head] + example.tokens[start:stop], supervised)
-
-
-def _nothing(census: Census, builder: _Builder) -> str:
-    if not census.rows:
-        return "there are no rows"
-    if census.dropped:
-        found = (
-            f"{census.dropped:,} of {census.rows:,} rows were dropped as longer than max_length="
-            f"{builder.limit} (the longest has {census.longest:,} tokens); raise max_length"
+    def _nothing(self, census: Census) -> str:
+        if not census.rows:
+            return "there are no rows"
+        if census.dropped:
+            found = (
+                f"{census.dropped:,} of {census.rows:,} rows were dropped as longer than "
+                f"max_length={self.limit} (the longest has {census.longest:,} tokens); "
+                "raise max_length"
+            )
+            if self.policy == "truncate_left":
+                return f"{found}: prompts lose their start, but an answer is never cut"
+            return f"{found}, or set over_length=truncate_left to shorten prompts"
+        return (
+            f"none of the {census.rows:,} rows holds an answer or a text with something to "
+            "predict; check that messages have an assistant turn and that the answer column is "
+            "not blank"
         )
-        if builder.policy == "truncate":
-            return f"{found}: prompts lose their start, but an answer is never cut"
-        return f"{found}, or set over_length=truncate to shorten prompts"
-    return (
-        f"none of the {census.rows:,} rows holds an answer or a text with something to predict; "
-        "check that messages have an assistant turn and that the answer column is not blank"
-    )
+
+
+def _fewer_turns(
+    conversation: Conversation, limit: int, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> Marked | None:
+    """The conversation without its first turns, as few of them as must go; None if all must.
+
+    A turn begins with a user's message; system messages before the first one stay.
+    """
+    messages = conversation.messages
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        return None
+
+    def without(turns: int) -> Marked | None:
+        kept = (*messages[: users[0]], *messages[users[turns] :])
+        given = max(0, conversation.given - (users[turns] - users[0]))
+        shorter = replace(conversation, messages=kept, given=given)
+        try:
+            found = conversation_examples(shorter, tokenizer, template)
+        except TextError:  # a template that wants its first turns, or no answer is left
+            return None
+        fits = len(found) == 1 and len(found[0].tokens) <= limit
+        return marked(found[0]) if fits else None
+
+    fewest, most, best = 1, len(users) - 1, None
+    while fewest <= most:  # what fits with so many turns gone also fits with more of them gone
+        middle = (fewest + most) // 2
+        if (found := without(middle)) is not None:
+            best, most = found, middle - 1
+        else:
+            fewest = middle + 1
+    return best

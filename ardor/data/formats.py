@@ -1,14 +1,17 @@
-"""What the columns of a row mean: the known dataset formats, and the examples they make."""
+"""What the columns of a row mean: the known dataset formats, and the typed content they give."""
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ardor.data.sources import Row
+from ardor.data.choices import Preferences
+from ardor.data.readers import Row
 from ardor.errors import DataError, TextError
-from ardor.text.chat import ChatTemplate, checked, supervise
-from ardor.text.example import Example, completion, document
+from ardor.text.chat import ChatTemplate, TrainOn, checked, supervise
+from ardor.text.example import Example, completion, document, segments
+from ardor.text.messages import text_of
 from ardor.text.tokenizer import Tokenizer
 
 Values = Mapping[str, Any]
@@ -49,15 +52,37 @@ class Conversation:
 
     messages: tuple[Any, ...]  # as they are in the file, not checked yet
     given: int = 0
+    variables: Mapping[str, Any] = field(default_factory=dict)  # tools, documents: the template's
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Runs of text in which control tokens count, each trained on or not. Nothing is added."""
+
+    parts: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which the first is the better: what DPO trains on."""
+
+    chosen: Completion | Conversation
+    rejected: Completion | Conversation
+
+
+Content = Text | Completion | Conversation | Segments | Preference
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way to name columns. `read` raises DataError for values of the wrong kind."""
+    """One way to name columns. `read` raises DataError for values of the wrong kind.
+
+    What is read is one kind of content, but for columns that hold strings or messages.
+    """
 
     name: str
     columns: tuple[str, ...]
-    read: Callable[[Values], Text | Completion | Conversation]
+    read: Callable[[Values], Content]
     optional: tuple[str, ...] = ()
 
     def unread(self, values: Values) -> tuple[str, ...]:
@@ -80,64 +105,141 @@ def recognise(values: Values, where: str = "the row") -> Format:
     )
 
 
-def examples_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Example]:
-    """The token sequences of a row, usually one, each ending with a stop token that is trained on.
-
-    Messages, ShareGPT, question/answer and instruction rows become conversations and need a chat
-    template. A prompt and a completion are messages if they are lists of messages, and are joined
-    as they are, without any template, if they are strings. In a prompt nothing is trained on.
-    A row with no answer, or with blank ones only, gives no example.
+def read(row: Row) -> tuple[Format, Content]:
+    """What a row holds.
 
     Raises: DataError naming the row.
     """
     format = recognise(row.values, row.where)
     try:
-        content = format.read(row.values)
-        if isinstance(content, Text):
+        return format, format.read(row.values)
+    except DataError as error:
+        raise explained(row, format, error) from error
+
+
+def explained(row: Row, format: Format, error: Exception) -> DataError:
+    """The error with the place of the row before it."""
+    return DataError(f"{row.where} ({format.name}): {error}")
+
+
+def examples_of(
+    row: Row,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    preferences: Preferences = "refuse",
+    train_on: TrainOn = "all",
+) -> list[Example]:
+    """The token sequences of a row, usually one, each ending with a stop token that is trained on.
+
+    Messages, ShareGPT, question/answer and instruction rows become conversations and need a chat
+    template. A prompt and a completion are messages if they are lists of messages, and are joined
+    as they are, without any template, if they are strings. In a prompt nothing is trained on; of a
+    conversation's answers, `train_on` and the messages' own flags say which are.
+    Segments are taken as they are: they end with a stop token only if their text spells one.
+    Of a preference nothing is learnt here, or the "chosen" answer. A row with no answer, or with
+    blank ones only, gives no example.
+
+    Raises: DataError naming the row.
+    """
+    format, content = read(row)
+    try:
+        return encoded(answer_of(content, preferences), tokenizer, template, train_on)
+    except (DataError, TextError) as error:
+        raise explained(row, format, error) from error
+
+
+def answer_of(content: Content, preferences: Preferences) -> Content:
+    """The content to train on: of a preference its better answer, where that is asked for.
+
+    Raises: DataError for a preference where it is not.
+    """
+    if not isinstance(content, Preference):
+        return content
+    if preferences == "refuse":
+        raise DataError(
+            "the row compares two answers, which teaches a preference and no text; to train on the "
+            "better one alone, set preferences=chosen"
+        )
+    return content.chosen
+
+
+def encoded(
+    content: Content,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    train_on: TrainOn = "all",
+) -> list[Example]:
+    """The examples of one content: the reference of what `encode.Encoder` does for many.
+
+    Raises: TextError or DataError if it cannot be encoded.
+    """
+    match content:
+        case Text():
             return [document(tokenizer, content.text)] if content.text.strip() else []
-        if isinstance(content, Completion):
+        case Completion():
             if not content.completion.strip():
                 return []
             return [completion(tokenizer, content.prompt, content.completion)]
-        return _conversation(content, tokenizer, template)
+        case Segments():
+            if not any(trained and text.strip() for text, trained in content.parts):
+                return []
+            return [segments(tokenizer, content.parts)]
+        case Conversation():
+            return conversation_examples(content, tokenizer, template, train_on)
+        case Preference():
+            raise DataError("a preference is two contents; encode its chosen or its rejected one")
+
+
+def preference_pair(
+    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[Example, Example] | None:
+    """(chosen, rejected) of a preference row: the same prompt, then the answer that is judged.
+
+    Only the last answer of each is marked as supervised. None where an answer is blank, or both
+    are the same.
+
+    Raises: DataError naming the row, also where it is no preference.
+    """
+    try:
+        content = read_preference(row.values)
+    except DataError as error:
+        raise DataError(f"{row.where} (preference): {error}") from error
+    try:
+        sides = [encoded(side, tokenizer, template) for side in (content.chosen, content.rejected)]
     except (DataError, TextError) as error:
-        raise DataError(f"{row.where} ({format.name}): {error}") from error
+        raise DataError(f"{row.where} (preference): {error}") from error
+    if not all(sides) or sides[0] == sides[1]:
+        return None
+    return sides[0][-1], sides[1][-1]
 
 
-def _conversation(
-    conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate | None
+def conversation_examples(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    train_on: TrainOn = "all",
 ) -> list[Example]:
+    """The examples of a conversation; none if it has no answer but blank ones.
+
+    Raises: TextError or DataError if it cannot be encoded.
+    """
     if template is None:
         raise DataError(
             "a conversation needs a chat template and this model has none; choose one with "
             "chat_template=chatml, or use the columns prompt and completion"
         )
     messages, given = checked(conversation.messages), conversation.given
-    answers = [message["content"] for message in messages[given:] if _role(message) == "assistant"]
-    if not any(answer.strip() for answer in answers):
+    answers = [message for message in messages[given:] if _role(message) == "assistant"]
+    if not any(text_of(answer).strip() or answer.get("tool_calls") for answer in answers):
         return []
-    examples = supervise(tokenizer, template, messages)
-    return _unmark(examples, sum(_role(message) == "assistant" for message in messages[:given]))
+    return supervise(
+        tokenizer, template, messages, train_on=train_on, given=given, **conversation.variables
+    )
 
 
 def _role(message: object) -> object:
     return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _unmark(examples: list[Example], answers: int) -> list[Example]:
-    """The examples without supervision of the first `answers` answers, each of which is one run."""
-    if not answers:
-        return examples
-    changed = []
-    for example in examples:
-        flags = list(example.supervised)
-        for i, flag in enumerate(example.supervised):
-            starts = flag and not (i and example.supervised[i - 1])
-            if starts and (answers := answers - 1) < 0:
-                break
-            flags[i] = False
-        changed.append(Example(example.tokens, tuple(flags)))
-    return [example for example in changed if any(example.supervised)]
 
 
 # ---- reading values ----
@@ -168,21 +270,49 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-def _with_system(values: Values, messages: list[Any]) -> Conversation:
+def _conversation(values: Values, messages: list[Any], given: int = 0) -> Conversation:
+    """The messages, after the row's system prompt, with what else the template is given."""
     system = _optional_string(values, "system")
     if system and _role(messages[0]) != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return Conversation(tuple(messages))
+        messages, given = [{"role": "system", "content": system}, *messages], given and given + 1
+    return Conversation(tuple(messages), given, _variables(values))
+
+
+def _variables(values: Values) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    for column in ("tools", "documents"):
+        value = _from_json(values.get(column), column)
+        if value is None or value == []:
+            continue
+        if not isinstance(value, list):
+            raise DataError(f"column {column!r} holds {_kind(value)}, expected a list of objects")
+        variables[column] = value
+    given = _from_json(values.get("chat_template_kwargs"), "chat_template_kwargs")
+    if given is not None and not isinstance(given, Mapping):
+        raise DataError(f"column 'chat_template_kwargs' holds {_kind(given)}, expected an object")
+    return variables | dict(given or {})
+
+
+def _from_json(value: Any, column: str) -> Any:
+    """The value, read where it is a string of JSON: tables have no nested columns."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"column {column!r} holds a string that is not JSON: {error}") from None
 
 
 def _read_messages(values: Values) -> Conversation:
-    return _with_system(values, _messages(values["messages"], "messages"))
+    return _conversation(values, _messages(values["messages"], "messages"))
 
 
 def _read_sharegpt(values: Values) -> Conversation:
     turns = _messages(values["conversations"], "conversations")
     if _role(turns[0]) is not None:  # this column's name with the keys of messages
-        return _with_system(values, turns)
+        return _conversation(values, turns)
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
@@ -191,8 +321,9 @@ def _read_sharegpt(values: Values) -> Conversation:
         if turn["from"] not in SPEAKERS:
             known = ", ".join(SPEAKERS)
             raise DataError(f"turn {number} is from {turn['from']!r}; known are {known}")
-        messages.append({"role": SPEAKERS[turn["from"]], "content": turn["value"]})
-    return _with_system(values, messages)
+        message = {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
+        messages.append(message | {k: v for k, v in turn.items() if k not in ("from", "value")})
+    return _conversation(values, messages)
 
 
 def _read_prompt(values: Values) -> Completion | Conversation:
@@ -205,7 +336,76 @@ def _read_prompt(values: Values) -> Completion | Conversation:
             "two lists of messages"
         )
     given = _messages(prompt, "prompt")
-    return Conversation((*given, *_messages(answer, "completion")), len(given))
+    return _conversation(values, [*given, *_messages(answer, "completion")], len(given))
+
+
+def _read_segments(values: Values) -> Segments:
+    found = values["segments"]
+    if not isinstance(found, list | tuple) or not found:
+        raise DataError(f"column 'segments' holds {_kind(found)}, expected a list of segments")
+    parts = []
+    for number, segment in enumerate(found, 1):
+        if not isinstance(segment, Mapping):
+            raise DataError(
+                f"segment {number} holds {_kind(segment)}; expected an object with 'text' and "
+                "'label'"
+            )
+        text, label = segment.get("text"), segment.get("label", segment.get("train"))
+        if not isinstance(text, str):
+            raise DataError(f"segment {number}: 'text' is {_kind(text)}; expected a string")
+        if not isinstance(label, bool):
+            raise DataError(
+                f"segment {number}: 'label' is {_kind(label)}; expected true (trained on) or false"
+            )
+        parts.append((text, label))
+    return Segments(tuple(parts))
+
+
+def read_preference(values: Values) -> Preference:
+    """The two answers of a row with the columns chosen, rejected, and perhaps prompt.
+
+    Both are strings, or both lists of messages. Without a prompt it is what the two begin with
+    alike: the same messages, or the same text up to where they part, at the start of a word.
+
+    Raises: DataError for values of the wrong kind, or answers with different prompts.
+    """
+    for column in ("chosen", "rejected"):
+        if column not in values:
+            raise DataError(f"there is no column {column!r}; expected chosen, rejected and prompt")
+    chosen, rejected, prompt = values["chosen"], values["rejected"], values.get("prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _preferred_strings(prompt, chosen, rejected)
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise DataError(
+            f"chosen holds {_kind(chosen)} and rejected {_kind(rejected)}; expected two strings or "
+            "two lists of messages"
+        )
+    sides = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+    if isinstance(prompt, list | tuple):
+        sides = [[*prompt, *side] for side in sides]
+        shared = len(prompt)
+    else:
+        # A prompt that is a string repeats what the messages begin with, as in UltraFeedback.
+        pairs = enumerate(zip(*sides, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(map(len, sides)))
+        shared = min(shared, *(len(side) - 1 for side in sides))
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not any(_role(message) == "assistant" for message in side[shared:]):
+            raise DataError(f"column {name!r} has no assistant message after the prompt")
+    better, worse = (_conversation(values, side, shared) for side in sides)
+    return Preference(better, worse)
+
+
+def _preferred_strings(prompt: Any, chosen: str, rejected: str) -> Preference:
+    if prompt is None:
+        together = zip(chosen, rejected, strict=False)
+        at = next((i for i, (a, b) in enumerate(together) if a != b), 0)
+        while at and not chosen[at].isspace():
+            at -= 1
+        prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]
+    if not isinstance(prompt, str):
+        raise DataError(f"prompt holds {_kind(prompt)}, expected a string, as chosen and rejected")
+    return Preference(Completion(prompt, chosen), Completion(prompt, rejected))
 
 
 def _answer(question: str, answer: str, system: str = "") -> Conversation:
@@ -233,11 +433,16 @@ def _read_text(values: Values) -> Text:
     return Text(_string(values, "text"))
 
 
-# In order of precedence: published Alpaca rows also have a "text" column, UltraChat's a "prompt".
+_FOR_TEMPLATE = ("system", "tools", "documents", "chat_template_kwargs")
+
+# In order of precedence: published Alpaca rows also have a "text" column, UltraChat's a "prompt",
+# and UltraFeedback's the "messages" of the chosen answer.
 FORMATS = (
-    Format("messages", ("messages",), _read_messages, ("system",)),
-    Format("sharegpt", ("conversations",), _read_sharegpt, ("system",)),
-    Format("prompt-completion", ("prompt", "completion"), _read_prompt),
+    Format("messages", ("messages",), _read_messages, _FOR_TEMPLATE),
+    Format("sharegpt", ("conversations",), _read_sharegpt, _FOR_TEMPLATE),
+    Format("segments", ("segments",), _read_segments),
+    Format("preference", ("chosen", "rejected"), read_preference, ("prompt", *_FOR_TEMPLATE)),
+    Format("prompt-completion", ("prompt", "completion"), _read_prompt, _FOR_TEMPLATE),
     Format(
         "alpaca", ("instruction", "output"), _instruction("input", "output"), ("input", "system")
     ),

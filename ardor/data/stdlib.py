@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.errors import DataError
 
 # Tests and bundled copies repeat other text; the codecs are tables; topics.py is read on its own.

@@ -109,17 +109,20 @@ def stream(
         yield Piece(done.text[writer.shown - len(text) :], done)
 
 
-def chat_prompt(model: Model, messages: list[dict[str, str]]) -> list[int]:
+def chat_prompt(model: Model, messages: Sequence[Any], **variables: Any) -> list[int]:
     """The ids of a conversation, up to where the assistant's answer begins.
 
-    Raises: ConfigError if the model has no chat template.
+    `variables` as for `text.chat.prompt_ids`: tools, documents, continue_final_message, and what
+    the template itself reads.
+
+    Raises: ConfigError if the model has no chat template; TextError as `prompt_ids`.
     """
     if model.template is None:
         raise ConfigError(
             f"{model.source} has no chat template, so it was not trained to chat; use `generate`, "
-            "or fine-tune it on messages first"
+            "fine-tune it on messages first, or say which template it was trained on: chat_template"
         )
-    return prompt_ids(tokenizer_of(model), model.template, messages)
+    return prompt_ids(tokenizer_of(model), model.template, messages, **variables)
 
 
 def _request(model: Model, settings: Settings, writers: "list[_Writer]") -> Request:

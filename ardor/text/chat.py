@@ -6,228 +6,72 @@ the ids of the answer, then the stop token: ids are joined, never strings, so th
 with what inference would be given.
 """
 
-import hashlib
-import json
 import re
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cache, lru_cache
-from pathlib import Path
-from textwrap import shorten
-from typing import Any, NamedTuple, NoReturn
-
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.exceptions import TemplateRuntimeError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from ardor.errors import TextError
-from ardor.files.json import read_text
 from ardor.text.example import EMPTY, Example
-from ardor.text.special import Place, read_config, read_names
+from ardor.text.messages import (
+    Messages,
+    TrainOn,
+    call_name,
+    checked,
+    text_of,
+    trained_turns,
+)
+from ardor.text.named import CHATML as CHATML_SOURCE
+from ardor.text.provenance import Conversation, Piece, after, before
+from ardor.text.special import Place
+from ardor.text.template import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
-
-CHATML_SOURCE = (
-    "{%- for message in messages -%}\n"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\n"
-    "{%- endfor -%}\n"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
-
-Messages = Sequence[Any]
-"""Dicts with a `role` and a `content`, both str. Checked here, as they come from people's files."""
-
-# A prompt that has opened what the answer is to go on in, such as a thought.
-_OPENED = re.compile(r"(?P<tag><[A-Za-z][\w-]*>)(?P<space>\s*)$")
-
-# What a template that does not like its messages can raise besides jinja2's own errors.
-_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML, which templates for language models do not want.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateRuntimeError(message)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}`: marks answers for other trainers; here its body is simply written."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class ChatTemplate:
-    """A jinja2 chat template, run in a sandbox as transformers runs it.
-
-    `tokens` are the special tokens it may write ({"bos_token": "<s>"}); `clock` is what
-    `strftime_now` reads, so that a dated prompt can be made twice.
-
-    Raises: TextError with the line if the source is not valid jinja2.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        *,
-        name: str = "chat template",
-        tokens: Mapping[str, str] | None = None,
-        clock: Callable[[], datetime] = datetime.now,
-    ) -> None:
-        self.source = source
-        self.name = name
-        self.tokens = dict(tokens or {})
-        self.clock = clock
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        try:
-            self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise self._error(error.lineno, error.message or "syntax error") from error
-
-    @classmethod
-    def from_directory(
-        cls,
-        directory: str | Path,
-        *,
-        name: str = "default",
-        clock: Callable[[], datetime] = datetime.now,
-    ) -> "ChatTemplate | None":
-        """The chat template of a checkpoint, or None if it has none.
-
-        chat_template.jinja wins over tokenizer_config.json, which may hold one template or several
-        with names, of which `name` is taken.
-
-        Raises: TextError if there are several and none has that name, or if it is not valid.
-        """
-        directory = Path(directory)
-        tokens = read_names(directory)
-        path = directory / "chat_template.jinja"
-        if path.is_file():
-            return cls(read_text(path), name=str(path), tokens=tokens, clock=clock)
-        path = directory / "tokenizer_config.json"
-        found = read_config(directory).get("chat_template")
-        if found is None:
-            return None
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}
-        if isinstance(found, dict):
-            if name not in found:
-                raise TextError(
-                    f"{path} has chat templates named {', '.join(sorted(found))}, "
-                    f"but none named {name!r}; choose one of them"
-                )
-            found = found[name]
-        return cls(found, name=f"chat_template in {path}", tokens=tokens, clock=clock)
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the source: equal for training and serving, or the prompts differ."""
-        return hashlib.sha256(self.source.encode()).hexdigest()
-
-    def render(
-        self, messages: Messages, add_generation_prompt: bool = False, **variables: Any
-    ) -> str:
-        """The text of a conversation; with `add_generation_prompt`, up to where an answer begins.
-
-        Raises: TextError for malformed messages, or if the template refuses them (with its line).
-        """
-        values = {
-            "tools": None,
-            "documents": None,
-            "raise_exception": _raise_exception,
-            "strftime_now": self.clock().strftime,
-            **self.tokens,
-            **variables,
-        }
-        try:
-            return self._template.render(
-                messages=checked(messages), add_generation_prompt=add_generation_prompt, **values
-            )
-        except _FAILURES as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-            raise self._error(lines[-1] if lines else None, str(error)) from error
-
-    def _error(self, line: int | None, message: str) -> TextError:
-        lines = self.source.splitlines()
-        if line is None or not 0 < line <= len(lines):
-            return TextError(f"{self.name}: {message}")
-        shown = shorten(lines[line - 1], 120)  # some templates are one line of thousands
-        return TextError(f"{self.name}, line {line}: {message}; the line is {shown!r}")
-
 
 CHATML = ChatTemplate(CHATML_SOURCE, name="ChatML")
 
+__all__ = [
+    "CHATML",
+    "ChatTemplate",
+    "Messages",
+    "TrainOn",
+    "checked",
+    "prompt_ids",
+    "supervise",
+    "terminator",
+]
 
-def checked(messages: Messages) -> list[dict[str, Any]]:
-    """Copies of the messages, without the keys whose value is None.
-
-    Raises: TextError that names the first message that is not a dict with str `role` and `content`.
-    """
-    copies = []
-    for number, message in enumerate(messages, 1):
-        where = f"message {number} of {len(messages)}"
-        if not isinstance(message, Mapping):
-            raise TextError(
-                f"{where} is {type(message).__name__}; expected an object with 'role' and 'content'"
-            )
-        for key in ("role", "content"):
-            if key not in message:
-                keys = ", ".join(map(str, message)) or "nothing"
-                raise TextError(f"{where} has no {key!r} (it has {keys}); add it")
-            if not isinstance(message[key], str):
-                found = type(message[key]).__name__
-                raise TextError(f"{where}: {key!r} is {found}; expected a string")
-        copies.append({key: value for key, value in message.items() if value is not None})
-    return copies
+# A prompt that has opened what the answer is to go on in, such as a thought.
+_OPENED = re.compile(r"<(?P<name>[A-Za-z][\w-]*)>(?P<space>\s*)$")
+# One that has opened and closed it: a thought that is not wanted.
+_CLOSED = re.compile(r"<(?P<name>[A-Za-z][\w-]*)>\s*</(?P=name)>\s*$")
+# The end of a thought that stands in a content, with the white space after it.
+_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>(?P<space>\s*)")
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, **variables: Any
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Messages,
+    *,
+    continue_final_message: bool = False,
+    **variables: Any,
 ) -> list[int]:
     """What a model is given to answer the conversation: ids up to where its answer begins.
 
-    Control tokens count in the template's text only; BOS is there if the template writes it. Equal
-    to transformers' `apply_chat_template` ids unless a content spells a control token, or an
-    earlier answer would have merged with the text before it.
+    With `continue_final_message`, up to the end of the last message, which it goes on with. Control
+    tokens count in the template's text only; BOS is there if the template writes it. Equal to
+    transformers' `apply_chat_template` ids unless somebody spells a control token, or an earlier
+    answer would have merged with the text before it. `variables` as for `ChatTemplate.render`.
 
     Raises: TextError for malformed or refused messages, and for control tokens where they cannot be
-    kept as text: in a role, a further field, or a content that the template rewrites.
+    kept as text: in a role, or where the template rewrites what spells them.
     """
     if not messages:
         raise TextError("there are no messages; give at least one")
-    return _Encoder(tokenizer, template, variables).prompt(checked(messages))[1]
+    encoder = _Encoder(tokenizer, template, checked(messages), variables)
+    if continue_final_message:
+        return encoder.continued()
+    return encoder.prompt(len(messages))[1]
 
 
 def terminator(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
@@ -243,38 +87,44 @@ def supervise(
     template: ChatTemplate,
     messages: Messages,
     stop_id: int | None = None,
+    *,
+    train_on: TrainOn = "all",
+    given: int = 0,
     **variables: Any,
 ) -> list[Example]:
-    """Training rows of a conversation: every answer and the stop token after it, nothing else.
+    """Training rows of a conversation: answers and the stop token after each, nothing else.
 
-    Before each answer stand exactly the `prompt_ids` of that turn. Turns share a row while the
-    template lets them; where it writes the past differently from what was said (Qwen3 drops
-    thoughts), the turn gets a row of its own. What the template writes between the prompt and the
-    answer, or between the answer and its terminator, is trained on with it, since the model has to
-    write it: a space in Llama 2, an empty thought in Qwen3. `stop_id` defaults to the template's
+    Trained on are "all" answers or the "last" one, after the first `given` messages, and as the
+    messages say themselves (see `trained_turns`). Before each stand exactly the `prompt_ids` of its
+    turn. Turns share a row while the template lets them; where it writes the past differently from
+    what was said (Qwen3 drops thoughts), the turn gets a row of its own. What the template writes
+    between the prompt and the answer, or between the answer and its terminator, is trained on with
+    it, since the model has to write it: a space in Llama 2, an empty thought in Qwen3. A thought
+    that the template leaves out of what it writes is put before its answer, as the model would
+    write it. `stop_id` defaults to what the template writes after this answer, then to its
     terminator, then to EOS.
 
-    Raises: TextError if there is nothing to train on, no stop token, or as for `prompt_ids`.
+    Raises: TextError if there is nothing to train on, no stop token, a call or thought to be
+    trained on that the template does not write, or as for `prompt_ids`.
     """
     messages = checked(messages)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not any(messages[i]["content"] for i in answers):
-        what = "every assistant message is empty" if answers else "there is no assistant message"
-        raise TextError(f"nothing to train on: {what}; drop the conversation or mend it")
-    ends = (stop_id, terminator(tokenizer, template), tokenizer.special.eos)
-    stop = next((id for id in ends if id is not None), None)
-    if stop is None:
-        raise TextError(
-            f"{template.name} writes no control token after an answer and the tokenizer has no EOS "
-            "token, so a model could not learn where to stop; give stop_id, or set eos_token in "
-            "tokenizer_config.json"
-        )
-    encoder = _Encoder(tokenizer, template, variables)
+    turns = trained_turns(messages, train_on, given)
+    _require_something(messages, turns)
+    encoder = _Encoder(tokenizer, template, messages, variables)
     rows: list[Example] = []
-    for i in answers:
-        text, prompt = encoder.prompt(messages[:i])
-        answer = encoder.answer(messages[: i + 1], text, stop)
-        if stop in answer:
+    for i in turns:
+        text, prompt = encoder.prompt(i)
+        answer, end = encoder.answer(i, text)
+        ends = (stop_id, end, encoder.stop, tokenizer.special.eos)
+        stop = next((id for id in ends if id is not None), None)
+        if stop is None:
+            raise TextError(
+                f"{template.name} writes no control token after an answer and the tokenizer has no "
+                "EOS token, so a model could not learn where to stop; give stop_id, or set "
+                "eos_token in tokenizer_config.json"
+            )
+        ids = encoder.join(answer.body if stop != end else answer.body + answer.trail, "middle")
+        if stop in ids:
             raise TextError(
                 f"message {i + 1} of {len(messages)} holds the stop token "
                 f"{tokenizer.token(stop)!r} inside its answer; remove it from the content"
@@ -284,13 +134,23 @@ def supervise(
             row = rows.pop().then(prompt[shared:], supervised=False)
         else:
             row = EMPTY.then(prompt, supervised=False)
-        rows.append(row.then([*answer, stop], supervised=True))
+        rows.append(row.then([*ids, stop], supervised=True))
     return rows
 
 
-class _Piece(NamedTuple):
-    text: str
-    message: int | None  # whose content this is; None for the template's own text
+def _require_something(messages: list[dict[str, Any]], turns: list[int]) -> None:
+    """Raises: TextError unless a message of `turns` says anything."""
+    if any(text_of(messages[i]) or messages[i].get("tool_calls") for i in turns):
+        return
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if turns:
+        which = "" if len(turns) == len(answers) else " that is trained on"
+        what = f"every assistant message{which} is empty"
+    elif answers:
+        what = "no assistant message is to be trained on"
+    else:
+        what = "there is no assistant message"
+    raise TextError(f"nothing to train on: {what}; drop the conversation or mend it")
 
 
 class _Turn(NamedTuple):
@@ -298,163 +158,244 @@ class _Turn(NamedTuple):
     stop: int | None = None
 
 
+class _Answer(NamedTuple):
+    body: list[Piece]
+    trail: list[Piece]  # white space that the template writes between it and its own stop token
+
+
 class _Encoder:
     """The renderings of one conversation: with the same variables and clock reading for each."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, variables: dict[str, Any]
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
     ) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.variables = _frozen(tokenizer, template, variables)
-        self.glue = _turn(tokenizer, template).glue
+        template = template.choose(variables.get("tools"))
+        self.tokenizer, self.template = tokenizer, template
+        self.messages = messages
+        values = template.prepared({**tokenizer.names, **variables})
+        self.said = Conversation(tokenizer, template, template.readable(messages), values)
+        self.answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
+        self.glue, self.stop = _turn(tokenizer, template)
         # Each turn of a conversation repeats those before it.
         self.encode = cache(
             lambda text, tags, place: tokenizer.encode_content(text, tags=tags, place=place)
         )
 
-    def prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        """The text and the ids that the model is given to go on from `messages`."""
-        text = self.template.render(messages, True, **self.variables)
-        return text, self.join(self.pieces(messages, text, True), messages, "start")
+    def prompt(self, count: int) -> tuple[str, list[int]]:
+        """The text and the ids that the model is given to go on from the first `count` messages."""
+        text = self.said.text(count, True)
+        asked = any(message["role"] == "user" for message in self.messages[:count])
+        tools = self.said.variables.get("tools") if asked else None
+        if tools and not any(str(call_name(tool)) in text for tool in tools):
+            raise TextError(
+                f"{self.template.name} does not write the tools that it is given, so the model "
+                "would not know of them; leave them out, or choose a chat template that does"
+            )
+        return text, self.join(self.said.pieces(count, text, True), "start")
 
-    def answer(self, messages: list[dict[str, Any]], prompt: str, stop: int) -> list[int]:
-        """The ids that the model should write after `prompt` to give the last of `messages`."""
-        number = len(messages) - 1
-        text = self.template.render(messages, **self.variables)
-        pieces = self.pieces(messages, text, False)
-        tail = _after(pieces, len(prompt)) if text.startswith(prompt) else None
-        at = max((i for i, piece in enumerate(pieces) if piece.message == number), default=None)
-        content, trail = messages[number]["content"], ""
-        if at is not None:
-            content = pieces[at].text
-            space, end = _ending(self.tokenizer, pieces[at + 1].text)
-            trail = space if end == stop else ""
-        if tail is not None and at is not None:
-            lead = [piece for piece in tail[:at] if piece.text]
-            return self.join([*lead, tail[at], _Piece(trail, None)], messages, "middle")
-        if tail is not None and stop in (ids := self.join(tail, messages, "middle")):
-            return ids[: ids.index(stop)]
-        if (opened := _OPENED.search(prompt)) and content.startswith(opened["tag"]):
-            content = content.removeprefix(opened["tag"]).removeprefix(opened["space"])
-        return self.join([_Piece(content, number), _Piece(trail, None)], messages, "middle")
+    def continued(self) -> list[int]:
+        """The ids that the model is given to go on with the last message."""
+        count = len(self.messages)
+        begun = self.template.write_continued(self.said.messages, self.said.variables)
+        text = self.said.text(count, False)
+        if not text.startswith(begun):
+            raise TextError(
+                f"{self.template.name} writes a last message that is gone on with in another way "
+                "than one that is whole, so it cannot be continued; ask for a new answer"
+            )
+        return self.join(before(self.said.pieces(count, text, False), len(begun)), "start")
 
-    def pieces(
-        self, messages: list[dict[str, Any]], text: str, add_generation_prompt: bool
-    ) -> list[_Piece]:
-        """`text` cut so that every content that spells a control token is a piece of its own.
+    def answer(self, number: int, prompt: str) -> tuple[_Answer, int | None]:
+        """What the model should write after `prompt` to give message `number`, and the control
+        token that the template writes there, which is not in it."""
+        text = self.said.text(number + 1, False)
+        pieces = self.said.pieces(number + 1, text, False)
+        message = self.messages[number]
+        opened = _OPENED.search(prompt)
+        if text.startswith(prompt):
+            tail = after(pieces, len(prompt))
+            thought = _lost_thought(message, tail, None)
+        elif opened and text.startswith(prompt[: opened.start()]):
+            tail, thought = self._in_thought(message, pieces, opened)
+        elif (closed := _CLOSED.search(prompt)) and text.startswith(prompt[: closed.start()]):
+            tail, thought = after(pieces, closed.start()), ""
+            if _text(tail).startswith(f"<{closed['name']}>"):
+                raise self._refuse(number, "a thought, and the prompt says that there is none")
+        elif (elsewhere := self._after_header(number, prompt, text, pieces)) is not None:
+            tail, thought = elsewhere, _lost_thought(message, elsewhere, None)
+        else:
+            if message.get("tool_calls") or "reasoning_content" in message:
+                raise TextError(
+                    f"message {number + 1} of {len(self.messages)} holds calls or a thought, and "
+                    f"{self.template.name} writes them after another text than its own generation "
+                    "prompt, so no prompt leads to them; leave the message out of training with "
+                    '"train": false, or choose another chat template'
+                )
+            framed, end = self._end(pieces, number)
+            content = text_of(message)
+            if opened and content.startswith(tag := f"<{opened['name']}>"):
+                content = content.removeprefix(tag).removeprefix(opened["space"])
+            return _Answer([Piece(content, number)], framed.trail), end
+        found, end = self._end(tail, number)
+        self._require_written(number, _text(found.body) + thought)
+        body = [Piece(thought, number), *found.body] if thought else found.body
+        return _Answer(body, found.trail), end
 
-        All contents are, unless the template reads or rewrites one of them.
+    def _after_header(
+        self, number: int, prompt: str, text: str, pieces: list[Piece]
+    ) -> list[Piece] | None:
+        """What follows the answer's header, where the template writes what came before the answer
+        in another way than in the prompt: documents or a system message that move."""
+        bare = self.said.text(number, False)
+        header = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+        ends = accumulate(len(piece.text) for piece in pieces)
+        earlier = range(number)
+        begin = max(
+            (end for end, piece in zip(ends, pieces, strict=True) if piece.owner in earlier),
+            default=0,
+        )
+        if not header.strip() and number:  # a prompt that ends with the question's own frame
+            asked = self.said.pieces(number, prompt, True)
+            last = max((i for i, p in enumerate(asked) if p.owner == number - 1), default=None)
+            header = "" if last is None else _text(asked[last + 1 :])
+            at = begin if header and text.startswith(header, begin) else -1
+        else:
+            at = text.find(header, begin) if header.strip() else -1
+        return None if at < 0 else after(pieces, at + len(header))
 
-        Raises: TextError if a control token is spelled where it cannot be told from a real one.
+    def _in_thought(
+        self, message: dict[str, Any], pieces: list[Piece], opened: re.Match[str]
+    ) -> tuple[list[Piece], str]:
+        """What comes after a prompt that has opened a thought, where history is written otherwise:
+        the template's own text, and the rest of the thought before it."""
+        tail = after(pieces, opened.start())
+        tag = f"<{opened['name']}>"
+        if not _text(tail).startswith(tag):
+            return tail, _lost_thought(message, tail, opened)
+        tail = after(tail, len(tag))
+        space = opened["space"]
+        return after(tail, len(space)) if _text(tail).startswith(space) else tail, ""
+
+    def _end(self, tail: list[Piece], number: int) -> tuple[_Answer, int | None]:
+        """The answer in what the template writes from its beginning on, and its stop token.
+
+        That is the terminator, or else the control token that the text ends with. Where there is
+        neither, the answer ends with the content.
         """
-        _refuse_control(self.tokenizer, messages, self.variables)
-        frame = (self.template, messages, text, add_generation_prompt, self.variables)
-        if (found := _pieces(*frame, set(range(len(messages))))) is not None:
-            return found
-        spelled = {
-            number: token
-            for number, message in enumerate(messages)
-            for tags in [message["role"] == "assistant"]
-            if (token := self.tokenizer.control_in(message["content"], tags=tags)) is not None
-        }
-        if (found := _pieces(*frame, set(spelled))) is not None:
-            return found
-        number, token = next(iter(spelled.items()))
-        raise TextError(
-            f"message {number + 1} of {len(messages)} spells the control token {token!r}, and "
-            f"{self.template.name} rewrites contents, so it cannot be kept as text; remove it"
+        last = max((i for i, piece in enumerate(tail) if piece.owner == number), default=-1)
+        calls = bool(self.messages[number].get("tool_calls"))
+        end = None
+        for i, piece in enumerate(tail):
+            if i <= last or piece.owner is not None:
+                continue
+            at = 0
+            for part in self.tokenizer.split(piece.text):
+                if not isinstance(part, int):
+                    at = piece.text.index(part, at) + len(part)
+                    continue
+                token = self.tokenizer.token(part) or ""
+                start = max(piece.text.find(token, at), at)
+                at = start + len(token)
+                closes = (
+                    part not in self.tokenizer.tags
+                    and not (piece.text[at:] + _text(tail[i + 1 :])).strip()
+                )
+                if part == self.stop or closes:
+                    end = part
+                    kept = [*tail[:i], Piece(piece.text[:start], None)]
+                    return _split_trail(kept, last), end
+        if last >= 0 and not calls:
+            return _Answer(tail[: last + 1], []), None
+        return _Answer(before(tail, len(_text(tail).rstrip())), []), None
+
+    def _require_written(self, number: int, written: str) -> None:
+        message = self.messages[number]
+        for call in message.get("tool_calls", ()):
+            if call_name(call) not in written:
+                raise self._refuse(number, f"a call of {call_name(call)!r}")
+        if message.get("reasoning_content", "").strip() not in written:
+            raise self._refuse(number, "a thought in 'reasoning_content'")
+
+    def _refuse(self, number: int, what: str) -> TextError:
+        return TextError(
+            f"message {number + 1} of {len(self.messages)} holds {what}, which "
+            f"{self.template.name} does not write, so it cannot be trained on; take it out, or "
+            "choose a chat template that does"
         )
 
-    def join(self, pieces: list[_Piece], messages: list[dict[str, Any]], place: Place) -> list[int]:
+    def join(self, pieces: list[Piece], place: Place) -> list[int]:
         """The ids of `pieces`: plain text is encoded in runs between control tokens, as if typed.
 
         A run is cut where an answer begins: a model that answers starts with a new token there.
         """
-        answers = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
         ids: list[int] = []
-        run, tags = "", False
+        run, owner = "", None
 
-        def cut(next_place: Place, next_tags: bool = False) -> None:
-            nonlocal run, place, tags
-            ids.extend(self.encode(run, tags, place))
-            run, place, tags = "", next_place, next_tags
+        def cut(next_place: Place, next_owner: int | None = None) -> None:
+            nonlocal run, place, owner
+            ids.extend(self.encode(run, owner in self.answers, place))
+            run, place, owner = "", next_place, next_owner
 
-        for piece in _with_glue(pieces, answers, self.glue):
-            if piece.message is not None:
-                if piece.message in answers or tags:
-                    cut("middle", piece.message in answers)
-                run += piece.text
+        for piece in _with_glue(pieces, self.answers, self.glue):
+            if piece.owner is None:
+                for part in self.tokenizer.split(piece.text):
+                    if isinstance(part, int):
+                        cut("segment")
+                        ids.append(part)
+                    else:
+                        run += part
                 continue
-            for part in self.tokenizer.split(piece.text):
-                if isinstance(part, int):
-                    cut("segment")
-                    ids.append(part)
-                else:
-                    run += part
+            if piece.owner != owner and (piece.owner in self.answers or owner in self.answers):
+                cut("middle", piece.owner)
+            run += piece.text
         cut("middle")
         return ids
 
 
-def _pieces(
-    template: ChatTemplate,
-    messages: list[dict[str, Any]],
-    text: str,
-    add_generation_prompt: bool,
-    variables: dict[str, Any],
-    chosen: set[int],
-) -> list[_Piece] | None:
-    """`text`, the rendering of `messages`, cut around the contents of the `chosen` ones.
-
-    The cuts are found by rendering again with a marker for each of these. None if the contents, as
-    they are or without the white space around them, do not fill the markers' places to give `text`.
-    """
-    if not chosen:
-        return [_Piece(text, None)]
-    taken = "".join([text, template.source, *(message["content"] for message in messages)])
-    mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in taken), None)
-    if mark is None:
-        return None
-    marked = [
-        message | {"content": f"{mark}{i}{mark}"} if i in chosen else message
-        for i, message in enumerate(messages)
-    ]
-    try:
-        skeleton = template.render(marked, add_generation_prompt, **variables)
-    except TextError:  # the template reads the contents
-        return None
-    first, *rest = re.split(f"{mark}([0-9]+){mark}", skeleton)
-    if not text.startswith(first):
-        return None
-    pieces, at = [_Piece(first, None)], len(first)
-    for number, literal in zip(rest[::2], rest[1::2], strict=True):
-        content = messages[int(number)]["content"]
-        forms = (content, content.strip(), content.lstrip(), content.rstrip())
-        fits = (form for form in forms if text.startswith(form + literal, at))
-        if (form := next(fits, None)) is None:
-            return None
-        pieces += [_Piece(form, int(number)), _Piece(literal, None)]
-        at += len(form) + len(literal)
-    return pieces if at == len(text) else None
+def _text(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
-def _after(pieces: list[_Piece], length: int) -> list[_Piece]:
-    """The pieces of the text that is left when the first `length` characters are gone."""
-    left = []
-    for text, message in pieces:
-        left.append(_Piece(text[length:], message))
-        length = max(0, length - len(text))
-    return left
+def _split_trail(pieces: list[Piece], last: int) -> _Answer:
+    """White space at the end that is the template's belongs to its stop token."""
+    head, tail = pieces[: last + 1], pieces[last + 1 :]
+    if last >= 0 and not _text(tail).strip():
+        return _Answer(head, tail)
+    return _Answer(pieces, [])
 
 
-def _with_glue(pieces: list[_Piece], answers: set[int], glue: str) -> list[_Piece]:
+def _lost_thought(
+    message: dict[str, Any], written: list[Piece], opened: re.Match[str] | None
+) -> str:
+    """The thought of an answer that the template leaves out, as the model would write it."""
+    content, text = text_of(message), _text(written)
+    found = _THOUGHT_END.search(content)
+    if found and found[0].strip() not in text:
+        space = found["space"]  # which some templates keep before the answer
+        thought = content[: found.end()]
+        thought = thought.removesuffix(space) if text.startswith(space) else thought
+        if opened and thought.startswith(tag := f"<{opened['name']}>"):
+            thought = thought.removeprefix(tag).removeprefix(opened["space"])
+        return thought
+    if opened is None or found:
+        return ""
+    # The model has to close what the prompt has opened, be there a thought or none.
+    thought = message.get("reasoning_content", "").strip("\n")
+    return f"{thought}\n</{opened['name']}>\n\n" if thought not in text or not thought else ""
+
+
+def _with_glue(pieces: list[Piece], answers: set[int], glue: str) -> list[Piece]:
     """The same text, with the glue before an answer counted as the answer's."""
     moved = list(pieces)
     for i, piece in enumerate(pieces[1:]):
-        before = pieces[i].text
-        if glue and piece.message in answers and before.endswith(glue):
-            moved[i] = _Piece(before.removesuffix(glue), pieces[i].message)
-            moved[i + 1] = _Piece(glue + piece.text, piece.message)
+        said = pieces[i].text
+        if glue and piece.owner in answers and pieces[i].owner is None and said.endswith(glue):
+            moved[i] = Piece(said.removesuffix(glue), None)
+            moved[i + 1] = Piece(glue + piece.text, piece.owner)
     return moved
 
 
@@ -462,84 +403,43 @@ def _with_glue(pieces: list[_Piece], answers: set[int], glue: str) -> list[_Piec
 def _turn(tokenizer: Tokenizer, template: ChatTemplate) -> _Turn:
     """How the template frames an answer, read off a small conversation."""
     question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
-    variables = _frozen(tokenizer, template, {})
+    turns = template.readable([question, answer, question])
+    said = Conversation(tokenizer, template, turns, template.prepared(tokenizer.names))
 
-    def literals(*messages: dict[str, Any]) -> list[str]:
-        text = template.render(messages, **variables)
-        pieces = _pieces(template, [*messages], text, False, variables, {0, 1, 2}) or []
-        return [piece.text for piece in pieces if piece.message is None]
+    def literals(count: int) -> list[str]:
+        pieces = said.cut(count, said.text(count, False), False) or []
+        return [piece.text for piece in pieces if piece.owner is None]
 
     try:
-        prompt = template.render([question], True, **variables)
-        once = literals(question, answer)
+        prompt = said.text(1, True)
+        once = literals(2)
     except TextError:
         return _Turn()
     if len(once) != 3:
         return _Turn()
-    before = once[0] + question["content"] + once[1]
-    lead = before[len(prompt) :] if before.startswith(prompt) else ""
+    asked = once[0] + question["content"] + once[1]
+    lead = asked[len(prompt) :] if asked.startswith(prompt) else ""
     *_, glue = ("", *tokenizer.split(lead))
     glue = glue if isinstance(glue, str) else ""
-    _, stop = _ending(tokenizer, once[2])
+    stop = _ending(tokenizer, once[2])
     if stop is None:
         # Some write it only between turns. There the token that opens the next turn follows too.
         try:
-            twice = literals(question, answer, question)
+            twice = literals(3)
         except TextError:
             return _Turn(glue)
         opening = {part for part in tokenizer.split(once[0]) if isinstance(part, int)}
-        _, stop = _ending(tokenizer, twice[2]) if len(twice) == 4 else ("", None)
+        stop = _ending(tokenizer, twice[2]) if len(twice) == 4 else None
         if stop in opening:
             return _Turn(glue)
     return _Turn(glue, stop)
 
 
-def _ending(tokenizer: Tokenizer, text: str) -> tuple[str, int | None]:
-    """The white space and the control token that `text` begins with, or ("", None)."""
+def _ending(tokenizer: Tokenizer, text: str) -> int | None:
+    """The control token that `text` begins with, white space aside."""
     match tokenizer.split(text):
         case [int(stop), *_]:
-            return "", stop
+            return stop
         case [str(space), int(stop), *_] if space.isspace():
-            return space, stop
-    return "", None
-
-
-def _frozen(
-    tokenizer: Tokenizer, template: ChatTemplate, variables: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Template variables for several renderings that must agree: one clock reading for all."""
-    return {**tokenizer.names, "strftime_now": template.clock().strftime, **variables}
-
-
-def _refuse_control(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], variables: dict[str, Any]
-) -> None:
-    fields = [
-        (f"{key!r} of message {number}", value, key != "role" and message["role"] == "assistant")
-        for number, message in enumerate(messages, 1)
-        for key, value in message.items()
-        if key != "content"
-    ]
-    fields += [
-        (f"the template variable {key!r}", value, False)
-        for key, value in variables.items()
-        if key not in tokenizer.names
-    ]
-    for where, value, tags in fields:
-        for text in _strings(value):
-            if (token := tokenizer.control_in(text, tags=tags)) is not None:
-                raise TextError(
-                    f"{where} spells the control token {token!r}, which the template would write "
-                    "as that token; remove it"
-                )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _strings(pair)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _strings(inner)
+            return stop
+    return None

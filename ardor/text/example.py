@@ -1,5 +1,6 @@
 """One training document: its tokens, and which of them are trained on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ardor.errors import TextError
@@ -64,6 +65,29 @@ def completion(
     return EMPTY.then(tokenizer.encode(prompt), supervised=False).then(
         [*answer, _stop(tokenizer, stop_id)], supervised=True
     )
+
+
+def segments(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]]) -> Example:
+    """Runs of text as (text, whether it is trained on), encoded apart and joined.
+
+    Begins as the tokenizer begins a text; control tokens count; nothing is put at the end, so a
+    stop token is learnt only where a text spells it.
+    """
+    example = EMPTY
+    for text, supervised in parts:
+        if not example.tokens:
+            ids = tokenizer.encode(text)
+        else:
+            ids, place = [], "middle"
+            for part in tokenizer.split(text):
+                if isinstance(part, int):
+                    ids.append(part)
+                    place = "segment"
+                else:
+                    ids += tokenizer.encode_content(part, place=place)
+                    place = "middle"
+        example = example.then(ids, supervised=supervised)
+    return example
 
 
 def _stop(tokenizer: Tokenizer, stop_id: int | None) -> int:

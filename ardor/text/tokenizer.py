@@ -4,6 +4,7 @@ What decides is what tokenizer.json does, found by encoding, never the flags bes
 in two kinds: template text, in which a control token counts, and content, in which it is only text.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,6 +165,12 @@ class Tokenizer:
         return cls(backend, names)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what a text becomes."""
+        text = self._backend.to_str() + json.dumps(self.names, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
     def vocab_rows(self) -> int:
         """The largest id plus one: how many rows an embedding needs at least."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -179,6 +186,14 @@ class Tokenizer:
         found = self._backend.encode("a")
         marked = zip(found.ids, found.special_tokens_mask, strict=True)
         return tuple(id for id, _ in takewhile(lambda pair: pair[1], marked))
+
+    @cached_property
+    def normalizes_control(self) -> bool:
+        """Is a control token looked for in normalized text, where several spellings give it?"""
+        tokens = self._backend.get_added_tokens_decoder()
+        return self._backend.normalizer is not None and any(
+            token.normalized for id, token in tokens.items() if id in self.control
+        )
 
     @property
     def adds_bos(self) -> bool:
@@ -240,6 +255,39 @@ class Tokenizer:
             ids.append(self.added[match[0]])
             plain, done = self._without_control("segment"), match.end()
         return ids + _encode(plain, text[done:]).ids if done < len(text) else ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        prefix, found = list(self.prefix), _encode_many(self._backend, texts)
+        return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in found]
+
+    def encode_contents(
+        self, texts: Sequence[str], *, tags: bool = False, place: Place = "middle"
+    ) -> list[list[int]]:
+        """`encode_content` of each text, on all cores."""
+        kept = self._tags if tags else self._spaces
+        plain = self._without_control(place)
+        if kept is None or not any(map(kept.search, texts)):
+            return _encode_many(plain, texts)
+        starts: list[str] = []  # of the texts, up to the first kept token
+        others: list[str] = []  # what comes after one
+        frames: list[list[int]] = []  # the kept tokens of each text
+        for text in texts:
+            at = [match.span() for match in kept.finditer(text)]
+            ends = [*(start for start, _ in at), len(text)]
+            pieces = [text[i:j] for i, j in zip((0, *(end for _, end in at)), ends, strict=True)]
+            starts.append(pieces[0])
+            others += pieces[1:]
+            frames.append([self.added[text[i:j]] for i, j in at])
+        first = iter(_encode_many(plain, starts))
+        rest = iter(_encode_many(self._without_control("segment"), others))
+        joined = []
+        for frame in frames:
+            ids = list(next(first))
+            for token in frame:
+                ids += [token, *next(rest)]
+            joined.append(ids)
+        return joined
 
     def split(self, text: str) -> tuple[int | str, ...]:
         """Template text as its control tokens (ids) and the plain text between them (strings).
@@ -331,6 +379,14 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
             if at is not None
             else f"cannot encode the text: {error}"
         ) from error
+
+
+def _encode_many(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    except TypeError:  # one of them is no text: tell which character
+        return [_encode(backend, text).ids for text in texts]
+    return [one.ids for one in found]
 
 
 def _counted(texts: Iterable[str], progress: Callable[[int], None] | None) -> Iterator[str]:

@@ -1,11 +1,12 @@
 """The settings of `ardor train` and `ardor finetune`: defaults, flags, help and run file in one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ardor.data.choices import Datasets, OverLength, Part, Preferences
 from ardor.errors import ConfigError
 from ardor.train.schedule import Schedule
 
@@ -75,6 +76,12 @@ _RANGES: dict[str, _Range] = {
 }
 
 
+def _datasets(value: Any) -> tuple[str, ...]:
+    """Datasets as they would be typed; one alone, and mappings from YAML, are taken too."""
+    values = [value] if isinstance(value, str | Path | Mapping) else list(value or ())
+    return tuple(str(Part.of(one)) for one in values)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
     """How a run walks: shared by every kind of training.
@@ -99,8 +106,14 @@ class Optimisation:
     """Micro-batches per optimizer step; their losses are divided once, by all their targets."""
     max_length: int = 1024
     """Longest example in tokens."""
-    over_length: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: text is cut into pieces, prompts lose their start; counted."""
+    over_length: OverLength = "truncate_left"
+    """What happens to longer ones: truncate_left takes first turns and the start of prompts,
+    truncate_right the end with its stop token; or drop, or error. All are counted. Text is cut into
+    pieces, but for error. truncate: the older name of truncate_left."""
+    streaming: bool = False
+    """Read hub datasets as they are fetched, without keeping them."""
+    cache: bool = True
+    """Keep encoded data in files for the next run (docs/DATA.md); --no-cache: in memory."""
     warmup_steps: int | None = None
     """Steps of linear rise; overrides warmup_ratio."""
     warmup_ratio: float = 0.03
@@ -162,8 +175,8 @@ class Optimisation:
     best there is."""
     seed: int = 0
     """Of initial weights, order, dropout and samples."""
-    eval_data: str | None = None
-    """Held-out data; without it eval_fraction of the data is held out."""
+    eval_data: Datasets = ()
+    """Held-out data, one dataset or several; without it eval_fraction of the data is held out."""
     eval_fraction: float = 0.02
     """Share of the examples held out where eval_data is not given; 0: none."""
     eval_on_start: bool = False
@@ -198,6 +211,8 @@ class Optimisation:
     """Go on from the newest checkpoint in the output folder."""
 
     def __post_init__(self) -> None:
+        for name in ("data", "eval_data"):
+            object.__setattr__(self, name, _datasets(getattr(self, name, ())))
         for name, (fits, words) in _RANGES.items():
             value = getattr(self, name, None)
             if value is not None and not fits(value):
@@ -209,8 +224,9 @@ class Optimisation:
 class Train(Optimisation):
     """Train a language model from scratch on text."""
 
-    data: str
-    """Text to learn: jsonl with a text column, plain text files, a folder, or a hub dataset."""
+    data: Datasets
+    """Text to learn: jsonl with a text column, plain text files, a folder, or a hub dataset.
+    Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
     tokenizer: str | None = None
     """Take the tokenizer of this model instead of training one on the data."""
     model: str | None = None
@@ -292,8 +308,9 @@ class Finetune(Optimisation):
 
     model: str
     """Hub id, local directory, or the folder of a run."""
-    data: str
-    """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised."""
+    data: Datasets
+    """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised.
+    Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
     method: Literal["lora", "qlora", "full"] = "lora"
     """Train adapters on 16-bit weights, adapters on 4-bit weights, or every weight."""
     quantization: str = "nf4"
@@ -311,9 +328,15 @@ class Finetune(Optimisation):
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
     train_control_tokens: Literal["auto", "yes", "no"] = "auto"
     """Train the embedding rows of the chat's control tokens; auto: where they never were."""
+    preferences: Preferences = "refuse"
+    """What becomes of rows with chosen and rejected answers: refuse, or train on the chosen one."""
     chat_template: str | None = None
-    """A jinja file, or chatml. Default: the model's own; for a model without one, ChatML where the
-    tokenizer has its control tokens, else plain headings."""
+    """A template's name (chatml, llama3, qwen3, ...: docs/CHAT.md lists them) or a jinja file.
+    Default: the model's own; for a model without one, ChatML where the tokenizer has its control
+    tokens, else plain headings."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained on. A message's own "train": true or false (or
+    OpenAI's "weight": 1 or 0) goes before."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False

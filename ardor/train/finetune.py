@@ -1,7 +1,7 @@
 """`ardor finetune`: a model that exists, on examples of what it should do."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -9,17 +9,27 @@ import torch
 from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
-from ardor.data.dataset import Dataset
-from ardor.data.formats import Completion, Conversation, recognise
-from ardor.data.sources import Row, read_rows
-from ardor.errors import ConfigError
-from ardor.files.json import read_text
+from ardor.data.cache import Encoding, encode
+from ardor.data.choices import Preferences
+from ardor.data.formats import (
+    Completion,
+    Content,
+    Conversation,
+    Segments,
+    Text,
+    answer_of,
+    explained,
+    read,
+)
+from ardor.data.mixture import Mixture
+from ardor.data.readers import Row
+from ardor.errors import ConfigError, DataError
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
-from ardor.text.chat import CHATML, ChatTemplate
-from ardor.text.templates import default_template
+from ardor.text.chat import ChatTemplate
+from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, samples
@@ -48,18 +58,17 @@ def prepare(config: Finetune) -> Run:
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")
-    rows = read_rows(config.data)  # lazily: a missing file is told before a model is loaded
-    rows = [*islice(rows, 1), *rows]
+    rows = Mixture(config.data, streaming=config.streaming)
+    apart = Mixture(config.eval_data) if config.eval_data else None
+    first = list(rows.first_rows())  # a missing file is told before a model is loaded
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
-    model, added = _model(config, checkpoint, chats=_chats(rows))
+    model, added = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
-    data = _dataset(rows, model, config, limit)
-    held = None
-    if config.eval_data is not None:
-        held = _dataset(list(read_rows(config.eval_data)), model, config, limit)
+    data, kept = _dataset(rows, model, config, limit)
+    held = None if apart is None else _dataset(apart, model, config, limit).dataset
     if checkpoint is None:
         _make_trainable(config, model, added)
     frozen = choose_trained(model.decoder, config, aliases(model))
@@ -77,59 +86,77 @@ def prepare(config: Finetune) -> Run:
             ),
             *samples(model, config.sample_prompts, config.sample_tokens),
         ],
+        mixture=rows,
         notes=(
-            data_note(data, train, heldout, limit),
+            *data_note(data, train, heldout, limit, kept),
             f"model: {_described(model, config)}",
             f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
             f"{config.master_dtype if config.method == 'full' else 'float32'}",
             *frozen,
+            *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
         ),
     )
-    run.opening = _opening(rows[0])
+    run.opening = _opening(first[0], config)
     return run
 
 
-def _chats(rows: list[Row]) -> bool:
+def template_for(
+    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, needed: Callable[[], bool]
+) -> ChatTemplate | None:
+    """The template that conversations are rendered by: as asked, the model's own, or a default.
+
+    None where the model has none and nothing in the data needs one (`needed`): a template says that
+    a model was trained on it.
+
+    Raises: TextError if what is asked for is unknown, or needs tokens that the tokenizer lacks.
+    """
+    if asked is not None:
+        return template_named(asked, tokenizer)
+    return default_template(tokenizer) if own is None and needed() else own
+
+
+def chats(first: list[Row], preferences: Preferences) -> bool:
     """Whether a chat template is needed: texts and completions are learnt without one.
 
-    A row that cannot be read counts, and is told of with its place when it is encoded.
+    `first` are the first rows of all files. Raises: DataError if one of them cannot be read.
     """
-    plain = {"text", "prompt-completion"}
-    for row in rows:
-        format = recognise(row.values, row.where)
-        strings = all(isinstance(row.values[column], str) for column in format.columns)
-        if format.name not in plain or not strings:
-            return True
-    return False
+    return any(isinstance(_content(row, preferences), Conversation) for row in first)
 
 
-def _opening(row: Row) -> str | None:
+def _content(row: Row, preferences: Preferences) -> Content:
+    format, content = read(row)
+    try:
+        return answer_of(content, preferences)
+    except DataError as error:
+        raise explained(row, format, error) from error
+
+
+def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    content = recognise(row.values, row.where).read(row.values)
-    if isinstance(content, Conversation):
-        return None
-    text = content.prompt if isinstance(content, Completion) else content.text
-    return " ".join(text.split()[:8]) or "The"
+    match _content(row, config.preferences):
+        case Text(text) | Completion(text) | Segments(((text, _), *_)):
+            return " ".join(text.split()[:8]) or "The"
+    return None
 
 
-def _dataset(rows: list[Row], model: Model, config: Finetune, limit: int) -> Dataset:
-    return Dataset.build(
+def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
+    return encode(
         rows,
         tokenizer_of(model),
         model.template,
         max_length=limit,
         over_length=config.over_length,
+        preferences=config.preferences,
         vocab=model.decoder.facts.vocab,
+        train_on=config.train_on,
+        cache=config.cache,
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it.
-
-    Where nothing `chats`, none is added: a template says that a model was trained on it.
-    """
+def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple[Model, bool]:
+    """The model with the chat template it will be trained on, and whether that is new to it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
@@ -155,9 +182,12 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    added = config.chat_template is not None or (chats and model.template is None)
-    if checkpoint is None and added:
-        model.template = _template(config, tokenizer_of(model))
+    own = model.template
+    if checkpoint is None:
+        model.template = template_for(
+            config.chat_template, tokenizer_of(model), own, lambda: chats(first, config.preferences)
+        )
+    added = model.template is not own
     model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
     model.generation_config["eos_token_id"] = model.stops.eos_token_id
     if full:
@@ -170,19 +200,6 @@ def _model(config: Finetune, checkpoint: Path | None, *, chats: bool) -> tuple[M
 def _masters(config: Finetune, precision: Precision) -> torch.dtype:
     """What weights that are all trained are held in."""
     return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
-
-
-def _template(config: Finetune, tokenizer: Tokenizer) -> ChatTemplate:
-    if config.chat_template is None:
-        return default_template(tokenizer)
-    if config.chat_template == "chatml":
-        return CHATML
-    path = Path(config.chat_template)
-    if not path.is_file():
-        raise ConfigError(
-            f"chat_template={config.chat_template!r} is neither chatml nor a file that exists"
-        )
-    return ChatTemplate(read_text(path), name=str(path), tokens=tokenizer.names)
 
 
 def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
@@ -248,6 +265,14 @@ def _described(model: Model, config: Finetune) -> str:
     held = sum(t.nbytes for t in (*parameters, *model.decoder.buffers()))
     text = f"{config.method}, {trained / 1e6:.2f} M trained parameters, {held / 2**20:.0f} MiB"
     return text + (f", base in {model.quantization}" if model.quantization else "")
+
+
+def _template_note(model: Model, config: Finetune, first: list[Row]) -> tuple[str, ...]:
+    """Which template conversations were rendered by, and which of their answers are trained on."""
+    if model.template is None or not chats(first, config.preferences):
+        return ()
+    which = "every answer" if config.train_on == "all" else "the last answer"
+    return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)
 
 
 def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """`ardor train`: a tokenizer and a model from scratch, on text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ import torch
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.arch.init import initialise
+from ardor.data.cache import encode
 from ardor.data.dataset import Dataset
-from ardor.data.sources import Row, read_rows
+from ardor.data.mixture import Mixture
+from ardor.data.readers import Row
 from ardor.errors import ConfigError, DataError
 from ardor.families.spec_data import differences
 from ardor.files.atomic import write_atomic
@@ -42,13 +44,8 @@ VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
 SPEC = "model.yaml"  # in the folder of a run: what `--model` takes to train the same again
 
 
-def prepare(
-    config: Train,
-    rows: list[Row] | None = None,
-    heldout: list[Row] | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> Run:
-    """Everything up to the first step. `rows` stand in for config.data when they are at hand.
+def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
+    """Everything up to the first step.
 
     `tell` is given what is known of the model before it is allocated; else the run's notes have it.
 
@@ -63,16 +60,15 @@ def prepare(
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
     check_scratch(rough.spec, config, device)
-    rows = list(read_rows(config.data)) if rows is None else rows
-    if heldout is None and config.eval_data is not None:
-        heldout = list(read_rows(config.eval_data))
+    mixture = Mixture(config.data, streaming=config.streaming)
+    apart = Mixture(config.eval_data) if config.eval_data else None
     checkpoint = resumed_from(config)
-    tokenizer = _tokenizer(config, blueprint, rows, checkpoint)
+    tokenizer = _tokenizer(config, blueprint, mixture, checkpoint)
     blueprint = blueprint.with_rows(_embedding_rows(config, blueprint, tokenizer))
     limit = min(config.max_length, blueprint.spec.max_positions)
-    cut = {"max_length": limit, "over_length": config.over_length}
-    data = Dataset.build(rows, tokenizer, **cut)
-    held = None if heldout is None else Dataset.build(heldout, tokenizer, **cut)
+    cut = {"max_length": limit, "over_length": config.over_length, "cache": config.cache}
+    data, kept = encode(mixture, tokenizer, **cut)
+    held = None if apart is None else encode(apart, tokenizer, **cut).dataset
     train, held = split(config, data, held)
     check_scratch(blueprint.spec, config, device)
     size = f"{count(parameters(blueprint.spec)) / 1e6:,.1f} M parameters"
@@ -93,8 +89,9 @@ def prepare(
         model,
         (train, held),
         evaluate=lambda: _evaluate(model, held, config),
+        mixture=mixture,
         notes=(
-            data_note(data, train, held, limit),
+            *data_note(data, train, held, limit, kept),
             *(notes if tell is None else ()),
             f"compute: {model.precision.compute} ({model.precision.why}), "
             f"{config.master_dtype} masters",
@@ -108,7 +105,7 @@ def prepare(
 
 
 def _tokenizer(
-    config: Train, blueprint: Blueprint, rows: list[Row], checkpoint: Path | None
+    config: Train, blueprint: Blueprint, rows: Iterable[Row], checkpoint: Path | None
 ) -> Tokenizer:
     if checkpoint is not None:
         return Tokenizer.from_directory(checkpoint)

@@ -6,6 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ardor import __version__
@@ -14,6 +15,7 @@ from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
+from ardor.data.mixture import Mixture
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
 from ardor.files.runs import checkpoints, newest_checkpoint
@@ -131,13 +133,28 @@ def split(
     return data.split(config.eval_fraction, config.seed)
 
 
-def data_note(data: Dataset, train: Dataset, heldout: Dataset | None, limit: int) -> str:
-    """Where every row went, for people."""
+def data_note(
+    data: Dataset, train: Dataset, heldout: Dataset | None, limit: int, kept: str | None
+) -> tuple[str, ...]:
+    """Where every row went, and what is `kept` of them for the next run, for people."""
     held = "nothing" if heldout is None else f"{len(heldout):,} examples"
-    return (
+    note = (
         f"data: {data.census.summary()}, each at most {limit:,} tokens; "
         f"trained on {len(train):,}, held out {held}"
     )
+    return (note,) if kept is None else (note, kept)
+
+
+def _mixture_note(plan: BatchPlan, mixture: Mixture) -> str:
+    """What an epoch has of each part, for people."""
+    assert plan.counts is not None
+    held = np.bincount(plan.dataset.part_of, minlength=len(plan.counts))
+    parts = (
+        f"{Path(part.path).name} {count:,} ({count / sum(plan.counts):.1%}, each "
+        f"{count / have:.3g} times)"
+        for part, count, have in zip(mixture.parts, plan.counts, held, strict=True)
+    )
+    return f"mixture: an epoch has {sum(plan.counts):,} examples: {', '.join(parts)}"
 
 
 def choose_attention(model: Model, asked: str | None) -> tuple[str, ...]:
@@ -162,6 +179,7 @@ def begin(
     data: tuple[Dataset, Dataset | None],
     *,
     evaluate: Callable[[], list[dict[str, Any]]] | None,
+    mixture: Mixture,
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
 ) -> Run:
@@ -174,26 +192,15 @@ def begin(
     """
     train, heldout = data
     ranks = Ranks.joined(model.decoder.device)
-    plan = BatchPlan(
-        train,
-        tokens_per_batch=config.tokens_per_batch,
-        examples_per_batch=(
-            None if config.tokens_per_batch is not None else config.per_device_train_batch_size
-        ),
-        seed=config.seed,
-        order=config.train_sampling_strategy,
-    )
+    plan = _planned(config, train, heldout, mixture)
+    if plan.counts is not None:
+        notes = (*notes[:1], _mixture_note(plan, mixture), *notes[1:])
     hooks = Hooks(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,
         tokenizer=model.tokenizer,
         names=aliases(model),
     )
-    if heldout is None and (config.early_stopping_patience or config.load_best_model_at_end):
-        raise ConfigError(
-            "early_stopping_patience and load_best_model_at_end compare held-out losses, and "
-            "nothing is held out; give --eval-data, or --eval-fraction above 0"
-        )
     notes = (*notes, *_small_note(plan, config))
     found = predicted(model, plan, heldout, config)
     if found is not None:
@@ -218,6 +225,29 @@ def begin(
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
+
+
+def _planned(
+    config: Optimisation, train: Dataset, heldout: Dataset | None, mixture: Mixture
+) -> BatchPlan:
+    """The run's order of micro-batches.
+
+    Raises: ConfigError for settings that need held-out data where there are none.
+    """
+    if heldout is None and (config.early_stopping_patience or config.load_best_model_at_end):
+        raise ConfigError(
+            "early_stopping_patience and load_best_model_at_end compare held-out losses, and "
+            "nothing is held out; give --eval-data, or --eval-fraction above 0"
+        )
+    fixed = config.per_device_train_batch_size if config.tokens_per_batch is None else None
+    return BatchPlan(
+        train,
+        tokens_per_batch=config.tokens_per_batch,
+        examples_per_batch=fixed,
+        seed=config.seed,
+        order=config.train_sampling_strategy,
+        weights=mixture.weights,
+    )
 
 
 def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:

@@ -49,6 +49,8 @@ _FREE = frozenset(
     | {"save_total_limit", "logging_steps", "sample_prompts", "sample_tokens", "stop_rate_samples"}
     | {"report_to", "max_loss_zscore", "peak_tflops", "load_best_model_at_end"}
     | {"early_stopping_patience", "early_stopping_threshold", "offload_optimizer"}
+    # What these make of the data is in its fingerprint.
+    | {"over_length", "preferences", "streaming", "cache"}
 )
 
 Event = Mapping[str, Any]
@@ -101,7 +103,7 @@ class Trainer:
         alpha = config.neftune_noise_alpha
         self.noise = Noise(decoder, alpha) if alpha > 0 else None
         self.steps = self._count_steps()
-        self.progress = Progress(0, 0, 0, 0, 0, 0, plan.dataset.fingerprint, self._settings())
+        self.progress = Progress(0, 0, 0, 0, 0, 0, plan.fingerprint, self._settings())
         self.stop_requested = False  # set from a signal handler: stop after the current step
         self._count_flops = counter(decoder)
         self._peak: float | None = None  # FLOP/s of the device; 0.0: not known

@@ -442,7 +442,7 @@ def test_missing_files_are_named(world, refused, tmp_path):
     assert "is not a directory" in refused("generate", tmp_path / "none", "x")
     assert "no such file" in refused("train", world.texts, "--config", tmp_path / "none.yaml")
     message = refused("finetune", world.base, world.pairs, *TUNE, "--chat-template", "none.jinja")
-    assert "neither chatml nor a file that exists" in message
+    assert "neither a file that exists nor a template's name; known are headings" in message
     assert "does not exist" in refused("train", world.texts, *TRAIN, "--eval-data", "./none.txt")
 
 

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ardor.data.batches import BatchPlan, Position, preview
+from ardor.data.batches import BatchPlan, Position
 from ardor.data.dataset import Census, Dataset
-from ardor.data.sources import Row
 from ardor.errors import ConfigError, DataError
 from ardor.loss import IGNORE
-from ardor.text.chat import CHATML
 
 SIZES: list[dict[str, Any]] = [
     {"examples_per_batch": 1},
@@ -21,13 +19,14 @@ SIZES: list[dict[str, Any]] = [
 ]
 
 
-def make(lengths):
+def make(lengths, bounds=(0,)):
     """Examples of these lengths, each made of a token of its own; the first third is prompt."""
     tokens = np.concatenate([np.full(n, i, dtype=np.int32) for i, n in enumerate(lengths)])
     marks = np.concatenate([np.arange(n) >= n // 3 for n in lengths])
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    rows = np.arange(len(lengths), dtype=np.int32)
-    return Dataset(tokens, marks, starts, rows, Census())
+    rows = np.arange(len(lengths), dtype=np.int64)
+    unended = np.zeros(len(lengths), dtype=np.bool_)
+    return Dataset(tokens, marks, starts, rows, unended, Census(), bounds)
 
 
 @pytest.fixture
@@ -164,25 +163,3 @@ def test_the_identity_of_a_plan_changes_with_anything_that_changes_the_order(dat
         BatchPlan(make([3, 4]), examples_per_batch=4),
     ):
         assert other.identity != plan.identity
-
-
-def test_a_preview_marks_what_is_trained_on(tokenizer):
-    turns = [
-        {"role": "user", "content": "what is a cat?"},
-        {"role": "assistant", "content": "né"},
-    ]
-    dataset = Dataset.build(
-        [Row({"messages": turns}, "row 1"), Row({"messages": turns}, "row 2")], tokenizer, CHATML
-    )
-    (spans,) = preview(dataset, tokenizer, 1)
-    assert [span.supervised for span in spans] == [False, True]
-    assert spans[1].text == "né<|im_end|>"
-    assert "".join(span.text for span in spans) == tokenizer.decode(dataset[0].tokens)
-    assert len(preview(dataset, tokenizer, 9)) == 2
-
-
-def test_a_preview_does_not_mark_the_first_token(tokenizer):
-    dataset = Dataset.from_documents(["the cat"], tokenizer)
-    (spans,) = preview(dataset, tokenizer, 1)
-    assert [span.supervised for span in spans] == [False, True]
-    assert "".join(span.text for span in spans) == "the cat<|endoftext|>"

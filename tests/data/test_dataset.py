@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 
 from ardor.data import dataset as dataset_module
 from ardor.data.dataset import Dataset, permutation, shift
-from ardor.data.sources import Row, read_rows
+from ardor.data.encode import Encoded, marked
+from ardor.data.formats import read
+from ardor.data.lengths import keep_end, policy_of
+from ardor.data.readers import Row
+from ardor.data.sources import read_rows
 from ardor.errors import ConfigError, DataError, ShapeError
 from ardor.loss import IGNORE
 from ardor.text.chat import CHATML
@@ -22,12 +27,20 @@ STOP, BOS = 9, 1
 
 
 def build(monkeypatch, tokenizer, examples, *, bos=None, **options):
-    """A dataset of ready-made examples, one per row, as if a format had read them."""
-    made = iter(examples)
-    monkeypatch.setattr(dataset_module, "examples_of", lambda *_: [next(made)])
+    """A dataset of ready-made examples, one per row, as if they had been encoded."""
+    rows = [Row({"prompt": "", "completion": ""}, f"row {i}") for i in range(len(examples))]
+
+    def encoded(rows):
+        for row, example in zip(rows, examples, strict=True):
+            yield Encoded(row, *read(row), [marked(example)])
+
+    monkeypatch.setattr(dataset_module, "Encoder", lambda *_, **__: encoded)
     monkeypatch.setattr(tokenizer, "special", SpecialTokens(bos=bos))
-    rows = (Row({"prompt": "", "completion": ""}, f"row {i}") for i in range(len(examples)))
     return Dataset.build(rows, tokenizer, **options)
+
+
+def example_of(kept):
+    return kept and Example(tuple(kept.tokens.tolist()), tuple(kept.supervised.tolist()))
 
 
 def answer(prompt, length, *, bos=False, tail=0):
@@ -183,7 +196,7 @@ def test_a_truncated_conversation_trains_whole_answers_only(turns, limit, bos):
     whole = Example(tuple(tokens), tuple(marks))
     if len(tokens) <= limit:
         return
-    kept = dataset_module._keep_answer(whole, limit, BOS if bos else None)
+    kept = example_of(keep_end(marked(whole), limit, BOS if bos else None))
     if kept is None:
         assert len(answers[-1]) + 1 + bos > limit
         return
@@ -225,7 +238,9 @@ def test_two_formats_in_one_file_are_refused_with_both_lines(tokenizer):
         Row({"text": "the cat"}, "a.jsonl:1", "a.jsonl"),
         Row({"prompt": "the", "completion": " cat"}, "a.jsonl:2", "a.jsonl"),
     ]
-    message = "a.jsonl:2 is in the format 'prompt-completion' but a.jsonl:1 is in 'text'"
+    message = (
+        "a.jsonl:2 is in the format 'prompt-completion of strings' but .*a.jsonl:1 is in 'text'"
+    )
     with pytest.raises(DataError, match=message):
         Dataset.build(rows, tokenizer)
     apart = [rows[0], Row(rows[1].values, "b.jsonl:2", "b.jsonl")]
@@ -283,9 +298,9 @@ def test_a_fingerprint_tells_datasets_apart(tokenizer):
     ]
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 5
     # The same tokens, of which fewer are trained on.
-    tokens, marks = dataset.tokens, dataset.supervised.copy()
+    marks = dataset.supervised.copy()
     marks[1] = False
-    less = Dataset(tokens, marks, dataset.starts, dataset.rows, dataset.census)
+    less = replace(dataset, supervised=marks)
     assert less.fingerprint != dataset.fingerprint
 
 
@@ -294,13 +309,13 @@ def test_a_split_keeps_the_pieces_of_a_document_together(tokenizer, seed):
     texts = [f"{word} the cat sat on the mat" for word in ("one", "two", "three", "four", "five")]
     dataset = Dataset.from_documents(texts, tokenizer, max_length=8)
     train, heldout = dataset.split(0.4, seed)
-    assert not set(train.rows.tolist()) & set(heldout.rows.tolist())
+    assert not set(train.row_of.tolist()) & set(heldout.row_of.tolist())
     assert (train.census.rows, heldout.census.rows) == (3, 2)
     parts = [part[i] for part in (train, heldout) for i in range(len(part))]
     wholes = [dataset[i] for i in range(len(dataset))]
     assert sorted(parts, key=repr) == sorted(wholes, key=repr)
     assert train.census.targets + heldout.census.targets == dataset.census.targets
-    assert train.census.tokens == len(train.tokens) == len(train.supervised)
+    assert train.census.tokens == train.lengths.sum() < len(train.tokens)
     assert dataset.split(0.4, seed) == (train, heldout)
     assert dataset.split(0.4, seed + 1)[1] != heldout
 
@@ -328,3 +343,67 @@ def test_the_shuffle_is_pinned():
     # Resuming an old run needs this very order; a change here breaks every saved run.
     assert permutation(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
     assert sorted(permutation(100, 3).tolist()) == list(range(100))
+
+
+# ---- both ends ----
+
+
+@pytest.mark.parametrize("limit", range(2, 12))
+def test_truncation_at_the_right_fakes_no_end_and_counts_what_lost_it(
+    monkeypatch, tokenizer, limit
+):
+    examples = [answer(2, 3), answer(4, 6), answer(3, 2, tail=3)]
+    try:
+        dataset = build(
+            monkeypatch, tokenizer, examples, max_length=limit, over_length="truncate_right"
+        )
+    except DataError as error:
+        assert "nothing is trained on" in str(error) and limit < 3
+        return
+    for i in range(len(dataset)):
+        original, kept = examples[int(dataset.rows[i])], dataset[i]
+        assert kept.tokens == original.tokens[:limit]  # a start, and nothing put after it
+        trained = [t for t, s in zip(kept.tokens, kept.supervised, strict=True) if s]
+        assert dataset.unended[i] == (trained[-1] != STOP)
+    census = dataset.census
+    assert census.unended == sum(dataset.unended)
+    assert census.truncated == sum(len(examples[int(r)].tokens) > limit for r in dataset.rows)
+    assert census.dropped == len(examples) - len(dataset)
+    assert ("without their end" in census.summary()) == bool(census.unended)
+
+
+def test_a_conversation_loses_its_first_turns_but_not_its_system_prompt(tokenizer):
+    turns = [{"role": "system", "content": "the mat"}]
+    for i in range(4):
+        turns += [{"role": "user", "content": f"what {i}?"}, {"role": "assistant", "content": "a"}]
+    row = Row({"messages": turns}, "row 1")
+    whole = Dataset.build([row], tokenizer, CHATML)
+    for limit in range(20, int(whole.lengths[0])):
+        cut = Dataset.build([row], tokenizer, CHATML, max_length=limit, over_length="truncate_left")
+        text = tokenizer.decode(cut[0].tokens)
+        kept = next(
+            n for n in (1, 2, 3) if f"what {4 - n}?" in text and f"what {3 - n}?" not in text
+        )
+        shorter = [turns[0], *turns[-2 * kept :]]
+        expected = Dataset.build([Row({"messages": shorter}, "")], tokenizer, CHATML)
+        if expected.lengths[0] > limit:
+            assert kept == 1  # the last turn alone is too long: its prompt loses its start
+            continue
+        assert cut[0] == expected[0] and cut.census.truncated == 1 and not cut.census.unended
+        more = [turns[0], *turns[-2 * (kept + 1) :]]
+        assert Dataset.build([Row({"messages": more}, "")], tokenizer, CHATML).lengths[0] > limit
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ConfigError, match="over_length is 'cut'; choose from drop, truncate_left"):
+        policy_of("cut")
+
+
+def test_strings_and_messages_do_not_mix_in_one_file(tokenizer):
+    said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows = [
+        Row({"prompt": "a", "completion": "b"}, "a.jsonl:1", "a.jsonl"),
+        Row({"prompt": said[0], "completion": said[1]}, "a.jsonl:2", "a.jsonl"),
+    ]
+    with pytest.raises(DataError, match="jsonl:2 is in the format 'prompt-completion of messages'"):
+        Dataset.build(rows, tokenizer, CHATML)

@@ -1,9 +1,18 @@
 """Each format's columns, and which of its tokens are trained on."""
 
+import json
+
 import pytest
 
-from ardor.data.formats import FORMATS, examples_of, recognise
-from ardor.data.sources import Row
+from ardor.data.formats import (
+    FORMATS,
+    Completion,
+    examples_of,
+    preference_pair,
+    read_preference,
+    recognise,
+)
+from ardor.data.readers import Row
 from ardor.errors import DataError
 from ardor.text.chat import CHATML, ChatTemplate, supervise
 from ardor.text.example import completion, document
@@ -39,7 +48,7 @@ def test_every_conversation_format_gives_the_same_example(tokenizer, name):
 
 
 def test_every_format_is_tested_here():
-    assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text"}
+    assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text", "segments", "preference"}
 
 
 @pytest.mark.parametrize(
@@ -176,3 +185,153 @@ def test_a_row_that_cannot_be_read_is_named(tokenizer, values, message):
 def test_a_conversation_without_a_template_is_refused(tokenizer):
     with pytest.raises(DataError, match="needs a chat template .* chat_template=chatml"):
         examples_of(row({"messages": TURNS}), tokenizer, None)
+
+
+# ---- segments ----
+
+
+def test_segments_are_trained_on_where_their_label_says_so(tokenizer):
+    parts = [
+        ("<|im_start|>user\nhi<|im_end|>", False),
+        ("the cat<|im_end|>", True),
+        ("\nso", False),
+    ]
+    values = {"segments": [{"text": text, "label": label} for text, label in parts]}
+    (example,) = examples_of(row(values), tokenizer, None)
+    assert tokenizer.decode(example.tokens) == "".join(text for text, _ in parts)
+    assert trained_on(tokenizer, example) == "the cat<|im_end|>"
+    control = {tokenizer.id("<|im_start|>"), tokenizer.id("<|im_end|>")}
+    assert sum(token in control for token in example.tokens) == 3  # here they count
+    train = {"segments": [{"text": text, "train": label} for text, label in parts]}
+    assert examples_of(row(train), tokenizer, None) == [example]
+    nothing = {"segments": [{"text": "a", "label": False}]}
+    assert examples_of(row(nothing), tokenizer, None) == []
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([], "holds an empty list, expected a list of segments"),
+        ("text", "holds str 'text', expected a list of segments"),
+        (["text"], "segment 1 holds str 'text'; expected an object"),
+        ([{"text": None, "label": True}], "segment 1: 'text' is null; expected a string"),
+        (
+            [{"text": "a", "label": True}, {"text": "a"}],
+            "segment 2: 'label' is null; expected true",
+        ),
+        ([{"text": "a", "label": "yes"}], "segment 1: 'label' is str 'yes'; expected true"),
+    ],
+)
+def test_segments_that_cannot_be_read_are_named(tokenizer, segments, message):
+    with pytest.raises(DataError, match=rf"pairs.jsonl:17 \(segments\): .*{message}"):
+        examples_of(row({"segments": segments}), tokenizer, None)
+
+
+# ---- preferences ----
+
+BETTER, WORSE = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
+PREFERENCES = [
+    {"prompt": TURNS[:1], "chosen": [BETTER], "rejected": [WORSE]},
+    {"chosen": [TURNS[0], BETTER], "rejected": [TURNS[0], WORSE]},
+    {"prompt": ASK, "chosen": [TURNS[0], BETTER], "rejected": [TURNS[0], WORSE]},  # UltraFeedback
+]
+
+
+@pytest.mark.parametrize("values", PREFERENCES)
+def test_a_preference_is_a_pair_with_one_prompt(tokenizer, values):
+    assert recognise(values).name == "preference"
+    chosen, rejected = preference_pair(row(values), tokenizer, CHATML)
+    prompt = chosen.supervised.index(True)
+    assert chosen.tokens[:prompt] == rejected.tokens[:prompt]
+    assert trained_on(tokenizer, chosen) == "Yes.<|im_end|>"
+    assert trained_on(tokenizer, rejected) == "No.<|im_end|>"
+    assert [chosen] == supervise(tokenizer, CHATML, [TURNS[0], BETTER])
+
+
+def test_a_preference_of_strings_finds_its_prompt():
+    given = {"prompt": "the cat", "chosen": " sat", "rejected": " ran"}
+    implied = {"chosen": "the cat sat", "rejected": "the cat sang"}
+    assert read_preference(given).rejected == Completion("the cat", " ran")
+    found = read_preference(implied)
+    assert found.chosen == Completion("the cat", " sat")  # parted at a word, not after "sa"
+    assert found.rejected == Completion("the cat", " sang")
+
+
+def test_a_preference_is_not_trained_on_unless_asked_for(tokenizer):
+    values = PREFERENCES[0]
+    with pytest.raises(DataError, match=r"17 \(preference\): .* set preferences=chosen"):
+        examples_of(row(values), tokenizer, CHATML)
+    (example,) = examples_of(row(values), tokenizer, CHATML, preferences="chosen")
+    assert trained_on(tokenizer, example) == "Yes.<|im_end|>"
+
+
+def test_pairs_that_teach_nothing_are_none(tokenizer):
+    blank = {"prompt": "a", "chosen": " ", "rejected": "b"}
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    assert preference_pair(row(blank), tokenizer, None) is None
+    assert preference_pair(row(same), tokenizer, None) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "there is no column 'rejected'"),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt holds int 3, expected a string"),
+        ({"chosen": "b", "rejected": [WORSE]}, "expected two strings or two lists of messages"),
+        ({"chosen": [TURNS[0]], "rejected": [WORSE]}, "'chosen' has no assistant message after"),
+    ],
+)
+def test_a_preference_that_cannot_be_read_is_named(tokenizer, values, message):
+    with pytest.raises(DataError, match=rf"pairs.jsonl:17 \(preference\): .*{message}"):
+        preference_pair(row(values), tokenizer, CHATML)
+
+
+# ---- tools ----
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+LISTS = ChatTemplate(
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if mood %}{{ mood }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_tools_are_given_to_the_template(tokenizer, tools, column):
+    turns = TURNS if column == "messages" else SHAREGPT
+    found = examples_of(row({column: turns, "tools": tools}), tokenizer, LISTS)
+    assert found == supervise(tokenizer, LISTS, TURNS, tools=TOOLS)
+    assert "weather" in tokenizer.decode(found[0].tokens)
+    without = examples_of(row({column: turns, "tools": ""}), tokenizer, LISTS)
+    assert without == supervise(tokenizer, LISTS, TURNS) != found
+    values = {"messages": TURNS, "tools": [], "documents": None}
+    assert examples_of(row(values), tokenizer, LISTS) == without
+    assert recognise(values).unread(values) == ("documents",) * 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"tools": "[{"}, "column 'tools' holds a string that is not JSON"),
+        ({"tools": {"name": "x"}}, "column 'tools' holds dict .*, expected a list of objects"),
+        ({"chat_template_kwargs": 3}, "column 'chat_template_kwargs' holds int 3"),
+    ],
+)
+def test_tools_that_cannot_be_read_are_named(tokenizer, extra, message):
+    with pytest.raises(DataError, match=message):
+        examples_of(row({"messages": TURNS} | extra), tokenizer, LISTS)
+
+
+def test_a_system_prompt_counts_among_the_given_messages(tokenizer):
+    values = {"prompt": TURNS[:1], "completion": TURNS[1:], "system": "Be brief."}
+    (example,) = examples_of(row(values), tokenizer, CHATML)
+    assert tokenizer.decode(example.tokens).startswith("<|im_start|>system\nBe brief.")
+    assert trained_on(tokenizer, example) == f"{ANSWER}<|im_end|>"
+
+
+def test_fields_of_turns_are_passed_on(tokenizer):
+    turns = [SHAREGPT[0] | {"name": "ann"}, SHAREGPT[1]]
+    content = recognise({"conversations": turns}).read({"conversations": turns})
+    assert content.messages[0] == TURNS[0] | {"name": "ann"}

@@ -1,7 +1,9 @@
 """Reading rows: every kind of file, and mistakes that name their place."""
 
+import bz2
 import gzip
 import json
+import lzma
 import sys
 from types import SimpleNamespace
 
@@ -9,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ardor.data import sources
-from ardor.data.sources import read_rows
+from ardor.data import readers, sources
+from ardor.data.sources import Source, read_rows
 from ardor.errors import DataError
 
 ROWS = [{"text": "one, two"}, {"text": 'café "x"\nline'}, {"text": ""}]
@@ -123,6 +125,16 @@ def test_rows_in_memory_are_a_source():
         ("a.csv", 'a\n"x" y\n', r"a\.csv:2: .* expected after"),
         ("a.parquet", "nothing", "not a readable Parquet file"),
         ("a.jsonl.gz", "not compressed", "damaged"),
+        ("a.json", '[{"a": 1} {"a": 2}]', r"a\.json:1: not valid JSON at column 11: Expecting ','"),
+        ("a.json", '[{"a": 1},', r"a\.json:1: not valid JSON at column 11"),
+        ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json:2 is not UTF-8 text"),
+        ("a.json", "\n", "holds no rows"),
+        ("a.csv", b"a\nx\n\xff\n", r"a\.csv:3 is not UTF-8 text"),
+        ("a.csv", "", "holds no rows"),
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text \(byte 3"),
+        ("a.jsonl.zst", "not compressed", "damaged"),
+        ("a.jsonl.bz2", "not compressed", "damaged"),
+        ("a.jsonl.xz", "not compressed", "damaged"),
         ("a.docx", "x", r"unknown kind '\.docx'; known are \.csv, \.json"),
     ],
 )
@@ -189,3 +201,75 @@ def test_a_local_path_never_goes_to_the_hub(monkeypatch, tmp_path):
     for source in ("pairs.jsonl", "./pairs", "data/pairs", "a/b/c", str(tmp_path / "x")):
         with pytest.raises(DataError, match="does not exist"):
             values(source)
+
+
+@pytest.mark.parametrize("pack", ["zst", "bz2", "xz"])
+def test_packed_files_are_unpacked_as_they_are_read(tmp_path, pack):
+    raw = write_jsonl(tmp_path / "a.jsonl").read_bytes()
+    packed = tmp_path / f"a.jsonl.{pack}"
+    if pack == "zst":
+        with pyarrow.output_stream(str(packed), compression="zstd") as file:
+            file.write(raw)
+    else:
+        packed.write_bytes({"bz2": bz2, "xz": lzma}[pack].compress(raw))
+    assert values(packed) == ROWS
+
+
+def test_a_json_list_is_read_through_a_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_FIRST", 3)
+    rows = [{"text": "é" * i, "n": [i, {"x": None}]} for i in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    assert values(tmp_path / "a.json") == rows
+    (tmp_path / "b.json").write_text('[{"a": 1},\n\n {"a": 2},\n {"a" 3}]')
+    with pytest.raises(DataError, match=r"b\.json:4: not valid JSON at column 7"):
+        values(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps(rows[1], indent=1))
+    assert values(tmp_path / "c.json") == [rows[1]]  # one row, over several lines
+
+
+def test_a_gigantic_row_is_refused_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST", 50)
+    monkeypatch.setattr(readers, "_FIRST", 8)
+    rows = [{"text": "short"}, {"text": "long" * 50}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.txt").write_text("long" * 50)
+    for name, where in (("a.jsonl", ":2"), ("a.json", " row 2"), ("a.txt", "")):
+        with pytest.raises(DataError, match=rf"{name}{where} is larger than .*divide it into"):
+            values(tmp_path / name)
+    assert values(write_jsonl(tmp_path / "b.jsonl", rows[:1])) == rows[:1]
+
+
+def test_a_source_can_be_gone_through_again_and_is_known_by_its_content(tmp_path):
+    source = Source(write_jsonl(tmp_path / "a.jsonl"), part=2)
+    assert [*source] == [*source] and {row.part for row in source} == {2}
+    identity = source.identity()
+    assert identity == Source(tmp_path / "a.jsonl").identity()
+    write_jsonl(tmp_path / "a.jsonl", ROWS[::-1])
+    assert source.identity() != identity
+    assert Source(ROWS).identity() is None
+
+
+def test_a_hub_dataset_is_loaded_once_or_streamed(monkeypatch):
+    asked = []
+
+    def load(name, configuration, **options):
+        asked.append(options)
+        return Loaded(ROWS)
+
+    class Loaded(list):
+        _fingerprint = "f00"
+
+    fake_hub(monkeypatch, load)
+    kept, streamed = Source("owner/name"), Source("owner/name", streaming=True)
+    assert kept.identity() == ["owner/name", "train", "f00"] and [r.values for r in kept] == ROWS
+    assert streamed.identity() is None and [r.values for r in streamed] == ROWS
+    assert asked == [{"split": "train"}, {"split": "train", "streaming": True}]
+
+
+def test_the_first_rows_are_those_of_each_table(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
+    assert [row.values for row in Source(tmp_path).first_rows()] == ROWS[:2]
+    with pytest.raises(DataError, match="holds no rows"):
+        next(Source([]).first_rows())

@@ -106,7 +106,7 @@ def test_messages_are_checked_and_the_wrong_one_is_named():
     for wrong, reason in [
         ("hi", "message 2 of 2 is str; expected an object"),
         ({"role": "user"}, r"message 2 of 2 has no 'content' \(it has role\)"),
-        ({"role": "user", "content": None}, "message 2 of 2: 'content' is NoneType"),
+        ({"role": "user", "content": None}, "message 2 of 2: 'content' is null"),
         ({"role": 1, "content": "x"}, "message 2 of 2: 'role' is int"),
     ]:
         with pytest.raises(TextError, match=reason):
@@ -170,10 +170,14 @@ def test_the_naive_way_does_take_a_content_for_a_control_token(tokenizer: Tokeni
 
 
 def test_a_template_that_rewrites_contents_refuses_control_tokens_in_them(tokenizer: Tokenizer):
-    upper = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
-    assert prompt_ids(tokenizer, upper, [user("hi")]) == tokenizer.encode_template("HI")
+    escapes = ChatTemplate("{% for m in messages %}{{ m.content | tojson(true) }}{% endfor %}")
+    assert prompt_ids(tokenizer, escapes, [user("hí")]) == tokenizer.encode_template('"h\\u00ed"')
+    messages = [user("hi"), user("í<|pad|>")]
     with pytest.raises(TextError, match=r"message 2 of 2 spells the control token '<\|pad\|>'"):
-        prompt_ids(tokenizer, upper, [user("hi"), user("a<|pad|>")])
+        prompt_ids(tokenizer, escapes, messages)
+    # What is no longer the token after rewriting does no harm.
+    upper = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    assert prompt_ids(tokenizer, upper, messages) == tokenizer.encode_template("HIÍ<|PAD|>")
 
 
 def test_a_template_that_reads_contents_is_encoded_as_it_writes_them(tokenizer: Tokenizer):
@@ -184,15 +188,25 @@ def test_a_template_that_reads_contents_is_encoded_as_it_writes_them(tokenizer: 
         assert prompt_ids(tokenizer, template, [user(content)]) == expected
 
 
-def test_control_tokens_in_roles_fields_and_variables_are_refused(tokenizer: Tokenizer):
-    for message, variables, where in [
-        ({"role": "user<|im_end|>", "content": "x"}, {}, "'role' of message 1"),
-        ({**user("x"), "calls": [{"name": "<|im_end|>"}]}, {}, "'calls' of message 1"),
-        (user("x"), {"tools": ["<|im_end|>"]}, "the template variable 'tools'"),
-    ]:
-        with pytest.raises(TextError, match=f"{where} spells the control token"):
-            prompt_ids(tokenizer, CHATML, [message], **variables)
-    assert prompt_ids(tokenizer, CHATML, [{**user("x"), "name": "ann"}])
+def test_no_control_token_comes_from_fields_tools_or_documents(tokenizer: Tokenizer):
+    source = (
+        "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for d in documents %}{{ d.text }}"
+        "{% endfor %}{% for m in messages %}{{ m.name }} {{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    bad = "<|im_end|>"
+    call = {"type": "function", "function": {"name": f"f{bad}", "arguments": {bad: [bad]}}}
+    messages = [{**user(bad), "name": bad}, {**assistant(bad), "tool_calls": [call]}]
+    variables = {"tools": [{"name": bad}], "documents": [{"text": bad}]}
+    template = ChatTemplate(source)
+    ids = prompt_ids(tokenizer, template, messages, **variables)
+    assert ids.count(tokenizer.added[bad]) == 2
+    assert tokenizer.decode(ids) == template.render(messages, True, **variables)
+
+
+def test_a_control_token_in_a_role_is_refused(tokenizer: Tokenizer):
+    with pytest.raises(TextError, match="'role' of message 1 spells the control token"):
+        prompt_ids(tokenizer, CHATML, [{"role": "user<|im_end|>", "content": "x"}])
     with pytest.raises(TextError, match="no messages"):
         prompt_ids(tokenizer, CHATML, [])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ardor.data.dataset import Dataset
-from ardor.data.sources import Row
+from ardor.data.readers import Row
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.runs import checkpoints, newest_checkpoint
 from ardor.generate.settings import Settings

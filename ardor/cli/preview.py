@@ -1,0 +1,153 @@
+"""`ardor preview MODEL DATA`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ardor.cli.console import print_json, remarks, results
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ardor.preview import Document, Preview
+
+TRAINED, CONTROL, STOP, FAINT = "green", "cyan", "bold reverse green", "dim"
+OPEN, CLOSE, END, REAL = "⟦", "⟧", "■", "◇"  # where there is no colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """See the rows as a model will be trained on them: which tokens, which targets, which ends."""
+
+    model: str
+    """Hub id, local directory, or the folder of a run; its weights are not read."""
+    data: str
+    """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised."""
+    rows: int = 5
+    """How many examples to show."""
+    output: Path | None = None
+    """Write them to this HTML page, which needs nothing else, instead of the terminal."""
+    chat_template: str | None = None
+    """A template's name (such as chatml, llama3 or qwen3) or a jinja file. Default: the model's;
+    for a model without one, ChatML where the tokenizer has its tokens, else plain headings."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained on; a message's own "train" (or "weight") goes
+    before."""
+    max_length: int = 1024
+    """Longest example in tokens."""
+    over_length: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to longer ones: text is cut into pieces, prompts lose their start; counted."""
+    tokens_per_batch: int | None = None
+    """Fill micro-batches with whole documents up to this many tokens."""
+    per_device_train_batch_size: int = 8
+    """Examples per micro-batch, where tokens_per_batch is not given."""
+    shuffle: bool = False
+    """Show the first micro-batches of training, in its order and without what is held out; else
+    the first rows of the data."""
+    eval_fraction: float = 0.02
+    """Share of the examples held out; for --shuffle."""
+    seed: int = 0
+    """Of the order; for --shuffle."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+def run(config: Config) -> int:
+    from ardor.cli.config import narrowed  # later: help needs no torch
+    from ardor.preview import Settings, preview
+
+    found = preview(config.model, config.data, config.rows, narrowed(config, Settings))
+    if config.output is not None:
+        from ardor.preview.page import write_page
+
+        write_page(found, config.output)
+        remarks().print(f"wrote {config.output}")
+    if config.json:
+        print_json(document(found))
+    elif config.output is None:
+        _show(found)
+    return 0
+
+
+def document(found: "Preview") -> dict[str, Any]:
+    """The whole of it for machines, with what is computed from it."""
+    made: dict[str, Any] = asdict(found)
+    for batch, shown in zip(made["batches"], found.batches, strict=True):
+        for one, row in zip(batch["documents"], shown.documents, strict=True):
+            one |= {"trained": row.trained, "ends": row.ends}
+    return made
+
+
+def _show(found: "Preview") -> None:
+    from rich.text import Text
+
+    console = results()
+    plain = console.no_color or not console.is_terminal
+    shown = sum(len(batch.documents) for batch in found.batches)
+    console.print(f"{found.model}: {shown:,} of {found.examples:,} examples of {found.data}")
+    if found.template is not None:
+        console.print(f"chat template: {found.template}")
+    ends = ", ".join(f"{token} ({id})" for id, token, _ in found.stops)
+    console.print(f"stop tokens: {ends or 'none'}")
+    console.print(_legend(plain))
+    for batch in found.batches:
+        of = (
+            f"{len(batch.documents)} of {batch.of}" if len(batch.documents) < batch.of else batch.of
+        )
+        title = f"micro-batch {batch.number} of {found.micro_batches:,}"
+        console.print()
+        console.print(Text(f"━━ {title}: {of} documents, {batch.tokens:,} tokens", style="bold"))
+        for row in batch.documents:
+            console.print()
+            console.print(Text(heading(row), style="" if plain else FAINT))
+            console.print(_text(row, plain))
+    console.print()
+    for name, value in found.census.table():
+        console.print(f"{name:22} {value}")
+    if found.left_out:
+        console.print(f"no example came of: {', '.join(found.left_out)}")
+
+
+def heading(row: "Document") -> str:
+    """Where a document comes from, how much of it is trained on, and where."""
+    part = f", example {row.part}" if row.part else ""
+    spans = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in row.trained)
+    end = "" if row.ends else "; NO STOP TOKEN IS TRAINED ON"
+    return (
+        f"── {row.where}{part}: {row.tokens:,} tokens at positions 0–{row.tokens - 1}, "
+        f"{row.targets:,} targets ({spans}){end}"
+    )
+
+
+def _legend(plain: bool) -> "Text":
+    from rich.text import Text
+
+    if plain:
+        said = f"{OPEN}trained on{CLOSE}  {REAL}control token  {REAL}stop token{END}"
+        return Text(f"{said}  ↵ line end  · space  ⇥ tab")
+    return Text.assemble(
+        ("trained on", TRAINED), "  ", ("stop token", STOP), "  ", ("control token", CONTROL),
+        ("  ↵ line end  · space  ⇥ tab", FAINT),
+    )  # fmt: skip
+
+
+def _text(row: "Document", plain: bool) -> "Text":
+    from rich.text import Text
+
+    made, on = Text(), False
+    for cell, text in row.shown:
+        if plain and cell.trained != on:
+            made.append(OPEN if cell.trained else CLOSE)
+        on = cell.trained
+        style = TRAINED if on else CONTROL if cell.kind == "control" else ""
+        style = STOP if on and cell.stop else style
+        if plain and cell.kind == "control":
+            made.append(REAL)
+        made.append(text, style="" if plain else style)
+        if plain and cell.stop and on:
+            made.append(END)
+    if plain and on:
+        made.append(CLOSE)
+    return made

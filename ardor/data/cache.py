@@ -1,0 +1,184 @@
+"""Encoded datasets on the disk: made once, mapped ever after, so that they need not fit in memory.
+
+An entry is a folder named after everything that its tokens depend on: the content of the files, the
+tokenizer, the template, the limits, and this program's own code for reading and encoding. So a
+change of any of them makes another entry, and an entry is never wrong, only unused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from ardor.data.choices import OverLength, Preferences
+from ardor.data.dataset import Census, Dataset, Progress
+from ardor.data.lengths import policy_of
+from ardor.data.mixture import Mixture
+from ardor.data.store import FileStore, checksums, mapped
+from ardor.errors import CheckpointError, DataError
+from ardor.files.atomic import atomic_directory, clean_partials
+from ardor.files.json import read_json, write_json
+from ardor.text.chat import ChatTemplate, TrainOn
+from ardor.text.tokenizer import Tokenizer
+
+ABOUT = "dataset.json"
+SMALL = 1 << 20  # bytes of data below which encoding takes no time worth a file
+VARIABLE = "ARDOR_CACHE"  # names the folder, in place of the one below
+
+
+class Encoding(NamedTuple):
+    dataset: Dataset
+    note: str | None = None  # for people: where the tokens are kept
+
+
+def cache_folder() -> Path:
+    """Where entries are kept: $ARDOR_CACHE/tokens, else in the user's folder of caches."""
+    if given := os.environ.get(VARIABLE):
+        return Path(given).expanduser() / "tokens"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ardor" / "tokens"
+
+
+def encode(
+    rows: Mixture,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    *,
+    max_length: int | None = None,
+    over_length: OverLength = "drop",
+    preferences: Preferences = "refuse",
+    vocab: int | None = None,
+    train_on: TrainOn = "all",
+    progress: Progress | None = None,
+    cache: bool = True,
+) -> Encoding:
+    """`Dataset.build`, out of the cache if it is there, and else into it.
+
+    Without `cache` the tokens are in memory, as are those of less than SMALL bytes of data. Of what
+    cannot be told from other data, such as a stream, the tokens go to files that nobody else sees.
+
+    Raises: DataError as `Dataset.build`; CheckpointError if the disk is full.
+    """
+    options = {
+        "max_length": max_length,
+        "over_length": policy_of(over_length),
+        "preferences": preferences,
+        "vocab": vocab,
+        "train_on": train_on,
+    }
+
+    def build(folder: Path | None) -> Dataset:
+        store = None if folder is None else FileStore(folder)
+        try:
+            return Dataset.build(
+                rows, tokenizer, template, progress=progress, store=store, **options
+            )
+        finally:
+            if store is not None:
+                store.close()
+
+    size = rows.bytes
+    if not cache or (size is not None and size < SMALL):
+        return Encoding(build(None))
+    root = cache_folder()
+    if not _writable(root):
+        return Encoding(build(None), f"tokens are in memory: {root} cannot be written to")
+    identity = rows.identity()
+    if identity is None:
+        with tempfile.TemporaryDirectory(dir=root, prefix=".stream-") as folder:
+            # The files stay readable to this process when the folder is gone.
+            return Encoding(build(Path(folder)))
+    return _kept(root / _key(identity, tokenizer, template, options), build)
+
+
+def _kept(place: Path, build: Callable[[Path], Dataset]) -> Encoding:
+    """The entry at `place`, made if it is not there."""
+    if (found := _read(place)) is not None:
+        return Encoding(found, f"tokens: as encoded before, in {place}")
+    clean_partials(place.parent)
+    try:
+        with atomic_directory(place) as folder:
+            made = build(folder)
+            _describe(folder, made)
+    except CheckpointError as error:
+        # Another process may have put the same entry in place at the same moment.
+        if (found := _read(place)) is None:
+            error.add_note(f"--no-cache keeps tokens in memory; {VARIABLE} names another folder")
+            raise
+        return Encoding(found, f"tokens: as encoded before, in {place}")
+    return Encoding(made, f"tokens: kept in {place}")
+
+
+def _writable(root: Path) -> bool:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK)
+
+
+def _key(
+    identity: list[list[str]],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    options: dict[str, Any],
+) -> str:
+    chat = None
+    if template is not None:
+        dated = "strftime_now" in template.source
+        today = template.clock().date().isoformat() if dated else None
+        chat = [template.fingerprint, template.tokens, today]
+    parts = [identity, tokenizer.fingerprint, chat, options, _code(), tokenizers.__version__]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _code() -> str:
+    """A hash of the modules that make tokens of files."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.glob("data/*.py"), *package.glob("text/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _describe(folder: Path, dataset: Dataset) -> None:
+    write_json(
+        folder / ABOUT,
+        {
+            "census": asdict(dataset.census),
+            "bounds": dataset.bounds,
+            "fingerprint": dataset.fingerprint,
+            "checksums": checksums(folder),
+        },
+    )
+
+
+def _read(place: Path) -> Dataset | None:
+    """The entry; None if there is none, or it is damaged, and then it is gone."""
+    if not place.is_dir():
+        return None
+    try:
+        about = read_json(place / ABOUT)
+        if checksums(place) != about["checksums"]:
+            raise DataError(f"{place} is damaged")
+        census = about["census"]
+        census["formats"] = tuple(map(tuple, census["formats"]))
+        census["unread"] = tuple(census["unread"])
+        dataset = Dataset.of(mapped(place), Census(**census), tuple(about["bounds"]))
+        # So that nothing has to be read again to know it.
+        vars(dataset)["fingerprint"] = about["fingerprint"]
+        os.utime(place / ABOUT)  # when it was last used, for whoever tidies up
+    except (CheckpointError, DataError, OSError, KeyError, TypeError):
+        with suppress(OSError):
+            shutil.rmtree(place)
+        return None
+    return dataset

@@ -1,0 +1,108 @@
+"""`ardor preview` from its command line: a terminal, a pipe, 40 columns, JSON and a page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ardor.cli import console
+from ardor.cli.main import main
+from ardor.files.runs import newest_checkpoint
+
+from ..tiny import make_base, write_rows
+
+TURNS = [
+    {"role": "user", "content": "hi <|im_end|>"},
+    {"role": "assistant", "content": "the  cat"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_rows(tmp_path / "c.jsonl", [{"messages": TURNS}] * 3)
+
+
+def test_a_pipe_gets_signs_instead_of_colours(model, data, capsys):
+    assert main(["preview", str(model), str(data), "--rows", "1"]) == 0
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out and said.err == ""
+    assert "⟦the··cat◇<|im_end|>■⟧" in said.out
+    assert "hi <|im_end|>◇<|im_end|>↵" in said.out.replace("hi <|im_end|>\n", "hi <|im_end|>")
+    assert "1 of 3 examples" in said.out and "micro-batch 1 of 1: 1 of 3 documents" in said.out
+    assert f"{data}:1: " in said.out and "targets (" in said.out
+    assert "chat template: ChatML" in said.out and "<|im_end|> (279)" in said.out
+    assert "dropped, too long" in said.out
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_narrow_terminal(model, data, capsys, monkeypatch, no_color):
+    def terminal(*, stderr: bool):
+        return console._Console(
+            stderr=stderr,
+            force_terminal=True,
+            width=40,
+            no_color=no_color,
+            color_system="standard",
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+
+    monkeypatch.setattr(console, "_console", terminal)
+    assert main(["preview", str(model), str(data)]) == 0
+    out = capsys.readouterr().out
+    plain = [_without_styles(line) for line in out.splitlines()]
+    assert max(map(len, plain)) <= 40
+    assert ("⟦" in out) == no_color
+    assert ("\x1b[32m" in out) != no_color  # green: trained on
+
+
+def _without_styles(line: str) -> str:
+    while "\x1b[" in line:
+        before, _, after = line.partition("\x1b[")
+        line = before + after.partition("m")[2]
+    return line
+
+
+def test_json_and_a_page(model, data, tmp_path, capsys):
+    page = tmp_path / "p.html"
+    assert main(["preview", str(model), str(data), "--json", "-o", str(page)]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    (batch,) = found["batches"]
+    assert len(batch["documents"]) == 3 and found["census"]["examples"] == 3
+    row = batch["documents"][0]
+    ((first, last),) = row["trained"]
+    assert row["targets"] == last - first + 1 and row["ends"]
+    text = "".join(cell["text"] for cell in row["cells"] if cell["trained"])
+    assert text == "the  cat<|im_end|>"
+    assert said.err.strip() == f"wrote {page}"
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_template_by_name_and_one_that_is_unknown(model, data, capsys):
+    assert main(["preview", str(model), str(data), "--chat-template", "headings"]) == 0
+    assert "### Assistant:↵" in capsys.readouterr().out
+    for name, reason in [
+        ("chatlm", "did you mean chatml? Known are headings, chatml, llama2"),
+        ("llama3", "chat_template=llama3 needs the tokens bos_token, <|start_header_id|>"),
+    ]:
+        assert main(["preview", str(model), str(data), "--chat-template", name]) == 2
+        said = capsys.readouterr()
+        assert reason in said.err and said.out == ""
+
+
+def test_it_knows_a_run_and_its_adapter(model, data, tmp_path, capsys):
+    assert newest_checkpoint(model) is not None
+    run = tmp_path / "run"
+    flags = ["--max-steps", "1", "--lora-r", "2", "--dtype", "float32", "--train-on", "last"]
+    assert main(["finetune", str(model), str(data), "-o", str(run), *flags]) == 0
+    assert "the last answer of a conversation is trained on" in capsys.readouterr().err
+    assert "train_on: last" in (run / "config.yaml").read_text()
+    assert main(["preview", str(run), str(data)]) == 0
+    assert "chat_template.jinja" in capsys.readouterr().out
