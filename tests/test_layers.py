@@ -41,8 +41,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "outline": BELOW_3,
     "generate": BELOW_4,
     "score": BELOW_4,
-    "train": (*BELOW_4, "generate", "score"),  # for evaluation
-    "doctor": BELOW_4,
+    # To evaluate, and to look at model and data before a step is taken.
+    "train": (*BELOW_4, "generate", "score", "doctor"),
+    "doctor": (*BELOW_4, "generate"),  # to see whether a model stops
     "inspect": BELOW_4,
     "serve": tuple(unit for unit in BELOW_5 if unit != "train"),
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),

@@ -346,6 +346,8 @@ class Finetune(Optimisation):
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
+    allow: tuple[str, ...] = ()
+    """Rules of `ardor doctor` whose errors do not stop this run (docs/DOCTOR.md). Recorded."""
     stop_rate_samples: int = 0
     """Held-out prompts answered at every evaluation to measure how many answers end."""
 

@@ -23,6 +23,9 @@ from ardor.data.formats import (
 )
 from ardor.data.mixture import Mixture
 from ardor.data.readers import Row
+from ardor.doctor.checkpoint import Training
+from ardor.doctor.finding import Finding
+from ardor.doctor.preflight import preflight, told
 from ardor.errors import ConfigError, DataError
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
 from ardor.precision import Precision, training_compute
@@ -63,6 +66,7 @@ def prepare(config: Finetune) -> Run:
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
+    findings = () if checkpoint else _looked_at(config, rows, apart, first)
     model, added = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
@@ -96,10 +100,45 @@ def prepare(config: Finetune) -> Run:
             *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
+            *told(findings, config.allow),
         ),
     )
     run.opening = _opening(first[0], config)
     return run
+
+
+def _looked_at(
+    config: Finetune, rows: Mixture, heldout: Mixture | None, first: list[Row]
+) -> tuple[Finding, ...]:
+    """What doctor says of the model with the template that it is trained on, and of the data.
+
+    Raises: ConfigError or DataError for what would spoil the run.
+    """
+
+    def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
+        return template_for(
+            config.chat_template, tokenizer, own, lambda: chats(first, config.preferences)
+        )
+
+    rows_are_trained = {"yes": True, "no": False}
+    training = Training(
+        config.method,
+        trains_control_rows=lambda added: (
+            config.method == "full" or rows_are_trained.get(config.train_control_tokens, added)
+        ),
+    )
+    return preflight(
+        config.model,
+        rows=rows,
+        heldout=heldout or (),
+        template=template,
+        training=training,
+        choices=(config.preferences, config.train_on),
+        max_length=config.max_length,
+        allow=config.allow,
+        revision=config.revision,
+        use_safetensors=config.use_safetensors,
+    )
 
 
 def template_for(
