@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
     from ardor.preview import preview
     from ardor.quantize import quantize
+    from ardor.tuning import finetune, finetune_run, train, train_run
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,10 @@ PUBLIC = {
     "doctor": "ardor.doctor",
     "preview": "ardor.preview",
     "quantize": "ardor.quantize",
+    "train": "ardor.tuning",
+    "train_run": "ardor.tuning",
+    "finetune": "ardor.tuning",
+    "finetune_run": "ardor.tuning",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -49,11 +54,15 @@ __all__ = [
     "TextError",
     "clone_chat_template",
     "doctor",
+    "finetune",
+    "finetune_run",
     "load",
     "preview",
     "quantize",
     "save",
     "setup_chat_format",
+    "train",
+    "train_run",
 ]
 
 

@@ -29,7 +29,7 @@ from ardor.families.rules import Rule, Rules, Stack
 from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
-from ardor.files.runs import ORIGIN, newest_checkpoint
+from ardor.files.runs import ORIGIN, chosen_checkpoint
 from ardor.files.weights import FLOATING, WeightFiles, open_weights, read_tensors
 from ardor.form import Form, Growth, Native, state_of
 from ardor.packing import (
@@ -159,7 +159,7 @@ def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     if not name:  # as a path it would be the current directory
         raise CheckpointError("the model's name is empty; give a directory or a hub id")
     if path.is_dir() and not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
+        path = chosen_checkpoint(path) or path
     if adapter is None and not (path / ADAPTER_CONFIG).exists():
         return Origin(str(path) if path.is_dir() else name, None, None)
     if adapter is None:
@@ -171,7 +171,7 @@ def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
         )
     directory = Path(adapter)
     if not (directory / ADAPTER_CONFIG).exists():
-        directory = newest_checkpoint(directory) or directory
+        directory = chosen_checkpoint(directory) or directory
     config = read_object(directory / ADAPTER_CONFIG)
     base = name or config.get("base_model_name_or_path")
     revision = None if name else config.get("revision")
@@ -182,7 +182,7 @@ def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
         )
     base_path = Path(base)
     if base_path.is_dir() and not (base_path / CONFIG).exists():
-        base = str(newest_checkpoint(base_path) or base)
+        base = str(chosen_checkpoint(base_path) or base)
     elif base_path.is_absolute() and not base_path.exists():
         raise CheckpointError(
             f"the base model of {directory} was at {base}, which does not exist; "

@@ -13,7 +13,7 @@ LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
 LAYER_3 = ("bridge", "place", "packing", "form", "load", "save", "data", "outline")
 LAYER_3 += ("vocabulary", "chat_format")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "preview")
+LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -54,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quickstart": (*BELOW_5, "lm"),
+    "tuning": (*BELOW_5, "lm"),
     "plan": BELOW_5,  # presets are train's
     "preview": BELOW_5,  # it shows what train would be given
     "cli": (*BELOW_5, *LAYER_5, "__init__"),

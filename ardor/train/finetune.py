@@ -21,14 +21,16 @@ from ardor.doctor.finding import Finding
 from ardor.doctor.preflight import preflight, told
 from ardor.errors import ConfigError
 from ardor.load import Model, default_device, load_model, tokenizer_of
-from ardor.precision import training_compute
+from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
-from ardor.train.evaluate import evaluate
+from ardor.train.evaluate import evaluate, samples
+from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
+from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
     begin,
@@ -57,6 +59,7 @@ def prepare(config: Finetune) -> Run:
 
     Raises: an ArdorError before anything is written.
     """
+    Ranks.take_device()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")
@@ -76,20 +79,28 @@ def prepare(config: Finetune) -> Run:
     if tokens is not None:
         pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
         _make_trainable(config, model, tokens)
+    frozen = choose_trained(model.decoder, config, aliases(model))
     train, heldout = split(config, data, held)
     run = begin(
         config,
         folder,
         model,
         (train, heldout),
-        evaluate=lambda: (
-            [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
-        ),
+        evaluate=lambda: [
+            *(
+                []
+                if heldout is None
+                else [evaluate(model, heldout, answers=config.stop_rate_samples)]
+            ),
+            *samples(model, config.sample_prompts, config.sample_tokens),
+        ],
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
             f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
+            f"{config.master_dtype if config.method == 'full' else 'float32'}",
+            *frozen,
             *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
@@ -168,7 +179,7 @@ def _model(
     resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(
         checkpoint if full and checkpoint is not None else config.model,
-        dtype=precision.weights if full else precision.compute,
+        dtype=_masters(config, precision) if full else precision.compute,
         device=device,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization if config.method == "qlora" else "none",
@@ -190,6 +201,11 @@ def _model(
         return model, prepare_tokens(config, model, first)
     _require_grad(config, model)
     return model, None
+
+
+def _masters(config: Finetune, precision: Precision) -> torch.dtype:
+    """What weights that are all trained are held in."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
 
 
 def _make_trainable(config: Finetune, model: Model, tokens: Tokens) -> None:
