@@ -15,10 +15,11 @@ if TYPE_CHECKING:
         ShapeError,
         TextError,
     )
-    from ardor.lm import LM, load, save
+    from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
     from ardor.merge import merge
     from ardor.preview import preview
     from ardor.quantize import quantize
+    from ardor.tuning import finetune, finetune_run, train, train_run
 
 __version__ = "0.1.0"
 
@@ -27,10 +28,16 @@ PUBLIC = {
     "load": "ardor.lm",
     "save": "ardor.lm",
     "LM": "ardor.lm",
+    "setup_chat_format": "ardor.lm",
+    "clone_chat_template": "ardor.lm",
     "doctor": "ardor.doctor",
     "preview": "ardor.preview",
     "quantize": "ardor.quantize",
     "merge": "ardor.merge",
+    "train": "ardor.tuning",
+    "train_run": "ardor.tuning",
+    "finetune": "ardor.tuning",
+    "finetune_run": "ardor.tuning",
     "ArdorError": "ardor.errors",
     "CheckpointError": "ardor.errors",
     "ConfigError": "ardor.errors",
@@ -47,12 +54,18 @@ __all__ = [
     "DataError",
     "ShapeError",
     "TextError",
+    "clone_chat_template",
     "doctor",
+    "finetune",
+    "finetune_run",
     "load",
     "merge",
     "preview",
     "quantize",
     "save",
+    "setup_chat_format",
+    "train",
+    "train_run",
 ]
 
 

@@ -14,7 +14,7 @@ from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Rules
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
-from ardor.files.runs import ORIGIN, newest_checkpoint
+from ardor.files.runs import ORIGIN, chosen_checkpoint
 from ardor.memory.estimate import WIDTHS
 from ardor.memory.shapes import parameters
 
@@ -48,7 +48,7 @@ def outline(name: str | Path, revision: str | None = None) -> Outline:
     else:
         file = resolve(base, revision, patterns=(CONFIG,)).path / CONFIG
     found = outline_of(read_object(file), file, str(name))
-    origin = (newest_checkpoint(path) or path) / ORIGIN
+    origin = (chosen_checkpoint(path) or path) / ORIGIN
     said = read_object(origin).get("quantization") if origin.is_file() else None
     said = said["format"] if isinstance(said, dict) else said
     return found if said in (None, "none") else replace(found, quantization=said)
@@ -111,7 +111,7 @@ def _packed(said: Mapping[str, Any]) -> str | None:
 def _base(path: Path) -> str | Path:
     """The directory, or hub id, whose config.json describes the model that `path` leads to."""
     if not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
+        path = chosen_checkpoint(path) or path
     if (path / CONFIG).exists():
         return path
     if not (path / ADAPTER_CONFIG).exists():

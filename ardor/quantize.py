@@ -17,7 +17,7 @@ from ardor.families.rules import Rules
 from ardor.files.atomic import atomic_directory
 from ardor.files.hub import PATTERNS, resolve
 from ardor.files.json import read_object, write_json
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.files.weights import WeightFiles, open_weights, write_weights
 from ardor.load import CONFIG, Model, load_model, on_meta, tensor_problems, tokenizer_of
 from ardor.packing import Arrival, dense_modules
@@ -82,7 +82,7 @@ def quantize(
     """
     path = Path(name)
     if path.is_dir() and not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
+        path = chosen_checkpoint(path) or path
     source = resolve(str(path if path.is_dir() else name), revision, patterns=PATTERNS).path
     if not (source / CONFIG).exists():
         raise CheckpointError(f"{source} has no {CONFIG}; give a full model, not an adapter")

@@ -3,7 +3,7 @@
 python -m benchmarks.adapter_inits FOLDER [STEPS]
 
 A base of 0.9 M parameters learns the first half of the library's files for 300 steps; adapters of
-rank 8 on it then learn the other half. Prints the held-out loss of each beginning, over three seeds.
+rank 8 on it then learn the other half. Prints held-out losses of each beginning, of three seeds.
 """
 
 import json
@@ -88,7 +88,9 @@ def main() -> None:
             run = finetune.prepare(replace(plain, output=output, seed=seed, **settings))  # type: ignore[arg-type]
             found.append(last_losses(run.events()))
         before, after = (tuple(zip(*found, strict=True))[i] for i in (0, -1))
-        print(f"{name:12} {mean(before):.4f} -> {mean(after):.4f} +- {stdev(after):.4f}", flush=True)
+        print(
+            f"{name:12} {mean(before):.4f} -> {mean(after):.4f} +- {stdev(after):.4f}", flush=True
+        )
 
 
 if __name__ == "__main__":

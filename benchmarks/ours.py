@@ -17,7 +17,8 @@ from ardor.loss import IGNORE
 from ardor.place import Spread
 from ardor.precision import dtype_of
 from ardor.score import document_loss
-from ardor.train.optim import adamw, trainable
+from ardor.train.config import Optimisation
+from ardor.train.optim import Optimizer, trainable
 from benchmarks import shapes
 from benchmarks.worker import after_the_first, serve, timed
 
@@ -37,13 +38,8 @@ def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
         for layer in decoder.layers:
             layer.compile()
     parameters = trainable(decoder)
-    optimizer = adamw(
-        parameters,
-        learning_rate=shapes.LEARNING_RATE,
-        betas=(0.9, 0.999),
-        epsilon=1e-8,
-        weight_decay=0.01,
-    )
+    optimizer = Optimizer(parameters, Optimisation(adam_beta2=0.999, weight_decay=0.01))
+    optimizer.set_rate(shapes.LEARNING_RATE)
     rows = torch.randint(0, shapes.TRAIN["vocab_size"], (shapes.BATCH, shapes.LENGTH))
     targets = torch.cat([rows[:, 1:], torch.full((shapes.BATCH, 1), IGNORE)], 1)
     batch = Batch(

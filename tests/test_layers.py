@@ -10,9 +10,10 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
-LAYER_3 = ("bridge", "place", "packing", "load", "save", "data", "outline")
+LAYER_3 = ("bridge", "place", "packing", "form", "load", "save", "data", "outline")
+LAYER_3 += ("vocabulary", "chat_format")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quantize", "merge", "quickstart", "plan", "preview")
+LAYER_5 = ("serve", "lm", "quantize", "merge", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -35,8 +36,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bridge": BELOW_3,
     "place": BELOW_3,
     "packing": BELOW_3,
-    "load": (*BELOW_3, "bridge", "packing", "place"),
-    "save": (*BELOW_3, "load", "packing"),  # the Model that load assembled is what save takes apart
+    "form": (*BELOW_3, "packing"),
+    "load": (*BELOW_3, "bridge", "form", "packing", "place"),
+    # The Model that load assembled is what these change, and what save takes apart.
+    "vocabulary": (*BELOW_3, "form", "load"),
+    "chat_format": (*BELOW_3, "load", "vocabulary"),
+    "save": (*BELOW_3, "form", "load", "packing", "vocabulary"),
     "data": BELOW_3,
     "outline": BELOW_3,
     "generate": BELOW_4,
@@ -50,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
     "merge": (*(unit for unit in BELOW_5 if unit != "train"), "quantize"),
     "quickstart": (*BELOW_5, "lm"),
+    "tuning": (*BELOW_5, "lm"),
     "plan": BELOW_5,  # presets are train's
     "preview": BELOW_5,  # it shows what train would be given
     "cli": (*BELOW_5, *LAYER_5, "__init__"),

@@ -516,15 +516,6 @@ def lora_parameters(decoder: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def b_parameters(decoder: nn.Module) -> frozenset[str]:
-    """The names of the B matrices, which LoRA+ teaches faster than A.
-
-    Source: Hayou et al. 2024, arXiv:2402.12354, section 4.
-    """
-    ends = ("lora_B", "lora_embedding_B")
-    return frozenset(name for name, _ in decoder.named_parameters() if name.endswith(ends))
-
-
 def replace(decoder: nn.Module, name: str, module: nn.Module | None) -> None:
     """Put `module` where the dotted `name` is. Unlike torch's own, also in a place that is None."""
     owner, _, leaf = name.rpartition(".")

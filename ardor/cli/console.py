@@ -111,13 +111,27 @@ class Progress:
             self._bar.stop()
 
     def update(
-        self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        mfu: float | None = None,
+        memory: int | None = None,
     ) -> None:
         """Show that `step` steps are done; the last step always prints."""
         now = self._clock()
         if self._started is None:
             self._started = (now, step)
-        facts = self._facts(now, step, loss, tokens_per_second)
+        facts = "  ".join(
+            [
+                *([] if loss is None else [f"loss {loss:.3f}"]),
+                *([] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tokens/s"]),
+                *([] if mfu is None else [f"MFU {mfu:.0%}"]),
+                *([] if memory is None else [f"{memory / 2**30:.1f} GiB"]),
+                *self._left(now, step),
+            ]
+        )
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, facts=facts)
         elif now - self._printed >= self._interval or step >= self.total:
@@ -128,17 +142,12 @@ class Progress:
         """Print a line of its own, above the bar."""
         self.console.print(text, markup=False)
 
-    def _facts(self, now: float, step: int, loss: float | None, rate: float | None) -> str:
+    def _left(self, now: float, step: int) -> list[str]:
         assert self._started is not None
         began, first = self._started
-        facts = []
-        if loss is not None:
-            facts.append(f"loss {loss:.3f}")
-        if rate is not None:
-            facts.append(f"{rate:,.0f} tokens/s")
-        if first < step < self.total:
-            facts.append(f"{duration((now - began) / (step - first) * (self.total - step))} left")
-        return "  ".join(facts)
+        if not first < step < self.total:
+            return []
+        return [f"{duration((now - began) / (step - first) * (self.total - step))} left"]
 
 
 def duration(seconds: float) -> str:

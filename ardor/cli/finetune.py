@@ -19,10 +19,11 @@ def run(config: Config) -> int:
     from ardor.cli.config import narrowed  # later: help needs no torch
     from ardor.cli.watch import evaluation_line, watch
     from ardor.train.finetune import prepare
+    from ardor.train.ranks import leads
 
     found = prepare(narrowed(config, Finetune))
     evaluations = watch(found, config.method, json=config.json, verb="finetune")
-    if not config.json:
+    if not config.json and leads():
         console = remarks()
         if len(evaluations) > 1 and evaluations[0]["step"] == 0:
             console.print(f"before: {evaluation_line(evaluations[0])}")

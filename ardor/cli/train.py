@@ -19,10 +19,11 @@ def run(config: Config) -> int:
     from ardor.cli.config import narrowed  # later: help needs no torch
     from ardor.cli.watch import watch
     from ardor.train.pretrain import prepare
+    from ardor.train.ranks import leads
 
-    found = prepare(narrowed(config, Train), tell=remarks().print)
+    found = prepare(narrowed(config, Train), tell=remarks().print if leads() else None)
     watch(found, "training", json=config.json, verb="train")
-    if not config.json:
+    if not config.json and leads():
         folder = quote(str(found.folder))
         remarks().print(f'try it: {program()} generate {folder} "Once upon a time"')
     return 0

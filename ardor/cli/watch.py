@@ -11,6 +11,7 @@ from ardor.cli.console import Progress, print_json, program, remarks
 from ardor.errors import CheckpointError
 from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
+from ardor.train.trainer import Trainer
 
 SHOWN = 100  # characters of a sample
 
@@ -22,12 +23,14 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     CheckpointError with the same, if the disk is full.
     """
     console, trainer = remarks(), run.trainer
+    console.quiet = not trainer.ranks.first
+    json = json and trainer.ranks.first
     for note in run.notes:
         console.print(note)
     where = f"step {trainer.progress.step} of {trainer.steps}"
     console.print(f"run: {run.folder}" + (f", resumed at {where}" if run.resumed else ""))
     evaluations: list[Mapping[str, Any]] = []
-    if trainer.progress.step >= trainer.steps:
+    if trainer.finished:
         console.print(f"nothing left to do: the run is at {where}")
     again = f"  {program()} {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
     loss = None
@@ -44,16 +47,23 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                     # Smoothed, as single batches of few examples jump.
                     loss = event["loss"] if loss is None else 0.9 * loss + 0.1 * event["loss"]
                     rate = event["tokens_per_second"]
-                    progress.update(event["step"], loss=loss, tokens_per_second=rate)
+                    use, memory = event.get("mfu"), event.get("memory")
+                    progress.update(
+                        event["step"], loss=loss, tokens_per_second=rate, mfu=use, memory=memory
+                    )
                 case "eval":
                     evaluations.append(event)
                     progress.note(f"step {event['step']}: {evaluation_line(event)}")
+                case "note":
+                    progress.note(f"step {event['step']}: {event['text']}")
                 case "memory":
                     progress.note(memory_line(event))
                 case "sample":
                     text = " ".join(f"{event['prompt']}{event['text']}".split())
                     progress.note(f"step {event['step']}: sample: {text[:SHOWN]}")
-    if trainer.progress.step < trainer.steps:
+    if trainer.stopped_early:
+        console.print(stopped_line(trainer))
+    if not trainer.finished:
         raise KeyboardInterrupt(
             f"stopped at step {trainer.progress.step} of {trainer.steps}; go on from there with",
             again,
@@ -61,6 +71,15 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if not json:
         console.print(f"report: {run.folder / REPORT}")
     return evaluations
+
+
+def stopped_line(trainer: Trainer) -> str:
+    """Why a run ended before its last step."""
+    found = trainer.progress
+    return (
+        f"stopped early at step {found.step} of {trainer.steps}: {found.misses} evaluations were "
+        f"not better than that of step {found.best_step}, {found.best_loss:.3f} nats"
+    )
 
 
 def memory_line(event: Mapping[str, Any]) -> str:
@@ -89,7 +108,10 @@ def _told(again: str) -> Iterator[None]:
 
 @contextmanager
 def _stop_on_interrupt(run: Run) -> Iterator[None]:
-    """Ctrl-C ends the run after the current step, with a checkpoint; a second one at once."""
+    """Ctrl-C, and SIGTERM, end the run after the current step, with a checkpoint; twice: at once.
+
+    SIGTERM is what schedulers send before they take a machine away.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         if run.trainer.stop_requested:
@@ -97,8 +119,10 @@ def _stop_on_interrupt(run: Run) -> Iterator[None]:
         run.trainer.stop_requested = True
         remarks().print("stopping after this step (Ctrl-C again: at once)")
 
-    before = signal.signal(signal.SIGINT, stop)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

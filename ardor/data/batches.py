@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 from ardor.data.dataset import Dataset, permutation, shift
 from ardor.errors import ConfigError, DataError
 
+Order = Literal["random", "sequential", "group_by_length", "shortest_first"]
+GROUP = 50  # batches whose examples are sorted together by group_by_length
 LARGEST_EPOCH = 1 << 31  # examples
 WINDOW = 1024  # examples sorted together while bins are filled: fuller bins against more mixing
 
@@ -59,6 +61,9 @@ class BatchPlan:
 
     Raises: ConfigError unless exactly one is given and at least 1; DataError if an example alone
     exceeds the budget, or a part has a weight but no examples.
+
+    `order` of the examples: random; sequential; group_by_length (examples of similar lengths
+    together, such groups in random order); shortest_first.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class BatchPlan:
         examples_per_batch: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        order: Order = "random",
         weights: tuple[Fraction, ...] | None = None,
     ):
         given = [size for size in (tokens_per_batch, examples_per_batch) if size is not None]
@@ -87,7 +93,7 @@ class BatchPlan:
         self.dataset = dataset
         self.tokens_per_batch = tokens_per_batch
         self.examples_per_batch = examples_per_batch
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.order = seed, shuffle, order
         self.weights = weights
         self.counts = None if weights is None else _counts(dataset, weights)
         self._latest: tuple[int, list[tuple[int, ...]]] | None = None
@@ -101,6 +107,7 @@ class BatchPlan:
             "examples_per_batch": self.examples_per_batch,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "order": self.order,
         } | ({} if self.weights is None else {"weights": [str(share) for share in self.weights]})
 
     @cached_property
@@ -119,11 +126,17 @@ class BatchPlan:
 
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
         order = self._order(epoch)
+        order = _arranged(order, self.dataset.lengths, self.order, self.examples_per_batch)
         count = len(order)
         if self.examples_per_batch is not None:
             starts = range(0, count, self.examples_per_batch)
-            return [tuple(order[i : i + self.examples_per_batch].tolist()) for i in starts]
+            batches = [tuple(order[i : i + self.examples_per_batch].tolist()) for i in starts]
+            if self.order != "group_by_length":
+                return batches
+            return [batches[i] for i in permutation(len(batches), self.seed, epoch, 1)]
         assert self.tokens_per_batch is not None
+        if self.order in ("sequential", "shortest_first"):
+            return _fill_in_order(order, self.dataset.lengths, self.tokens_per_batch)
         bins = _fill(order, self.dataset.lengths, self.tokens_per_batch)
         if not self.shuffle:
             return bins
@@ -186,6 +199,38 @@ class BatchPlan:
                 following = Position(epoch + 1, 0) if last else Position(epoch, index + 1)
                 yield following, self.batch(planned[index])
             epoch, done = epoch + 1, 0
+
+
+def _arranged(
+    order: np.ndarray, lengths: np.ndarray, kind: Order, per_batch: int | None
+) -> np.ndarray:
+    """A shuffled order, as `kind` wants it; ties stay as they were shuffled."""
+    match kind:
+        case "sequential":
+            return np.sort(order, kind="stable")
+        case "shortest_first":
+            return order[np.argsort(lengths[order], kind="stable")]
+        case "group_by_length":
+            # Not all of them at once: batches would hold the same examples in every epoch.
+            size = GROUP * (per_batch or GROUP)
+            groups = [order[i : i + size] for i in range(0, len(order), size)]
+            return np.concatenate([g[np.argsort(-lengths[g], kind="stable")] for g in groups])
+        case _:
+            return order
+
+
+def _fill_in_order(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
+    """One bin after the other, each closed by the first example that has no room."""
+    bins: list[list[int]] = [[]]
+    free = budget
+    for i in order.tolist():
+        size = int(lengths[i])
+        if size > free and bins[-1]:
+            bins.append([])
+            free = budget
+        bins[-1].append(i)
+        free -= size
+    return [tuple(members) for members in bins]
 
 
 def _counts(dataset: Dataset, weights: tuple[Fraction, ...]) -> list[int]:

@@ -19,7 +19,7 @@ from ardor.doctor.runs import is_run, open_run
 from ardor.doctor.tensors import measure
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.load import CONFIG, default_device
 
 __all__ = ["Report", "Training", "doctor"]
@@ -133,7 +133,7 @@ def _opened(name: str | Path, revision: str | None, *, use_safetensors: bool) ->
     patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
     path = resolve(name, revision, patterns=patterns).path
     if not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
+        path = chosen_checkpoint(path) or path
     found = open_checkpoint(path, use_safetensors=use_safetensors)
     compare(found)
     return found

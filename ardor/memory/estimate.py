@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ardor.arch import spec as specs
-from ardor.memory.saved import How, per_token, working_per_token
+from ardor.memory.optimizers import STATES
+from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
 from ardor.memory.shapes import Shape, count, is_linear, parameters
 
 MIB = 1 << 20
@@ -54,6 +55,11 @@ class Use:
     new_tokens: int = 0  # of generation, beyond the prompt
     accumulation: int = 1  # micro-batches of an optimizer step
     rank: int = 16  # of adapters
+    optim: str = "adamw"  # of memory.optimizers.STATES
+    momentum: bool = False  # of sgd
+    recompute: Literal["none", "selective", "layers"] = "none"  # activations that are not kept
+    in_backward: bool = False  # a gradient is forgotten once its weight is updated
+    offloaded: bool = False  # the optimizer's state waits in the CPU's memory
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     adapted: frozenset[str] | None = None  # linears with an adapter; None: all of the layers
     trained_rows: int = 0  # of the embedding, beside the adapters
@@ -196,10 +202,38 @@ class Held:
     @property
     def trained(self) -> int:
         """Numbers that the optimizer changes."""
-        if self.use.method == "full":
-            return count(self.shapes)
+        return count(self.changed)
+
+    @cached_property
+    def changed(self) -> dict[str, Shape]:
+        """What the optimizer changes."""
+        use = self.use
+        if use.method == "full":
+            return self.shapes
+        found: dict[str, Shape] = {}
+        for linear in self.adapters:
+            outputs, inputs = self.shapes[f"{linear}.weight"][-2:]
+            found[f"{linear}.lora_A"] = (use.rank, inputs)
+            found[f"{linear}.lora_B"] = (outputs, use.rank)
         narrow = self.spec.embed_width or self.spec.width
-        return sum(self.adapters.values()) + self.use.trained_rows * narrow
+        return found | {"embed_tokens.rows": (use.trained_rows, narrow)}
+
+    @property
+    def master(self) -> int:
+        """Bytes of a trained number, its gradient and its moments. Adapters are float32."""
+        return WIDTHS[self.use.weights] if self.use.method == "full" else 4
+
+    @cached_property
+    def states(self) -> int:
+        """Bytes that the optimizer keeps."""
+        state, width = STATES[self.use.optim], self.master
+        held = sum(state(name, shape, width) for name, shape in self.changed.items())
+        return held + self.use.momentum * width * self.trained
+
+    @property
+    def largest(self) -> int:
+        """Numbers of the largest weight that is trained."""
+        return max(math.prod(shape) for shape in self.changed.values())
 
     def of_layer(self, index: int) -> dict[str, Shape]:
         start = f"layers.{index}."
@@ -216,9 +250,9 @@ class Held:
         )
 
     def gradients(self, index: int) -> int:
-        """Float32, of one layer's trained numbers."""
+        """Of one layer's trained numbers."""
         if self.use.method == "full":
-            return 4 * count(self.of_layer(index))
+            return self.master * count(self.of_layer(index))
         start = f"layers.{index}."
         return 4 * sum(n for name, n in self.adapters.items() if name.startswith(start))
 
@@ -227,13 +261,26 @@ class Held:
 
         Frozen weights are held in the compute dtype already.
         """
-        return self.width * self.gradients(index) // 4 if self.width < 4 else 0
+        if self.width >= self.master:
+            return 0
+        return self.width * self.gradients(index) // self.master
 
     def saved(self, index: int) -> int:
         """Activations of one layer that wait for the backward pass."""
+        if self.use.recompute == "layers":
+            return self.use.tokens * self.spec.width * self.width
         layer = self.spec.layers[index]
-        numbers = per_token(self.spec.width, layer, self._how(index))
-        return self.use.tokens * numbers
+        return self.use.tokens * per_token(self.spec.width, layer, self._how(index)) - (
+            self.again(index) if self.use.recompute == "selective" else 0
+        )
+
+    def again(self, index: int) -> int:
+        """Activations of one layer that come to be only when its backward pass begins."""
+        layer, how = self.spec.layers[index], self._how(index)
+        if self.use.recompute == "none":
+            return 0
+        of = per_token if self.use.recompute == "layers" else ffn_per_token
+        return self.use.tokens * of(self.spec.width, layer, how)
 
     def kernels(self) -> int:
         """Compiled products beyond those of the one batch size that are part of the process.
@@ -364,14 +411,19 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
         _process(use),
         *_weights(held),
         Term("adapters", 0 if full else 4 * held.trained, f"rank {use.rank}, float32"),
-        Term("optimizer", 8 * held.trained, "AdamW's two moments, float32"),
+        Term("optimizer", _states(held), f"{use.optim}'s state"),
         Term("kernels", held.kernels(), "products compiled for each number of rows"),
     ]
-    saved = [held.saved(i) + held.casts(i) for i in layers]
+    # With "layers", copies of the masters are made anew with the rest of a layer.
+    copies = [held.casts(i) for i in layers]
+    kept = [0] * len(copies) if use.recompute == "layers" else copies
+    saved = [held.saved(i) + kept[i] for i in layers]
     gradients = [held.gradients(i) for i in layers]
-    head = 4 * held.head if full else 0
-    rest = 4 * held.trained - sum(gradients) - head  # of tables and the last norm
-    waiting = 4 * held.trained if use.accumulation > 1 else 0
+    wide = held.master
+    head = wide * held.head if full else 0
+    rest = wide * held.trained - sum(gradients) - head  # of tables and the last norm
+    waiting = wide * held.trained if use.accumulation > 1 else 0
+    most = wide * held.largest if use.in_backward else wide * held.trained
 
     slack = Term("allocator", sum(map(held.kept_free, layers)), "freed memory that it keeps")
 
@@ -379,7 +431,7 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
         return (
             name,
             *fixed,
-            Term("gradients", max(done, waiting), "float32"),
+            Term("gradients", min(most, max(done, waiting)), "of what is trained"),
             Term("activations", kept, f"saved for the backward pass, {use.tokens:,} tokens"),
             Term("working set", working, "of the layer, or the loss, that is computed"),
             slack,
@@ -388,15 +440,29 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     yield moment("the loss", head, sum(saved), held.loss())
     for index in layers:
         done = head + sum(gradients[index + 1 :])
-        working = held.working(index, training=True, tokens=use.tokens)
+        working = held.working(index, training=True, tokens=use.tokens) + held.again(index)
+        working += copies[index] - kept[index]
         yield moment(f"backward, layer {index}", done, sum(saved[: index + 1]), working)
     # The gradient of the whole table; where it is tied, beside that of the head.
-    table = 4 * held.head if full and held.spec.tied else 0
+    table = wide * held.head if full and held.spec.tied else 0
     yield moment("the embedding's gradient", head + sum(gradients) + rest, 0, table)
+    if wide < 4:
+        # One weight, its gradient and its state, in float32 and rounded.
+        there = 4 * held.largest * 4
+        yield moment("the update", wide * held.trained, 0, there)
     if use.evaluated:
         stream = 3 * use.evaluated * held.spec.width * held.width
         working = (held.working(i, training=False, tokens=use.evaluated) for i in layers)
         yield moment("evaluation", 0, 0, stream + max(working))
+
+
+def _states(held: Held) -> int:
+    """Of the optimizer, on the device: where states wait elsewhere, those of one weight."""
+    use = held.use
+    if not (use.offloaded and use.accelerator):
+        return held.states
+    state = STATES[use.optim]
+    return max(state(name, shape, held.master) for name, shape in held.changed.items())
 
 
 def _shown(terms: list[Term]) -> tuple[Term, ...]:

@@ -39,11 +39,14 @@ def per_token(width: int, layer: specs.Layer, how: How) -> int:
         numbers += _latent(layer.mixer, how)
     else:
         numbers += _attention(layer.mixer, how)
+    return how.width * numbers + ffn_per_token(width, layer, how) + 4 * layer.mixer.heads
+
+
+def ffn_per_token(width: int, layer: specs.Layer, how: How) -> int:
+    """Of these, what the feed-forward keeps beside its input."""
     if isinstance(layer.ffn, specs.Experts):
-        numbers += _experts(width, layer.ffn, how)
-    else:
-        numbers += _mlp(layer.ffn, how, "ffn", trained=how.full)
-    return how.width * numbers + 4 * layer.mixer.heads
+        return how.width * _experts(width, layer.ffn, how)
+    return how.width * _mlp(layer.ffn, how, "ffn", trained=how.full)
 
 
 def working_per_token(width: int, layer: specs.Layer, how: How, *, training: bool) -> int:

@@ -1,7 +1,7 @@
 """The adapter of a fine-tuning run: its settings, and what its beginning needs."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -20,7 +20,9 @@ from ardor.train.config import Finetune, pattern_of
 _REGEX = re.compile(r"[\\^$*+?()\[\]|]")  # in a name, none of these
 
 
-def lora_config(config: Finetune, rows: tuple[int, ...]) -> LoraConfig:
+def lora_config(
+    config: Finetune, rows: tuple[int, ...] | Mapping[str, tuple[int, ...]]
+) -> LoraConfig:
     """What the settings of a run say of its adapter."""
     return LoraConfig(
         r=config.lora_r,
@@ -42,7 +44,12 @@ def lora_config(config: Finetune, rows: tuple[int, ...]) -> LoraConfig:
     )
 
 
-def add_adapter(config: Finetune, model: Model, data: Dataset, rows: tuple[int, ...]) -> None:
+def add_adapter(
+    config: Finetune,
+    model: Model,
+    data: Dataset,
+    rows: tuple[int, ...] | Mapping[str, tuple[int, ...]],
+) -> None:
     """Put the run's adapter on its model, quantized or not.
 
     Raises: ConfigError for what cannot be adapted or begun so, before anything is changed.

@@ -30,6 +30,11 @@ class Progress:
     metrics_bytes: int  # length of metrics.jsonl; what was written after it is written again
     dataset: str  # fingerprint of the training data
     settings: dict[str, Any]  # those that change the result
+    recent: tuple[float, ...] = ()  # losses of the last steps, for the watchdog
+    first_loss: float | None = None
+    best_step: int | None = None  # of the lowest held-out loss so far
+    best_loss: float | None = None
+    misses: int = 0  # evaluations since then that were not better
 
 
 def write_checkpoint(
@@ -39,10 +44,11 @@ def write_checkpoint(
     save_weights: Callable[[Path], None],
     *,
     keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write run/checkpoint-<step> whole or not at all, then drop all but the newest `keep`.
 
-    An older checkpoint is dropped only once the new one is in place.
+    An older checkpoint is dropped only once the new one is in place; that of step `best` never is.
 
     Raises: CheckpointError if the disk is full or the place cannot be written.
     """
@@ -52,7 +58,8 @@ def write_checkpoint(
         write_tensors(partial / TENSORS, tensors)
         write_json(partial / STATE, asdict(progress))
     for old in checkpoints(run)[: -max(1, keep)]:
-        _remove(old)
+        if old.name != f"checkpoint-{best}":
+            _remove(old)
     return target
 
 
@@ -67,7 +74,9 @@ def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
             "fine-tune it as a model instead"
         )
     try:
-        return Progress(**read_json(directory / STATE)), read_tensors(directory / TENSORS)
+        found = read_json(directory / STATE)
+        found["recent"] = tuple(found.get("recent", ()))
+        return Progress(**found), read_tensors(directory / TENSORS)
     except (TypeError, CheckpointError) as error:  # TypeError: not the fields of a Progress
         raise CheckpointError(
             f"{directory} is damaged: {error}; delete it to resume from the checkpoint before it"

@@ -10,6 +10,19 @@ from ardor.data.choices import Datasets, OverLength, Part, Preferences
 from ardor.errors import ConfigError
 from ardor.train.schedule import Schedule
 
+Optim = Literal[
+    "adamw",
+    "adamw_8bit",
+    "lion",
+    "lion_8bit",
+    "adafactor",
+    "muon",
+    "sgd",
+    "schedule_free_adamw",
+]
+Recompute = Literal["none", "selective", "layers"]
+Order = Literal["random", "sequential", "group_by_length", "shortest_first"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Init = Literal["megatron", "gpt2", "normal", "truncated", "small", "mitchell"]
 
 _Range = tuple[Callable[[Any], bool], str]  # what a number must be, also in words
@@ -36,17 +49,26 @@ _RANGES: dict[str, _Range] = {
     "num_key_value_heads": _COUNT,
     "lora_r": _COUNT,
     "eva_batches": _COUNT,
+    "early_stopping_patience": _COUNT,
+    "sample_tokens": _COUNT,
+    "peak_tflops": _POSITIVE,
+    "lr_power": _POSITIVE,
+    "loraplus_lr_ratio": _POSITIVE,
     "learning_rate": _POSITIVE,
     "initializer_range": _POSITIVE,
     "num_train_epochs": _POSITIVE,
     "adam_epsilon": _POSITIVE,
     "lora_alpha": _POSITIVE,
-    "loraplus_lr_ratio": _POSITIVE,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": _NOT_NEGATIVE,
     "stop_rate_samples": _NOT_NEGATIVE,
+    "early_stopping_threshold": _NOT_NEGATIVE,
+    "neftune_noise_alpha": _NOT_NEGATIVE,
+    "max_loss_zscore": _NOT_NEGATIVE,
     "warmup_ratio": _SHARE,
+    "lr_decay_ratio": _SHARE,
+    "sgd_momentum": _BELOW_1,
     "min_lr_ratio": _SHARE,
     "adam_beta1": _BELOW_1,
     "adam_beta2": _BELOW_1,
@@ -98,11 +120,47 @@ class Optimisation:
     warmup_ratio: float = 0.03
     """Share of all steps in which the rate rises."""
     lr_scheduler_type: Schedule = "cosine"
-    """How the rate falls after the rise."""
+    """How the rate falls after the rise: cosine, linear, constant, wsd (constant, then a fall in
+    the last lr_decay_ratio of the steps), inverse_sqrt, or polynomial (of lr_power)."""
     min_lr_ratio: float = 0.0
     """Where the decay ends, as a share of the peak."""
+    lr_decay_ratio: float = 0.2
+    """Share of all steps in which wsd's rate falls."""
+    lr_power: float = 2.0
+    """Exponent of polynomial decay."""
+    learning_rates: tuple[str, ...] = ()
+    """Other rates for parameters by name: PATTERN=RATE, or PATTERN=xFACTOR of the learning rate;
+    patterns are regular expressions, and the first that matches counts."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: the rate of the adapters' B as a multiple of A's."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions: parameters of these names are not trained."""
+    train_only: tuple[str, ...] = ()
+    """Regular expressions: only parameters of these names are trained."""
+    optim: Optim = "adamw"
+    """adamw (fused), adamw_8bit and lion_8bit (bitsandbytes), lion, adafactor, muon (AdamW for
+    tables and vectors), sgd, or schedule_free_adamw (schedulefree); see docs/TRAINING.md."""
+    sgd_momentum: float = 0.0
+    """Momentum of sgd."""
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights that are trained in full, their gradients and moments. bfloat16 is rounded
+    stochastically, so that small updates are not lost."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and forget the gradient. Needs
+    gradient_accumulation_steps 1 and max_grad_norm 0."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the memory of the CPU; it visits the GPU one weight at a
+    time."""
+    gradient_checkpointing: Recompute = "none"
+    """Activations computed again in the backward pass instead of kept: none, selective (the
+    feed-forwards'), or layers (all but each layer's input)."""
+    neftune_noise_alpha: float = 0.0
+    """NEFTune: noise on embeddings, uniform within this over the root of (length x width)."""
+    train_sampling_strategy: Order = "random"
+    """Order of examples: random, sequential, group_by_length (similar lengths together, groups in
+    random order), or shortest_first (a curriculum)."""
     weight_decay: float = 0.0
-    """AdamW's decay of matrices; vectors do not decay."""
+    """Decay of matrices; vectors do not decay."""
     adam_beta1: float = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: float = 0.95
@@ -132,6 +190,24 @@ class Optimisation:
     """Newest checkpoints kept."""
     logging_steps: int = 1
     """A line in metrics.jsonl every so many steps."""
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint with the lowest held-out loss, and let the run's folder stand for it."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row that were not better than the best."""
+    early_stopping_threshold: float = 0.0
+    """By how many nats an evaluation must be better to count as better."""
+    max_loss_zscore: float = 20.0
+    """Stop before a step whose loss is so many robust standard deviations above the last ones,
+    and save its batch; 0: never. A loss that is not finite always stops."""
+    sample_prompts: tuple[str, ...] = ()
+    """Answer (or continue) these at every evaluation, to see the model learn."""
+    sample_tokens: int = 40
+    """Longest sample, in tokens."""
+    report_to: tuple[Tracker, ...] = ()
+    """Send metrics to tensorboard, wandb or trackio too."""
+    peak_tflops: float | None = None
+    """What the device can do in the compute dtype, for MFU. Default: as listed, or measured in
+    runs that are long enough."""
     resume: bool = False
     """Go on from the newest checkpoint in the output folder."""
 
@@ -142,6 +218,7 @@ class Optimisation:
             value = getattr(self, name, None)
             if value is not None and not fits(value):
                 raise ConfigError(f"{name}={value} must be {words}")
+        _check_updates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +269,6 @@ class Train(Optimisation):
     """Fill micro-batches with whole documents up to this many tokens."""
     eval_fraction: float = 0.01
     """Share of the examples held out where eval_data is not given; 0: none."""
-    sample_prompts: tuple[str, ...] = ()
-    """Continue these at every evaluation, to see the model learn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,11 +279,32 @@ class Train(Optimisation):
             )
 
 
+def _check_updates(config: Optimisation) -> None:
+    """Raises: ConfigError for settings of updates that exclude each other."""
+    if config.optimizer_in_backward:
+        if config.gradient_accumulation_steps > 1:
+            raise ConfigError(
+                f"optimizer_in_backward with gradient_accumulation_steps="
+                f"{config.gradient_accumulation_steps} would update after every micro-batch; use "
+                "a larger micro-batch, or leave one of them out"
+            )
+        if config.max_grad_norm > 0:
+            raise ConfigError(
+                f"optimizer_in_backward with max_grad_norm={config.max_grad_norm:g}: the norm of "
+                "all gradients is not known before the first is used; give --max-grad-norm 0"
+            )
+    if config.optim == "schedule_free_adamw" and config.lr_scheduler_type != "constant":
+        raise ConfigError(
+            f"optim=schedule_free_adamw averages instead of lowering the rate, but "
+            f"lr_scheduler_type={config.lr_scheduler_type}; give --lr-scheduler-type constant"
+        )
+
+
 ADAPTER_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
     *("init_lora_weights", "eva_batches", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("loraplus_lr_ratio", "kbit_upcast"),
+    *("kbit_upcast",),
 )
 
 
@@ -256,8 +352,6 @@ class Finetune(Optimisation):
     """Other ranks by ends of names: q_proj=8 mlp.down_proj=32; the first that matches counts."""
     alpha_pattern: tuple[str, ...] = ()
     """Other lora_alpha in the same way."""
-    loraplus_lr_ratio: float | None = None
-    """LoRA+: the learning rate of B over that of A; 16 is the authors'. Default: the same."""
     kbit_upcast: Literal["norms", "peft", "none"] = "norms"
     """What of qlora's frozen 16-bit weights is made float32: norms, everything that is not packed
     (as PEFT's prepare_model_for_kbit_training does), or nothing. A census is printed."""
@@ -272,6 +366,18 @@ class Finetune(Optimisation):
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are trained on. A message's own "train": true or false (or
     OpenAI's "weight": 1 or 0) goes before."""
+    setup_chat_format: bool = False
+    """Give a base model without a chat template ChatML, with its two tokens; their rows are
+    trained."""
+    clone_chat_template: str | None = None
+    """Give it the chat template of this model instead, with the tokens that it writes."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens: words, or tags such as <tool>. Their rows start at the mean of the others and are
+    trained, by adapters too."""
+    pad_strategy: Literal["auto", "unk", "eos", "new"] = "auto"
+    """The padding token in the files, for other tools; here padding is a length. auto: the model's
+    own, else one in reserve, else EOS; unk: where no text becomes it; new: with a row of its
+    own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -292,6 +398,14 @@ class Finetune(Optimisation):
             raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
         for name in ("rank_pattern", "alpha_pattern"):
             pattern_of(name, getattr(self, name))
+        formats = {
+            "chat_template": self.chat_template,
+            "setup_chat_format": self.setup_chat_format or None,
+            "clone_chat_template": self.clone_chat_template,
+        }
+        given = [name for name, value in formats.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} both choose the chat template; give one")
         if self.quantization != "nf4" and self.method != "qlora":
             raise ConfigError(
                 f"quantization={self.quantization} is for method qlora, and method {self.method} "

@@ -5,8 +5,8 @@ from typing import Any
 
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
-from ardor.generate.text import Settings, generate
-from ardor.load import Model
+from ardor.generate.text import Settings, chat_prompt, generate
+from ardor.load import Model, tokenizer_of
 from ardor.score import heldout_loss
 
 TOKENS = 8192  # of a batch; the result does not depend on it
@@ -48,3 +48,20 @@ def stop_rate(model: Model, heldout: Dataset, count: int) -> float:
         answers = generate(model, prompts[start : start + ANSWERS], settings)
         ended += sum(answer.stopped for answer in answers)
     return ended / len(prompts)
+
+
+def samples(model: Model, prompts: tuple[str, ...], tokens: int) -> list[dict[str, Any]]:
+    """A greedy answer to each prompt: of the chat where the model has one, else a continuation."""
+    if not prompts:
+        return []
+    settings = Settings(max_new_tokens=tokens, temperature=0.0, repetition_penalty=1.2)
+    if continues := model.template is None:
+        asked = [tokenizer_of(model).encode(prompt) for prompt in prompts]
+    else:
+        asked = [chat_prompt(model, [{"role": "user", "content": one}]) for one in prompts]
+    model.decoder.eval()
+    found = generate(model, asked, settings, continues=continues)
+    return [
+        {"kind": "sample", "prompt": prompt, "text": answer.text}
+        for prompt, answer in zip(prompts, found, strict=True)
+    ]

@@ -1,6 +1,5 @@
 """`ardor finetune`: a model that exists, on examples of what it should do."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,35 +10,30 @@ from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode
-from ardor.data.choices import Preferences
 from ardor.data.dataset import Dataset
 from ardor.data.formats import (
     Completion,
-    Content,
-    Conversation,
     Segments,
     Text,
-    answer_of,
-    explained,
-    read,
 )
 from ardor.data.mixture import Mixture
 from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Training
 from ardor.doctor.finding import Finding
 from ardor.doctor.preflight import preflight, told
-from ardor.errors import ConfigError, DataError
-from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
-from ardor.precision import training_compute
+from ardor.errors import ConfigError
+from ardor.load import Model, default_device, load_model, tokenizer_of
+from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import ChatTemplate
-from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
-from ardor.train.evaluate import evaluate
+from ardor.train.evaluate import evaluate, samples
+from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
+from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
     begin,
@@ -49,6 +43,16 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
+from ardor.train.tokens import (
+    Tokens,
+    chats,
+    content_of,
+    occurrence,
+    prepare_tokens,
+    rows_to_train,
+    template_for,
+)
+from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 
@@ -58,6 +62,7 @@ def prepare(config: Finetune) -> Run:
 
     Raises: an ArdorError before anything is written.
     """
+    Ranks.take_device()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATES[config.method])
     folder = output_folder(config, "finetune")
@@ -67,7 +72,7 @@ def prepare(config: Finetune) -> Run:
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
     findings = () if checkpoint else _looked_at(config, rows, apart, first)
-    model, added = _model(config, checkpoint, first)
+    model, tokens = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
@@ -76,27 +81,38 @@ def prepare(config: Finetune) -> Run:
     train, heldout = split(config, data, held)
     qlora = config.method == "qlora"
     packed = prepare_kbit(model.decoder, config.kbit_upcast) if qlora else None
-    if checkpoint is None:
-        _make_trainable(config, model, train, added)
+    pad: tuple[str, ...] = ()
+    if tokens is not None:
+        pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
+        _make_trainable(config, model, train, tokens)
     else:
         _require_grad(config, model)
+    frozen = choose_trained(model.decoder, config, aliases(model))
     run = begin(
         config,
         folder,
         model,
         (train, heldout),
-        evaluate=lambda: (
-            [] if heldout is None else [evaluate(model, heldout, answers=config.stop_rate_samples)]
-        ),
+        evaluate=lambda: [
+            *(
+                []
+                if heldout is None
+                else [evaluate(model, heldout, answers=config.stop_rate_samples)]
+            ),
+            *samples(model, config.sample_prompts, config.sample_tokens),
+        ],
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
             f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in float32",
+            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
+            f"{config.master_dtype if config.method == 'full' else 'float32'}",
+            *frozen,
             *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *(() if packed is None else packed.lines()),
+            *pad,
             *told(findings, config.allow),
         ),
     )
@@ -138,40 +154,9 @@ def _looked_at(
     )
 
 
-def template_for(
-    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, needed: Callable[[], bool]
-) -> ChatTemplate | None:
-    """The template that conversations are rendered by: as asked, the model's own, or a default.
-
-    None where the model has none and nothing in the data needs one (`needed`): a template says that
-    a model was trained on it.
-
-    Raises: TextError if what is asked for is unknown, or needs tokens that the tokenizer lacks.
-    """
-    if asked is not None:
-        return template_named(asked, tokenizer)
-    return default_template(tokenizer) if own is None and needed() else own
-
-
-def chats(first: list[Row], preferences: Preferences) -> bool:
-    """Whether a chat template is needed: texts and completions are learnt without one.
-
-    `first` are the first rows of all files. Raises: DataError if one of them cannot be read.
-    """
-    return any(isinstance(_content(row, preferences), Conversation) for row in first)
-
-
-def _content(row: Row, preferences: Preferences) -> Content:
-    format, content = read(row)
-    try:
-        return answer_of(content, preferences)
-    except DataError as error:
-        raise explained(row, format, error) from error
-
-
 def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    match _content(row, config.preferences):
+    match content_of(row, config.preferences):
         case Text(text) | Completion(text) | Segments(((text, _), *_)):
             return " ".join(text.split()[:8]) or "The"
     return None
@@ -191,8 +176,10 @@ def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encod
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it."""
+def _model(
+    config: Finetune, checkpoint: Path | None, first: list[Row]
+) -> tuple[Model, Tokens | None]:
+    """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
@@ -200,7 +187,7 @@ def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple
     resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(
         checkpoint if full and checkpoint is not None else config.model,
-        dtype=precision.weights if full else precision.compute,
+        dtype=_masters(config, precision) if full else precision.compute,
         device=device,
         attn_implementation=config.attn_implementation,
         quantization=config.quantization if config.method == "qlora" else "none",
@@ -218,23 +205,19 @@ def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    own = model.template
     if checkpoint is None:
-        model.template = template_for(
-            config.chat_template, tokenizer_of(model), own, lambda: chats(first, config.preferences)
-        )
-    added = model.template is not own
-    model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
-    model.generation_config["eos_token_id"] = model.stops.eos_token_id
-    if full:
-        model.config["eos_token_id"] = model.stops.eos_token_id
-    return model, added
+        return model, prepare_tokens(config, model, first)
+    return model, None
 
 
-def _make_trainable(config: Finetune, model: Model, train: Dataset, template_added: bool) -> None:
+def _masters(config: Finetune, precision: Precision) -> torch.dtype:
+    """What weights that are all trained are held in."""
+    return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
+
+
+def _make_trainable(config: Finetune, model: Model, train: Dataset, tokens: Tokens) -> None:
     if config.method != "full":
-        rows = _control_rows(config, model, template_added)
-        add_adapter(config, model, train, rows)
+        add_adapter(config, model, train, rows_to_train(config, model, tokens))
     torch.manual_seed(config.seed)
     _require_grad(config, model)
 
@@ -258,19 +241,6 @@ def _require_grad(config: Finetune, model: Model) -> None:
         return
     for parameter in lora_parameters(model.decoder):
         parameter.requires_grad_(True)
-
-
-def _control_rows(config: Finetune, model: Model, template_added: bool) -> tuple[int, ...]:
-    """Control tokens that the template writes, where the model has never been trained on them."""
-    if config.train_control_tokens == "no" or model.template is None:
-        return ()
-    if config.train_control_tokens == "auto" and not template_added:
-        return ()
-    tokenizer = tokenizer_of(model)
-    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    text = model.template.render(probe, add_generation_prompt=True)
-    written = {part for part in tokenizer.split(text) if isinstance(part, int)}
-    return tuple(sorted(written - {tokenizer.special.bos, tokenizer.special.eos}))
 
 
 def _described(model: Model, config: Finetune) -> str:

@@ -2,30 +2,41 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ardor.files.atomic import explained
+from ardor.train.trackers import Log
 
 
 class Metrics:
-    """The metrics file of a run. `bytes` is its length, which a checkpoint records."""
+    """The metrics file of a run. `bytes` is its length, which a checkpoint records.
 
-    def __init__(self, path: Path, *, keep_bytes: int = 0):
+    Without a path, as in all processes but the first, nothing is written.
+    """
+
+    def __init__(self, path: Path | None, *, keep_bytes: int = 0, logs: Sequence[Log] = ()):
         """Open for appending after the first `keep_bytes`; later lines belong to lost steps.
 
         Raises: CheckpointError, as `append` does, if the disk is full or the place not writable.
         """
+        self._path, self._logs = path, logs
+        if path is None:
+            return
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
-        self._path = path
 
     @property
     def bytes(self) -> int:
-        return self._path.stat().st_size
+        return 0 if self._path is None else self._path.stat().st_size
 
     def append(self, row: dict[str, Any]) -> None:
+        if self._path is None:
+            return
         with explained(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for log in self._logs:
+            log(row)

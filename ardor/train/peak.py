@@ -42,9 +42,10 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
     use = Use(
         task="train",
         method=config.method,
-        weights="float32" if full else compute,
+        weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=format_name(config.quantization) if config.method == "qlora" else None,
+        **_updates(config),
         length=1,
         rank=config.lora_r,
     )
@@ -57,7 +58,14 @@ def check_scratch(spec: specs.Decoder, config: Optimisation, device: torch.devic
     Raises: ConfigError with the numbers.
     """
     compute = _name(training_compute(config.dtype, device).compute)
-    use = Use(task="train", scratch=True, weights="float32", compute=compute, length=1)
+    use = Use(
+        task="train",
+        scratch=True,
+        weights=config.master_dtype,
+        compute=compute,
+        length=1,
+        **_updates(config),
+    )
     expected(spec, use, _machine(device), "training this model from scratch")
 
 
@@ -80,21 +88,32 @@ def predicted(
     use = Use(
         task="train",
         method=method,
-        weights="float32" if full else compute,
+        weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=model.quantization,
         accumulation=accumulation,
+        **_updates(config),
         adapted=frozenset(name for name, _ in lora_modules(model.decoder)),
         rank=1 if model.adapter is None else model.adapter.r,
         trained_rows=_trained_rows(model),
         scratch=full,
         evaluated=0 if heldout is None else min(TOKENS, int(heldout.lengths.sum())),
         beside=beside(
-            outline_of(model.config, Path(CONFIG)), "float32" if full else compute, method
+            outline_of(model.config, Path(CONFIG)), config.master_dtype if full else compute, method
         ),
         **_largest_batch(plan, steps),
     )
     return expected(spec, use, _machine(model.decoder.device), "this run")
+
+
+def _updates(config: Optimisation) -> dict[str, Any]:
+    return {
+        "optim": config.optim,
+        "momentum": config.optim == "sgd" and config.sgd_momentum > 0,
+        "recompute": config.gradient_checkpointing,
+        "in_backward": config.optimizer_in_backward,
+        "offloaded": config.offload_optimizer,
+    }
 
 
 def measured(device: torch.device) -> int | None:

@@ -9,6 +9,7 @@ import torch
 
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
+from ardor.arch.grow import rows_for
 from ardor.arch.init import initialise
 from ardor.data.cache import encode
 from ardor.data.dataset import Dataset
@@ -19,15 +20,16 @@ from ardor.families.spec_data import differences
 from ardor.files.atomic import write_atomic
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
-from ardor.generate.text import Settings, generate
-from ardor.load import Model, Native, default_device, load_model, stops_of
+from ardor.load import Model, Native, count_tokens, default_device, load_model, stops_of
 from ardor.memory.shapes import count, parameters
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
-from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
+from ardor.train.blueprint import Blueprint, read_blueprint
 from ardor.train.config import Train
-from ardor.train.evaluate import evaluate
+from ardor.train.evaluate import evaluate, samples
+from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_scratch
+from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
     begin,
@@ -41,7 +43,6 @@ from ardor.train.run import (
 LEARNING_RATE = 2e-3
 VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
 SPEC = "model.yaml"  # in the folder of a run: what `--model` takes to train the same again
-SAMPLE_TOKENS = 40
 
 
 def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
@@ -52,6 +53,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     Raises: DataError, ConfigError or TextError before anything is written; a model that the memory
     cannot hold is refused before it is allocated.
     """
+    Ranks.take_device()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
@@ -80,7 +82,8 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
         if checkpoint is None
         else _resumed(config, checkpoint, folder)
     )
-    _make_trainable(model)
+    _make_trainable(model, config)
+    frozen = choose_trained(model.decoder, config, aliases(model))
     run = begin(
         config,
         folder,
@@ -91,7 +94,9 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
         notes=(
             *data_note(data, train, held, limit, kept),
             *(notes if tell is None else ()),
-            f"compute: {model.precision.compute} ({model.precision.why}), float32 masters",
+            f"compute: {model.precision.compute} ({model.precision.why}), "
+            f"{config.master_dtype} masters",
+            *frozen,
             *choose_attention(model, config.attn_implementation),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
@@ -128,7 +133,7 @@ def _embedding_rows(config: Train, blueprint: Blueprint, tokenizer: Tokenizer) -
         )
     if config.vocab_size is None and blueprint.vocab is not None:
         return blueprint.vocab
-    return -(-max(needed, config.vocab_size or 0) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rows_for(max(needed, config.vocab_size or 0))
 
 
 def _text(row: Row) -> str:
@@ -166,6 +171,7 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
         )
         if value is not None
     }
+    count_tokens(decoder, tokenizer)
     return Model(
         decoder=decoder,
         form=Native(blueprint.family, blueprint.spec, blueprint.family.rules(blueprint.spec)),
@@ -194,8 +200,10 @@ def _resumed(config: Train, checkpoint: Path, folder: Path) -> Model:
     return replace(model, source=str(folder.resolve()), precision=precision)
 
 
-def _make_trainable(model: Model) -> None:
+def _make_trainable(model: Model, config: Train) -> None:
     model.decoder.compute = model.precision.compute
+    if config.master_dtype == "bfloat16":
+        model.decoder.to(torch.bfloat16)
     for parameter in model.decoder.parameters():
         # What a file is mapped to must not be written to.
         parameter.data = parameter.data.clone()
@@ -204,12 +212,4 @@ def _make_trainable(model: Model) -> None:
 
 def _evaluate(model: Model, heldout: Dataset | None, config: Train) -> list[dict[str, Any]]:
     rows = [] if heldout is None else [evaluate(model, heldout)]
-    settings = Settings(max_new_tokens=SAMPLE_TOKENS, temperature=0.0, repetition_penalty=1.2)
-    assert model.tokenizer is not None
-    prompts = [model.tokenizer.encode(prompt) for prompt in config.sample_prompts]
-    model.decoder.eval()
-    found = generate(model, prompts, settings, continues=True) if prompts else []
-    return rows + [
-        {"kind": "sample", "prompt": prompt, "text": answer.text}
-        for prompt, answer in zip(config.sample_prompts, found, strict=True)
-    ]
+    return rows + samples(model, config.sample_prompts, config.sample_tokens)

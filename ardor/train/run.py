@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ardor import __version__
 from ardor.adapters.peft_layout import ADAPTER_CONFIG
@@ -25,8 +26,10 @@ from ardor.load import Model
 from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
+from ardor.train.groups import aliases
 from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
+from ardor.train.ranks import Ranks
 from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Trainer
 
@@ -49,10 +52,13 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last."""
+        first = self.trainer.ranks.first
         for event in self.trainer.events():
-            if event["kind"] == "checkpoint":
+            if event["kind"] == "checkpoint" and first:
                 write_report(self.folder)
             yield event
+        if not first:
+            return
         yield from self._memory()
         if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
             write_report(self.folder)
@@ -185,25 +191,21 @@ def begin(
     that the run was begun with.
     """
     train, heldout = data
-    plan = BatchPlan(
-        train,
-        tokens_per_batch=config.tokens_per_batch,
-        examples_per_batch=(
-            None if config.tokens_per_batch is not None else config.per_device_train_batch_size
-        ),
-        seed=config.seed,
-        weights=mixture.weights,
-    )
+    ranks = Ranks.joined(model.decoder.device)
+    plan = _planned(config, train, heldout, mixture)
     if plan.counts is not None:
         notes = (*notes[:1], _mixture_note(plan, mixture), *notes[1:])
     hooks = Hooks(
         save_weights=lambda directory: write_files(model, directory),
         evaluate=evaluate,
+        tokenizer=model.tokenizer,
+        names=aliases(model),
     )
+    notes = (*notes, *_small_note(plan, config))
     found = predicted(model, plan, heldout, config)
     if found is not None:
         notes = (*notes, note(found))
-    trainer = Trainer(model.decoder, plan, config, folder, hooks)
+    trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks)
     resumed = config.resume and trainer.resume()
     if other_model:
         more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""
@@ -212,11 +214,52 @@ def begin(
             f"{newest_checkpoint(folder)} holds another model ({shown}); "
             "resume with the model the run was begun with, or choose another output folder"
         )
-    text = to_yaml(replace(config, output=folder, resume=False))
-    write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
+    if ranks.count > 1:
+        if not resumed:  # else restored
+            torch.manual_seed(config.seed + ranks.rank)
+        ranks.wait()  # all have seen the folder as it was
+        notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
+    if ranks.first:
+        text = to_yaml(replace(config, output=folder, resume=False))
+        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
+
+
+def _planned(
+    config: Optimisation, train: Dataset, heldout: Dataset | None, mixture: Mixture
+) -> BatchPlan:
+    """The run's order of micro-batches.
+
+    Raises: ConfigError for settings that need held-out data where there are none.
+    """
+    if heldout is None and (config.early_stopping_patience or config.load_best_model_at_end):
+        raise ConfigError(
+            "early_stopping_patience and load_best_model_at_end compare held-out losses, and "
+            "nothing is held out; give --eval-data, or --eval-fraction above 0"
+        )
+    fixed = config.per_device_train_batch_size if config.tokens_per_batch is None else None
+    return BatchPlan(
+        train,
+        tokens_per_batch=config.tokens_per_batch,
+        examples_per_batch=fixed,
+        seed=config.seed,
+        order=config.train_sampling_strategy,
+        weights=mixture.weights,
+    )
+
+
+def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
+    """For people, where a step would have more examples than there are."""
+    have, each = len(plan.dataset), config.gradient_accumulation_steps
+    if len(plan.epoch(0)) >= each and (plan.examples_per_batch or 0) <= have:
+        return ()
+    wanted = "tokens_per_batch" if plan.examples_per_batch is None else "batch"
+    return (
+        f"small data: {have} example{'s' * (have != 1)}, fewer than one step's {wanted} takes; "
+        f"every step trains on all of them, and an epoch is one step",
+    )
 
 
 def _header(file: Path, model: Model, resumed: bool) -> str:

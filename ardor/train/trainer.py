@@ -1,14 +1,14 @@
 """The one training loop. Pre-training, SFT, LoRA and QLoRA differ in data and trainable set only.
 
 A step: micro-batches of whole documents -> summed nats -> one division by all their targets ->
-clipped AdamW. The loop is a generator of events; who draws them is not its concern.
+a clipped update. The loop is a generator of events; who draws them is not its concern.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,43 @@ from torch import Tensor
 from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
-from ardor.errors import ArdorError, CheckpointError, ConfigError
-from ardor.files.runs import METRICS, newest_checkpoint
+from ardor.errors import CheckpointError, ConfigError
+from ardor.files.atomic import write_atomic
+from ardor.files.runs import BEST, METRICS, newest_checkpoint
 from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
+from ardor.text.tokenizer import Tokenizer
+from ardor.train import randomness, watchdog
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
+from ardor.train.groups import rate_shares
 from ardor.train.metrics import Metrics
-from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
+from ardor.train.noise import Noise
+from ardor.train.optim import Optimizer, trainable
+from ardor.train.peak import measured
+from ardor.train.ranks import ALONE, Ranks
+from ardor.train.recompute import recompute
 from ardor.train.schedule import rate_share
+from ardor.train.throughput import counter, device_peak
+from ardor.train.trackers import trackers
+from ardor.train.watchdog import Diverged
 
-RNG = "rng"  # the first part of the names of the generators' states
+__all__ = ["Diverged", "Event", "Hooks", "Trainer"]
 
 # What may change between a run and its resumption without changing a single number of it. The
 # content of the training data is compared, so its place may change.
 _FREE = frozenset(
     {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
-    | {"save_total_limit", "logging_steps", "sample_prompts", "stop_rate_samples", "allow"}
+    | {"save_total_limit", "logging_steps", "sample_prompts", "sample_tokens", "stop_rate_samples"}
+    | {"report_to", "max_loss_zscore", "peak_tflops", "load_best_model_at_end"}
+    | {"early_stopping_patience", "early_stopping_threshold", "offload_optimizer", "allow"}
     # What these make of the data is in its fingerprint.
     | {"over_length", "preferences", "streaming", "cache"}
 )
 
 Event = Mapping[str, Any]
-"""A line of metrics.jsonl: its "kind" is train | eval | sample | checkpoint | memory, and "step"
-counts the steps that are done."""
+"""A line of metrics.jsonl: its "kind" is train | eval | sample | checkpoint | memory | note, and
+"step" counts the steps that are done. Checkpoints and notes are told, not written."""
 
 
 @dataclass(frozen=True)
@@ -51,38 +64,51 @@ class Hooks:
 
     save_weights: Callable[[Path], None]
     evaluate: Callable[[], list[dict[str, Any]]] | None = None
-
-
-class Diverged(ArdorError):
-    """The loss or its gradient is not a finite number."""
+    tokenizer: Tokenizer | None = None  # to show what a batch said
+    names: Mapping[str, str] = field(default_factory=dict)  # of parameters, in the checkpoint
 
 
 class Trainer:
     """A run in a folder. Build it, then iterate `events()` to the end."""
 
     def __init__(
-        self, decoder: CausalLM, plan: BatchPlan, config: Optimisation, run: Path, hooks: Hooks
+        self,
+        decoder: CausalLM,
+        plan: BatchPlan,
+        config: Optimisation,
+        run: Path,
+        hooks: Hooks,
+        ranks: Ranks = ALONE,
     ):
         if config.learning_rate is None or config.gradient_accumulation_steps < 1:
             raise ConfigError("a run needs a learning_rate and gradient_accumulation_steps >= 1")
-        self.decoder, self.plan, self.config, self.run, self.hooks = (
-            decoder,
-            plan,
-            config,
-            run,
-            hooks,
-        )
+        if config.optimizer_in_backward and ranks.count > 1:
+            raise ConfigError("optimizer_in_backward is for one process; leave it out")
+        if config.gradient_accumulation_steps < ranks.count:
+            raise ConfigError(
+                f"{ranks.count} processes share the micro-batches of a step, and "
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts those of "
+                f"all; give {ranks.count} or more"
+            )
+        self.decoder, self.plan, self.config, self.run = decoder, plan, config, run
+        self.hooks, self.ranks = hooks, ranks
         self.parameters = trainable(decoder)
-        self.optimizer = adamw(
+        self.optimizer = Optimizer(
             self.parameters,
-            learning_rate=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
+            config,
+            rate_shares(self.parameters, config, hooks.names),
+            home=torch.device("cpu") if config.offload_optimizer else None,
         )
+        recompute(decoder, config.gradient_checkpointing)
+        alpha = config.neftune_noise_alpha
+        self.noise = Noise(decoder, alpha) if alpha > 0 else None
         self.steps = self._count_steps()
         self.progress = Progress(0, 0, 0, 0, 0, 0, plan.fingerprint, self._settings())
         self.stop_requested = False  # set from a signal handler: stop after the current step
+        self._count_flops = counter(decoder)
+        self._peak: float | None = None  # FLOP/s of the device; 0.0: not known
+        self._fresh = True  # no step was done by this process
+        self._note: str | None = None  # what the last step found, for people
 
     def _settings(self) -> dict[str, Any]:
         """As JSON gives them back, so that what a checkpoint holds can be compared."""
@@ -98,6 +124,16 @@ class Trainer:
             steps += math.ceil(whole * min(1.0, left) - 1e-9)  # 1.1 - 1 is above 0.1
             left, epoch = left - 1, epoch + 1
         return steps
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations were no better than the best for long enough."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress.misses >= patience
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.steps or self.stopped_early
 
     def resume(self) -> bool:
         """Take up the newest checkpoint of the run, if there is one, exactly where it stood.
@@ -121,8 +157,8 @@ class Trainer:
                 f"{directory} was trained on other data; resume with the data the run began with, "
                 "or choose another output folder"
             )
-        _restore_rng(tensors, self.decoder.device)
-        restore_optimizer(self.optimizer, self.parameters, tensors.items())
+        randomness.restore(tensors, self.decoder.device, self.ranks)
+        self.optimizer.restore(tensors)
         self.progress = progress
         return True
 
@@ -136,46 +172,85 @@ class Trainer:
         config, every = self.config, math.ceil(self.steps / 10)
         evaluate_every = config.eval_steps or every
         save_every = config.save_steps or evaluate_every
-        metrics = Metrics(self.run / METRICS, keep_bytes=self.progress.metrics_bytes)
+        metrics = self._open_metrics()
         windows = self._windows()
         saved = self.progress.step
         if config.eval_on_start and self.progress.step == 0:
             yield from self._evaluate(metrics)
-        while self.progress.step < self.steps and not self.stop_requested:
+        while not self.finished and not self.ranks.any(self.stop_requested):
             event = self._step(*next(windows))
             step = self.progress.step
-            if step % config.logging_steps == 0 or step == self.steps:
+            last = step == self.steps
+            if step % config.logging_steps == 0 or last:
                 metrics.append(dict(event))
             yield event
-            if step % evaluate_every == 0 or step == self.steps:
+            if self._note is not None:
+                yield {"step": step, "kind": "note", "text": self._note}
+            best = self.progress.best_step
+            if step % evaluate_every == 0 or last:
                 yield from self._evaluate(metrics)
-            if step % save_every == 0 or step == self.steps:
+            better = config.load_best_model_at_end and self.progress.best_step != best
+            if step % save_every == 0 or better or self.finished:
                 yield self._save(metrics.bytes)
                 saved = step
         # The request may come at any moment, so only here it is known what is not saved yet.
         if self.progress.step > saved:
             yield self._save(metrics.bytes)
+        if self.finished and config.load_best_model_at_end and self.ranks.first:
+            self._point_to_best()
+
+    def _open_metrics(self) -> Metrics:
+        if not self.ranks.first:
+            return Metrics(None)
+        logs = trackers(self.config.report_to, self.run, self._settings())
+        return Metrics(self.run / METRICS, keep_bytes=self.progress.metrics_bytes, logs=logs)
 
     def _evaluate(self, metrics: Metrics) -> Iterator[Event]:
-        for found in self.hooks.evaluate() if self.hooks.evaluate else ():
-            row = {"step": self.progress.step, **found}
+        """Every process computes the same, so all know whether it is better."""
+        with self.optimizer.evaluated_weights():
+            found = self.hooks.evaluate() if self.hooks.evaluate else []
+        for row in ({"step": self.progress.step, **one} for one in found):
             metrics.append(row)
+            if row["kind"] == "eval" and row["step"] > 0:
+                self._judge(row["loss"])
             yield row
+
+    def _judge(self, loss: float) -> None:
+        best, threshold = self.progress.best_loss, self.config.early_stopping_threshold
+        if best is None or loss < best - threshold:
+            step = self.progress.step
+            self.progress = replace(self.progress, best_step=step, best_loss=loss, misses=0)
+        else:
+            self.progress = replace(self.progress, misses=self.progress.misses + 1)
+
+    def _point_to_best(self) -> None:
+        best = self.progress.best_step
+        if best is not None:
+            row = {"checkpoint": f"checkpoint-{best}", "loss": self.progress.best_loss}
+            write_atomic(self.run / BEST, json.dumps(row) + "\n")
 
     def _save(self, metrics_bytes: int) -> Event:
         broken = [name for name, p in self.parameters.items() if not p.isfinite().all()]
         if broken:
             raise self._diverged(f"{broken[0]} is not finite after step {self.progress.step}")
         self.progress = replace(self.progress, metrics_bytes=metrics_bytes)
-        tensors = optimizer_state(self.optimizer, self.parameters)
-        path = write_checkpoint(
-            self.run,
-            self.progress,
-            tensors | _rng(self.decoder.device),
-            self.hooks.save_weights,
-            keep=self.config.save_total_limit,
-        )
+        tensors = self.optimizer.state() | randomness.states(self.decoder.device, self.ranks)
+        if self.ranks.first:
+            with self.optimizer.evaluated_weights():
+                write_checkpoint(
+                    self.run,
+                    self.progress,
+                    tensors,
+                    self.hooks.save_weights,
+                    keep=self.config.save_total_limit,
+                    best=self._kept_step(),
+                )
+        self.ranks.wait()
+        path = self.run / f"checkpoint-{self.progress.step}"
         return {"step": self.progress.step, "kind": "checkpoint", "path": str(path)}
+
+    def _kept_step(self) -> int | None:
+        return self.progress.best_step if self.config.load_best_model_at_end else None
 
     def _windows(self) -> Iterator[tuple[list[Batch], int, int]]:
         """The micro-batches of each step, and where the next one starts. The last of an epoch may
@@ -193,42 +268,85 @@ class Trainer:
         rate = self._set_rate()
         self.decoder.train()
         targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-        nats = 0.0
-        for batch in batches:
-            routings: list[Routing] = []
-            loss = document_loss(self.decoder, batch, routings)
-            (self._minimised(loss, routings) / targets).backward()
-            nats += float(loss.nats.detach())
+        nats = self._backward(batches, targets)
         norm = self._clip()
-        if not math.isfinite(nats) or not math.isfinite(norm):
-            raise self._diverged(
-                f"the loss ({nats / targets:.4g}) or its gradient (norm {norm:.4g}) is not finite "
-                f"at step {self.progress.step + 1}"
-            )
+        self._check(nats / targets, norm, batches)
+        self._note = self._without_gradient() if self._fresh else None
+        self._fresh = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(batch.tokens.numel() for batch in batches)
         seconds = time.perf_counter() - began
+        loss, before = nats / targets, self.progress
         self.progress = replace(
-            self.progress,
-            step=self.progress.step + 1,
+            before,
+            step=before.step + 1,
             epoch=epoch,
             index=index,
-            seen_tokens=self.progress.seen_tokens + tokens,
-            seen_targets=self.progress.seen_targets + targets,
+            seen_tokens=before.seen_tokens + tokens,
+            seen_targets=before.seen_targets + targets,
+            recent=watchdog.kept(before.recent, loss),
+            first_loss=loss if before.first_loss is None else before.first_loss,
         )
         return {
             "step": self.progress.step,
             "kind": "train",
             "epoch": epoch,
-            "loss": nats / targets,
+            "loss": loss,
             "learning_rate": rate,
             "grad_norm": norm,
             "targets": targets,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            **self._utilisation(batches, seconds),
         }
+
+    def _backward(self, batches: list[Batch], targets: int) -> float:
+        """Gradients of the mean over all targets of the step; its summed nats."""
+        nats = 0.0
+        for batch in self.ranks.share(batches):
+            routings: list[Routing] = []
+            if self.noise is not None:
+                self.noise.lengths = batch.lengths
+            loss = document_loss(self.decoder, batch, routings)
+            (self._minimised(loss, routings) / targets).backward()
+            nats += float(loss.nats.detach())
+        self.ranks.sum_gradients(self.parameters.values())
+        return self.ranks.sum(nats)
+
+    def _check(self, loss: float, norm: float, batches: list[Batch]) -> None:
+        """Raise before the update if this step is none that a run should take."""
+        step, before = self.progress.step + 1, self.progress
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._diverged(
+                f"the loss ({loss:.4g}) or its gradient (norm {norm:.4g}) is not finite "
+                f"at step {step}",
+                batches,
+            )
+        if norm == 0.0:
+            raise ConfigError(
+                f"all gradients are zero at step {step}, so nothing would be learnt: what is "
+                f"trained ({', '.join([*self.parameters][:3])}, ...) has no part in the loss; look "
+                "at freeze, train_only and target_modules"
+            )
+        vocab = self.decoder.facts.vocab
+        if watchdog.diverging(loss, before.recent, before.first_loss, vocab):
+            raise self._diverged(
+                f"the loss is {loss:.4g} nats at step {step}, after {before.first_loss:.4g} at the "
+                f"first, and guessing among {vocab:,} tokens costs {math.log(vocab):.4g}: "
+                f"learning_rate={self.config.learning_rate:g} is too high",
+                batches,
+            )
+        most, score = self.config.max_loss_zscore, watchdog.spike(loss, before.recent)
+        if 0 < most < score:
+            raise self._diverged(
+                f"the loss jumped to {loss:.4g} nats at step {step}, {score:.0f} robust standard "
+                f"deviations above the last {len(before.recent)}, where max_loss_zscore={most:g}",
+                batches,
+                remedy="look at its rows; to take the step all the same, resume with "
+                "--max-loss-zscore 0",
+            )
 
     def _minimised(self, loss: LossSum, routings: list[Routing]) -> Tensor:
         """The nats, and per target what an uneven choice of experts costs; only nats are told."""
@@ -237,12 +355,28 @@ class Trainer:
             return loss.nats
         return loss.nats + share * load_balance(routings) * loss.targets
 
-    def _diverged(self, what: str) -> Diverged:
-        newest = newest_checkpoint(self.run)
-        kept = "no checkpoint was written yet" if newest is None else f"{newest} is whole"
-        return Diverged(
-            f"{what}; {kept}; begin a new run with a lower learning_rate, or with dtype float32"
-        )
+    def _diverged(
+        self,
+        what: str,
+        batches: list[Batch] | None = None,
+        remedy: str = "begin a new run with a lower learning_rate, or with dtype float32",
+    ) -> Diverged:
+        saved = None
+        if batches is not None and self.ranks.first:
+            step = self.progress.step + 1
+            shown = self.hooks.tokenizer
+            saved = watchdog.save_batch(self.run, step, batches, self.plan, self.decoder, shown)
+        return watchdog.explained(self.run, what, remedy, saved)
+
+    def _without_gradient(self) -> str | None:
+        """For people: what is to be trained and had no part in the first step."""
+        if self.optimizer.in_backward:
+            return None
+        missing = [name for name, p in self.parameters.items() if p.grad is None]
+        if not missing:
+            return None
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        return f"no gradient reached {', '.join(missing[:3])}{more} in the first step"
 
     def _set_rate(self) -> float:
         config = self.config
@@ -256,44 +390,44 @@ class Trainer:
             warmup=warmup,
             kind=config.lr_scheduler_type,
             min_share=config.min_lr_ratio,
+            decay=round(config.lr_decay_ratio * self.steps),
+            power=config.lr_power,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.set_rate(rate)
         return rate
 
     def _clip(self) -> float:
-        """The global gradient norm before clipping."""
+        """The global gradient norm before clipping; float32 also where gradients are not."""
+        if self.optimizer.in_backward:
+            return self.optimizer.norm_in_backward()
         gradients: list[Tensor] = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if any(g.dtype != torch.float32 for g in gradients):
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(
                 self.parameters.values(), self.config.max_grad_norm, norm
             )
         return float(norm)
 
-
-def _rng(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from."""
-    states = {f"{RNG}|cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[f"{RNG}|cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `_rng`; takes the states out of `tensors`.
-
-    Raises: CheckpointError if they are those of another kind of device.
-    """
-    states = {name: tensors.pop(name) for name in [*tensors] if name.startswith(f"{RNG}|")}
-    if states.keys() != _rng(device).keys():
-        raise CheckpointError(
-            f"the checkpoint has random states {sorted(states)}, not those of a run on "
-            f"{device.type}; resume on the kind of device it was begun on"
-        )
-    torch.set_rng_state(states[f"{RNG}|cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"{RNG}|cuda"], device)
+    def _utilisation(self, batches: list[Batch], seconds: float) -> dict[str, Any]:
+        """What was measured of the machine: memory, and the share of its peak."""
+        found: dict[str, Any] = {}
+        if (memory := measured(self.decoder.device)) is not None:
+            found["memory"] = memory
+        if self._count_flops is None:
+            return found
+        flops = self._count_flops(n for batch in batches for n in batch.lengths)
+        if self._peak is None:  # once
+            device, compute = self.decoder.device, self.decoder.compute
+            whole = float(flops) * self.steps
+            peak = device_peak(device, compute, self.config.peak_tflops, whole)
+            self._peak = 0.0 if peak is None else peak
+        if self._peak:
+            found["mfu"] = flops / (seconds * self._peak * self.ranks.count)
+        return found
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from ardor.adapters.lora import (
     LoraExperts,
     LoraLinear,
     add_lora,
-    b_parameters,
     lora_modules,
     lora_parameters,
 )
@@ -383,13 +382,6 @@ def test_an_adapter_for_another_base_names_its_tensors(llama, gpt2, tmp_path):
     message = r"for another base than this model \(4 of 4 modules\): .*q_proj has A \[4, 48\]"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path, llama.ours(), disk_names=llama.disk_names)
-
-
-def test_b_matrices_are_named_for_lora_plus(tied):
-    decoder = made(tied, LoraConfig(r=4, target_modules=("q_proj", "embed_tokens")))
-    names = b_parameters(decoder)
-    parameters = dict(decoder.named_parameters())
-    assert len(names) == 3 and all(not parameters[n].any() or "embed" in n for n in names)
 
 
 def test_an_adapter_comes_off_and_goes_on_bitwise(pair):

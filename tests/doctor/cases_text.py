@@ -144,9 +144,12 @@ CASES: Mapping[str, list[Case]] = {
         ),
         Case(around(after="<|endoftext|>"), "W", ("after every text",)),
         Case(
-            together(around(before="<|im_start|>"), edit("tokenizer_config.json", bos_token="e")),
+            together(
+                around(before="<|im_start|>"),
+                edit("tokenizer_config.json", bos_token="<|endoftext|>"),
+            ),
             "W",
-            ("begins with '<|im_start|>'", "bos_token is 'e'"),
+            ("begins with '<|im_start|>'", "bos_token is '<|endoftext|>'"),
         ),
     ],
     "padding-block": [

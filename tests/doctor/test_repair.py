@@ -32,7 +32,7 @@ REPAIRABLE: list[tuple[str, Case]] = [
 ]
 # What takes a decision that nobody can take for the user.
 BEYOND = (
-    "bos_token is 'e'",  # which of the two is meant
+    "bos_token is '<|endoftext|>'",  # which of the two is meant
     "no end after",  # with no EOS either
     "<|pad|>",  # with no token to spare
 )

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.data.readers import Row
 from ardor.errors import CheckpointError, ConfigError
@@ -22,47 +20,20 @@ from ardor.generate.settings import Settings
 from ardor.load import load_model, tokenizer_of
 from ardor.loss import IGNORE, next_token_loss
 from ardor.train import evaluate as evaluate_module
-from ardor.train import finetune, pretrain
+from ardor.train import finetune
 from ardor.train import trainer as trainer_module
 from ardor.train.config import Finetune, Optimisation, Train
 from ardor.train.evaluate import evaluate
-from ardor.train.optim import adamw, optimizer_state, restore_optimizer, trainable
-from ardor.train.run import Run
+from ardor.train.optim import Optimizer, trainable
 from ardor.train.schedule import rate_share
-from ardor.train.trainer import Diverged, Hooks, Trainer, _differences, document_loss
+from ardor.train.trainer import Diverged, Trainer, _differences, document_loss
 
-from ..tiny import SIZES, sentences, write_rows
-from .conftest import finish
+from ..tiny import sentences, write_rows
+from .conftest import figures, finish, prepare, train_config, tune_config
 
 pytestmark = pytest.mark.sweep
 
 # --- one step ---
-
-
-@pytest.fixture
-def dataset(texts, base) -> Dataset:
-    """10 documents of unequal lengths, as the tiny base model's tokenizer cuts them."""
-    tokenizer = tokenizer_of(load_model(base("llama")))
-    found = Dataset.from_documents(sentences(10, seed=5), tokenizer)
-    assert len(set(found.lengths.tolist())) > 4
-    return found
-
-
-@pytest.fixture
-def make(dataset, base, tmp_path) -> Callable[..., Trainer]:
-    """A trainer of the tiny base model on `dataset`, in a folder of its own."""
-
-    def trainer(hooks: Hooks | None = None, **settings: Any) -> Trainer:
-        decoder = load_model(base("llama"), dtype="float32").decoder
-        for parameter in decoder.parameters():
-            parameter.data = parameter.data.clone()
-        decoder.requires_grad_(True)
-        config = Optimisation(**{"learning_rate": 1e-3, "warmup_ratio": 0.0, **settings})
-        plan = BatchPlan(dataset, examples_per_batch=config.per_device_train_batch_size)
-        hooks = hooks or Hooks(save_weights=lambda directory: None)
-        return Trainer(decoder, plan, config, tmp_path / "run", hooks)
-
-    return trainer
 
 
 def gradients(trainer: Trainer, monkeypatch, steps: int = 1) -> list[dict[str, Tensor]]:
@@ -112,7 +83,7 @@ def test_the_short_window_at_the_end_of_an_epoch_is_divided_by_its_own_targets(
     rest = [i for members in trainer.plan.epoch(0)[3:] for i in members]
     probe = make()
     batch = probe.plan.batch(tuple(rest))
-    logits = probe.decoder.logits(
+    logits = probe.decoder.token_logits(
         torch.cat(  # one document at a time: no ragged row at all
             [
                 probe.decoder.hidden(part[None])[0]
@@ -170,9 +141,8 @@ def test_vectors_do_not_decay_and_matrices_do():
         "matrix": nn.Parameter(torch.ones(2, 2)),
         "vector": nn.Parameter(torch.ones(2)),
     }
-    optimizer = adamw(
-        parameters, learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5
-    )
+    optimizer = Optimizer(parameters, Optimisation(weight_decay=0.5))
+    optimizer.set_rate(0.1)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -184,9 +154,9 @@ def test_one_step_of_adamw_is_the_paper_s():
     g = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(3, 4, generator=g), torch.randn(3, 4, generator=g)
     weight = nn.Parameter(start.clone())
-    optimizer = adamw(
-        {"w": weight}, learning_rate=0.01, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.1
-    )
+    settings = Optimisation(adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, weight_decay=0.1)
+    optimizer = Optimizer({"w": weight}, settings)
+    optimizer.set_rate(0.01)
     first, second = torch.zeros(3, 4), torch.zeros(3, 4)
     expected = start.clone()
     for step in (1, 2):
@@ -205,18 +175,18 @@ def test_only_what_takes_a_gradient_is_trained_and_the_state_fits_by_name():
     module.bias.requires_grad_(False)
     parameters = trainable(module)
     assert list(parameters) == ["weight"]
-    optimizer = adamw(
-        parameters, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0
-    )
+    optimizer = Optimizer(parameters, Optimisation())
+    optimizer.set_rate(0.1)
     parameters["weight"].grad = torch.ones(3, 2)
     optimizer.step()
-    state = optimizer_state(optimizer, parameters)
+    state = optimizer.state()
     assert set(state) == {"weight|step", "weight|exp_avg", "weight|exp_avg_sq"}
-    restore_optimizer(optimizer, parameters, state.items())
+    optimizer.restore(state)
+    both = Optimizer({**parameters, "bias": module.bias}, Optimisation())
     with pytest.raises(CheckpointError, match="does not fit .*'bias'"):
-        restore_optimizer(optimizer, {**parameters, "bias": module.bias}, state.items())
+        both.restore(state)
     with pytest.raises(CheckpointError, match="does not fit .*'weight'"):
-        restore_optimizer(optimizer, {}, state.items())
+        Optimizer({"bias": module.bias}, Optimisation()).restore(state)
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_its_floor():
@@ -317,49 +287,6 @@ def test_a_template_comes_to_a_model_that_learns_to_chat_and_to_no_other(base, p
 # --- stopping and going on ---
 
 
-def train_config(texts: Path, folder: Path, **settings: Any) -> Train:
-    return Train(
-        **{
-            "data": str(texts),
-            "output": folder,
-            "tokens_per_batch": 48,
-            "gradient_accumulation_steps": 3,
-            "num_train_epochs": 2.0,
-            "eval_fraction": 0.1,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "save_total_limit": 9,
-            **SIZES,
-            **settings,
-        }
-    )
-
-
-def tune_config(base: Path, pairs: Path, folder: Path, **settings: Any) -> Finetune:
-    return Finetune(
-        **{
-            "model": str(base),
-            "data": str(pairs),
-            "output": folder,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 2.0,
-            "learning_rate": 1e-2,
-            **({} if settings.get("method") == "full" else {"lora_r": 3, "lora_dropout": 0.3}),
-            "eval_fraction": 0.1,
-            "eval_steps": 3,
-            "save_steps": 2,
-            "dtype": "float32",
-            "save_total_limit": 9,
-            **settings,
-        }
-    )
-
-
-def prepare(config: Train | Finetune) -> Run:
-    return pretrain.prepare(config) if isinstance(config, Train) else finetune.prepare(config)
-
-
 def go_on(config: Train | Finetune, **changed: Any) -> list[dict]:
     run = prepare(replace(config, resume=True, **changed))
     assert run.resumed == (newest_checkpoint(run.folder) is not None)
@@ -381,15 +308,6 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
     del record["metrics_bytes"]
     found["trainer.json"] = json.dumps(record).encode()
     return found
-
-
-def figures(run: Path) -> list[dict]:
-    """Every line of metrics.jsonl without what was measured: seconds and memory."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] != "memory"]
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows
-    ]
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
@@ -454,6 +372,49 @@ TUNINGS = {
     "qlora": ("llama", {"method": "qlora"}),
     "full": ("llama", {"method": "full"}),
     "full on gpt2": ("gpt2", {"method": "full"}),
+    "in bfloat16": ("llama", {"method": "full", "master_dtype": "bfloat16", "optim": "lion"}),
+    "averaged": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "schedule_free_adamw",
+            "lr_scheduler_type": "constant",
+            "eval_steps": 1,
+        },
+    ),
+    "averaged in bfloat16": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "schedule_free_adamw",
+            "lr_scheduler_type": "constant",
+            "master_dtype": "bfloat16",
+        },
+    ),
+    "muon": ("llama", {"method": "full", "optim": "muon", "lr_scheduler_type": "wsd"}),
+    "8 bits": ("llama", {"method": "full", "optim": "adamw_8bit"}),
+    "noise, recomputed, states elsewhere": (
+        "llama",
+        {
+            "neftune_noise_alpha": 5.0,
+            "gradient_checkpointing": "layers",
+            "offload_optimizer": True,
+            "loraplus_lr_ratio": 4.0,
+        },
+    ),
+    "in the backward pass": (
+        "llama",
+        {
+            "method": "full",
+            "optim": "adafactor",
+            "optimizer_in_backward": True,
+            "max_grad_norm": 0.0,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 5,
+            "freeze": ("embed",),
+            "train_sampling_strategy": "group_by_length",
+        },
+    ),
 }
 
 
@@ -653,7 +614,7 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(base, monkeypatch):
     found = evaluate(model, heldout)
     losses = []
     for tokens in (1, 70, 10_000):  # one document at a time; a few; all of them
-        monkeypatch.setattr("ardor.train.evaluate.TOKENS", tokens)
+        monkeypatch.setattr(evaluate_module, "TOKENS", tokens)
         row = evaluate(model, heldout)
         assert row["targets"] == found["targets"] == heldout.census.targets
         losses.append(row["loss"])
@@ -662,7 +623,9 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(base, monkeypatch):
     each = []
     for index in range(len(heldout)):
         ids = torch.tensor([heldout[index].tokens])
-        loss = next_token_loss(model.decoder.logits(model.decoder.hidden(ids))[:, :-1], ids[:, 1:])
+        loss = next_token_loss(
+            model.decoder.token_logits(model.decoder.hidden(ids))[:, :-1], ids[:, 1:]
+        )
         each.append(float(loss.nats))
     assert found["loss"] == pytest.approx(sum(each) / found["targets"], rel=1e-6)
 
