@@ -17,12 +17,11 @@ from ardor.errors import ConfigError
 from ardor.load import Model, load_model
 from ardor.train.config import Finetune, pattern_of
 
+Rows = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 _REGEX = re.compile(r"[\\^$*+?()\[\]|]")  # in a name, none of these
 
 
-def lora_config(
-    config: Finetune, rows: tuple[int, ...] | Mapping[str, tuple[int, ...]]
-) -> LoraConfig:
+def lora_config(config: Finetune, rows: Rows) -> LoraConfig:
     """What the settings of a run say of its adapter."""
     return LoraConfig(
         r=config.lora_r,
@@ -48,7 +47,7 @@ def add_adapter(
     config: Finetune,
     model: Model,
     data: Dataset,
-    rows: tuple[int, ...] | Mapping[str, tuple[int, ...]],
+    rows: Rows,
 ) -> None:
     """Put the run's adapter on its model, quantized or not.
 

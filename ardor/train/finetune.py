@@ -79,8 +79,7 @@ def prepare(config: Finetune) -> Run:
     data, kept = _dataset(rows, model, config, limit)
     held = None if apart is None else _dataset(apart, model, config, limit).dataset
     train, heldout = split(config, data, held)
-    qlora = config.method == "qlora"
-    packed = prepare_kbit(model.decoder, config.kbit_upcast) if qlora else None
+    packed = _prepared(config, model)
     pad: tuple[str, ...] = ()
     if tokens is not None:
         pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
@@ -111,7 +110,7 @@ def prepare(config: Finetune) -> Run:
             *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
-            *(() if packed is None else packed.lines()),
+            *packed,
             *pad,
             *told(findings, config.allow),
         ),
@@ -213,6 +212,13 @@ def _model(
 def _masters(config: Finetune, precision: Precision) -> torch.dtype:
     """What weights that are all trained are held in."""
     return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
+
+
+def _prepared(config: Finetune, model: Model) -> tuple[str, ...]:
+    """A census of a quantized model before and after it was made ready for training."""
+    if config.method != "qlora":
+        return ()
+    return prepare_kbit(model.decoder, config.kbit_upcast).lines()
 
 
 def _make_trainable(config: Finetune, model: Model, train: Dataset, tokens: Tokens) -> None:
