@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ardor.cli.console import print_json, remarks, results
+from ardor.data.choices import OverLength, Preferences
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -35,8 +36,11 @@ class Config:
     before."""
     max_length: int = 1024
     """Longest example in tokens."""
-    over_length: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer ones: text is cut into pieces, prompts lose their start; counted."""
+    over_length: OverLength = "truncate_left"
+    """What happens to longer ones: truncate_left takes first turns and the start of prompts,
+    truncate_right the end with its stop token; or drop, or error. All are counted."""
+    preferences: Preferences = "refuse"
+    """What becomes of rows with chosen and rejected answers: refuse, or train on the chosen one."""
     tokens_per_batch: int | None = None
     """Fill micro-batches with whole documents up to this many tokens."""
     per_device_train_batch_size: int = 8

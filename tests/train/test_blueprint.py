@@ -261,10 +261,10 @@ def test_it_is_refused_before_the_data_is_read_and_by_the_vocabulary_it_will_hav
     class DataRead(Exception):
         pass
 
-    def read(data: str):
+    def read(data: str, streaming: bool):
         raise DataRead
 
-    monkeypatch.setattr(pretrain, "read_rows", read)
+    monkeypatch.setattr(pretrain, "Mixture", read)
     machine(monkeypatch, 36)
     with pytest.raises(ConfigError, match="from scratch takes about 4"):
         pretrain.prepare(settings("gemma-2-2b"))
