@@ -49,7 +49,13 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                     rate = event["tokens_per_second"]
                     use, memory = event.get("mfu"), event.get("memory")
                     progress.update(
-                        event["step"], loss=loss, tokens_per_second=rate, mfu=use, memory=memory
+                        event["step"],
+                        loss=loss,
+                        accuracy=event.get("rewards/accuracies"),
+                        margin=event.get("rewards/margins"),
+                        tokens_per_second=rate,
+                        mfu=use,
+                        memory=memory,
                     )
                 case "eval":
                     evaluations.append(event)
@@ -90,7 +96,12 @@ def memory_line(event: Mapping[str, Any]) -> str:
 
 def evaluation_line(event: Mapping[str, Any]) -> str:
     """Held-out figures on one line."""
-    line = f"held-out loss {event['loss']:.3f} nats, perplexity {event['perplexity']:,.1f}"
+    if "perplexity" in event:
+        line = f"held-out loss {event['loss']:.3f} nats, perplexity {event['perplexity']:,.1f}"
+    else:
+        line = f"held-out loss {event['loss']:.4f}, accuracy {event['rewards/accuracies']:.0%}"
+        if "rewards/margins" in event:
+            line += f", margin of rewards {event['rewards/margins']:.3f}"
     if "stop_rate" in event:
         line += f", stop rate {event['stop_rate']:.0%}"
     return line

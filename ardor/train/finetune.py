@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode
 from ardor.data.choices import Preferences
+from ardor.data.dataset import Dataset
 from ardor.data.formats import (
     Completion,
     Content,
@@ -22,6 +24,7 @@ from ardor.data.formats import (
     read,
 )
 from ardor.data.mixture import Mixture
+from ardor.data.preferences import Judged, build_judged, check_columns
 from ardor.data.readers import Row
 from ardor.errors import ConfigError, DataError
 from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
@@ -32,9 +35,11 @@ from ardor.text.chat import ChatTemplate
 from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
-from ardor.train.evaluate import evaluate, samples
+from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
+from ardor.train.prefer import Preference, prefer
+from ardor.train.preference import kind_of
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
@@ -47,6 +52,7 @@ from ardor.train.run import (
 )
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+PREFERENCE_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
 
 
 def prepare(config: Finetune) -> Run:
@@ -56,11 +62,15 @@ def prepare(config: Finetune) -> Run:
     """
     Ranks.take_device()
     if config.learning_rate is None:
-        config = replace(config, learning_rate=LEARNING_RATES[config.method])
+        rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
+        config = replace(config, learning_rate=rates[config.method])
     folder = output_folder(config, "finetune")
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
+    if config.objective != "sft":
+        for row in first:
+            check_columns(row, kind_of(config.objective))
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
     model, added = _model(config, checkpoint, first)
@@ -73,19 +83,19 @@ def prepare(config: Finetune) -> Run:
         _make_trainable(config, model, added)
     frozen = choose_trained(model.decoder, config, aliases(model))
     train, heldout = split(config, data, held)
+    preference = None
+    if isinstance(train, Judged):
+        config, preference = prefer(config, model, folder, (train, heldout), checkpoint)
     run = begin(
         config,
         folder,
         model,
         (train, heldout),
         evaluate=lambda: [
-            *(
-                []
-                if heldout is None
-                else [evaluate(model, heldout, answers=config.stop_rate_samples)]
-            ),
+            *([] if heldout is None else [_evaluated(model, heldout, config, preference)]),
             *samples(model, config.sample_prompts, config.sample_tokens),
         ],
+        objective=None if preference is None else preference.train,
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
@@ -96,10 +106,23 @@ def prepare(config: Finetune) -> Run:
             *_template_note(model, config, first),
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
+            *(() if preference is None else (preference.note,)),
         ),
     )
     run.opening = _opening(first[0], config)
     return run
+
+
+def _evaluated(
+    model: Model, heldout: Dataset, config: Finetune, preference: Preference | None
+) -> dict[str, Any]:
+    if preference is None or preference.heldout is None:
+        return evaluate(model, heldout, answers=config.stop_rate_samples)
+    assert isinstance(heldout, Judged)
+    row = evaluate_preference(model, heldout, preference.heldout)
+    if config.stop_rate_samples:
+        row["stop_rate"] = stop_rate(model, heldout, config.stop_rate_samples)
+    return row
 
 
 def template_for(
@@ -115,6 +138,11 @@ def template_for(
     if asked is not None:
         return template_named(asked, tokenizer)
     return default_template(tokenizer) if own is None and needed() else own
+
+
+def reading(config: Finetune) -> Preferences:
+    """Which of two answers tells what kind of data a run has."""
+    return config.preferences if config.objective == "sft" else "chosen"
 
 
 def chats(first: list[Row], preferences: Preferences) -> bool:
@@ -135,13 +163,24 @@ def _content(row: Row, preferences: Preferences) -> Content:
 
 def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    match _content(row, config.preferences):
+    match _content(row, reading(config)):
         case Text(text) | Completion(text) | Segments(((text, _), *_)):
             return " ".join(text.split()[:8]) or "The"
     return None
 
 
 def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
+    if config.objective != "sft":
+        judged = build_judged(
+            rows,
+            tokenizer_of(model),
+            model.template,
+            kind_of(config.objective),
+            max_length=limit,
+            over_length=config.over_length,
+            vocab=model.decoder.facts.vocab,
+        )
+        return Encoding(judged)
     return encode(
         rows,
         tokenizer_of(model),
@@ -185,7 +224,7 @@ def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple
     own = model.template
     if checkpoint is None:
         model.template = template_for(
-            config.chat_template, tokenizer_of(model), own, lambda: chats(first, config.preferences)
+            config.chat_template, tokenizer_of(model), own, lambda: chats(first, reading(config))
         )
     added = model.template is not own
     model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
@@ -269,7 +308,7 @@ def _described(model: Model, config: Finetune) -> str:
 
 def _template_note(model: Model, config: Finetune, first: list[Row]) -> tuple[str, ...]:
     """Which template conversations were rendered by, and which of their answers are trained on."""
-    if model.template is None or not chats(first, config.preferences):
+    if model.template is None or not chats(first, reading(config)):
         return ()
     which = "every answer" if config.train_on == "all" else "the last answer"
     return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)
