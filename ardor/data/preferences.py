@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -147,8 +147,10 @@ class _Builder:
             for side, liked in ((better, True), (worse, False)):
                 if found := self._fitted(row, side):
                     self._keep(found[0][0], None, liked, found[1])
-        elif (found := self._fitted(row, better, worse)) and not self._alike(*found[0]):
-            self._keep(*found[0], True, found[1])
+        elif found := self._fitted(row, better, worse):
+            (better, worse), unended = found
+            if not self._alike(better, worse):
+                self._keep(better, worse, True, unended)
 
     def _alike(self, better: Marked, worse: Marked) -> bool:
         same = np.array_equal(better.tokens, worse.tokens)
@@ -220,7 +222,8 @@ class _Builder:
             self.counts["tokens"] += len(tokens)
             self.counts["targets"] += first.targets + second.targets
         arrays = store.finish()
-        census = Census(**self.counts, examples=len(self.kept), formats=tuple(self.formats.items()))
+        counts: dict[str, Any] = dict(self.counts)
+        census = Census(**counts, examples=len(self.kept), formats=tuple(self.formats.items()))
         return Judged(
             arrays.tokens,
             arrays.supervised,

@@ -329,6 +329,11 @@ def _check_objective(config: "Finetune") -> None:
             f"preferences={config.preferences} trains on the chosen answers alone, and objective "
             f"{config.objective} compares both; leave one of them out"
         )
+    if config.objective == "kto" and config.neftune_noise_alpha > 0:
+        raise ConfigError(
+            f"neftune_noise_alpha={config.neftune_noise_alpha:g} has no place in objective kto; "
+            "leave it out"
+        )
     if config.method == "full" and config.precompute_ref_log_probs is False:
         raise ConfigError(
             "precompute_ref_log_probs=False: method full changes the weights that are the "
@@ -349,9 +354,9 @@ class Finetune(Optimisation):
     """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised.
     Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
     objective: Objective = "sft"
-    """What is learnt: sft (to give the answers of the data), or which of two answers is better: dpo,
-    cdpo, ipo, hinge, simpo or orpo, from rows with chosen and rejected; or kto, from prompt,
-    completion and label (docs/PREFERENCES.md)."""
+    """What is learnt: sft (to give the answers of the data); which of two answers is better, from
+    rows with chosen and rejected: dpo, cdpo, ipo, hinge, simpo or orpo; or which answers are good,
+    from rows with prompt, completion and label: kto (docs/PREFERENCES.md)."""
     beta: float | None = None
     """How closely preference tuning stays at the model it began with; of orpo the weight of the
     odds ratio. Default: 0.1, for simpo 2."""

@@ -4,7 +4,7 @@ Axes: P pairs, or labelled answers. Sums are over the tokens of an answer, its s
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,11 +117,8 @@ def kind_of(objective: str) -> Kind:
     return "labels" if objective == "kto" else "pairs"
 
 
-class Reference(Protocol):
-    """Log-probabilities of a batch's documents under the model as it was before the run."""
-
-    def __call__(self, decoder: CausalLM, batch: Batch) -> Float[Tensor, "documents"]: ...
-
+Reference = Callable[[CausalLM, Batch], Tensor]
+"""Log-probabilities of a batch's documents under the model as it was before the run."""
 
 LOGGED = (
     "rewards/chosen",

@@ -1,5 +1,6 @@
 """The model that preferences are measured against: this one, as it was before the run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +54,9 @@ def table(decoder: CausalLM, data: Dataset) -> Table:
     return Table(values)
 
 
-def tables(folder: Path, decoder: CausalLM, data: list[Dataset], *, resumed: bool) -> list[Table]:
+def tables(
+    folder: Path, decoder: CausalLM, data: Sequence[Dataset], *, resumed: bool
+) -> list[Table]:
     """One for each dataset: computed and kept in the folder of the run, or as they were kept.
 
     Raises: CheckpointError if a resumed run has none, or has those of other data.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Hooks:
     names: Mapping[str, str] = field(default_factory=dict)  # of parameters, in the checkpoint
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a run minimises: sums over a step's micro-batches, divided once by what `begin` says."""
 
