@@ -46,17 +46,7 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                 case "train":
                     # Smoothed, as single batches of few examples jump.
                     loss = event["loss"] if loss is None else 0.9 * loss + 0.1 * event["loss"]
-                    rate = event["tokens_per_second"]
-                    use, memory = event.get("mfu"), event.get("memory")
-                    progress.update(
-                        event["step"],
-                        loss=loss,
-                        accuracy=event.get("rewards/accuracies"),
-                        margin=event.get("rewards/margins"),
-                        tokens_per_second=rate,
-                        mfu=use,
-                        memory=memory,
-                    )
+                    progress.update(event["step"], loss=loss, **_shown(event))
                 case "eval":
                     evaluations.append(event)
                     progress.note(f"step {event['step']}: {evaluation_line(event)}")
@@ -77,6 +67,17 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if not json:
         console.print(f"report: {run.folder / REPORT}")
     return evaluations
+
+
+def _shown(event: Mapping[str, Any]) -> dict[str, Any]:
+    """What the live line says of a step beside its loss."""
+    return {
+        "accuracy": event.get("rewards/accuracies"),
+        "margin": event.get("rewards/margins"),
+        "tokens_per_second": event["tokens_per_second"],
+        "mfu": event.get("mfu"),
+        "memory": event.get("memory"),
+    }
 
 
 def stopped_line(trainer: Trainer) -> str:

@@ -22,4 +22,9 @@ class Tally:
             name: (over_ranks(total), over_ranks(count))
             for name, (total, count) in self._sums.items()
         }
-        return {name: total / count for name, (total, count) in both.items() if count}
+        found = {name: total / count for name, (total, count) in both.items() if count}
+        if {"rewards/chosen", "rewards/rejected"} <= found.keys():
+            # Where answers do not come in pairs there is only a difference of means.
+            margin = found["rewards/chosen"] - found["rewards/rejected"]
+            found.setdefault("rewards/margins", margin)
+        return found

