@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         ShapeError,
         TextError,
     )
-    from ardor.lm import LM, load, save
+    from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
     from ardor.preview import preview
     from ardor.quantize import quantize
     from ardor.tuning import finetune, finetune_run, train, train_run
@@ -27,6 +27,8 @@ PUBLIC = {
     "load": "ardor.lm",
     "save": "ardor.lm",
     "LM": "ardor.lm",
+    "setup_chat_format": "ardor.lm",
+    "clone_chat_template": "ardor.lm",
     "doctor": "ardor.doctor",
     "preview": "ardor.preview",
     "quantize": "ardor.quantize",
@@ -50,6 +52,7 @@ __all__ = [
     "DataError",
     "ShapeError",
     "TextError",
+    "clone_chat_template",
     "doctor",
     "finetune",
     "finetune_run",
@@ -57,6 +60,7 @@ __all__ = [
     "preview",
     "quantize",
     "save",
+    "setup_chat_format",
     "train",
     "train_run",
 ]

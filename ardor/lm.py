@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ardor import chat_format
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
 from ardor.files.weights import MAX_SHARD_BYTES
@@ -24,6 +25,7 @@ from ardor.save import save_model
 from ardor.score import Score, score_text
 from ardor.text.templates import template_named
 from ardor.text.tokenizer import Tokenizer
+from ardor.vocabulary import PadStrategy, add_tokens, set_pad
 
 
 class LM:
@@ -110,6 +112,22 @@ class LM:
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""
         return score_text(self.model, text)
+
+    def add_tokens(
+        self, tokens: Sequence[str], *, special: bool = False, seed: int = 0
+    ) -> dict[str, int]:
+        """Give each of `tokens` an id and, around the mean of the others, a row; the ids.
+
+        Tables never shrink. Until the rows are trained they mean nothing. See `ardor.vocabulary`.
+        """
+        return add_tokens(self.model, tokens, special=special, seed=seed)
+
+    def set_pad(self, strategy: PadStrategy = "auto") -> str:
+        """Choose the padding token: "auto", "unk", "eos" or "new"; a sentence about the choice.
+
+        It matters to other tools only, which read it from the saved files.
+        """
+        return set_pad(self.model, strategy)
 
     def save(self, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
         """Write the model (or its adapter) as transformers (or PEFT) reads it.
@@ -199,6 +217,24 @@ def _held(model: Model) -> str:
 def save(lm: LM, directory: str | Path, *, max_shard_size: int | str = MAX_SHARD_BYTES) -> None:
     """`lm.save`, for those who look for it beside `load`."""
     lm.save(directory, max_shard_size=max_shard_size)
+
+
+def setup_chat_format(lm: LM, *, replace: bool = False, seed: int = 0) -> tuple[int, ...]:
+    """Give a base model ChatML with tokens of its own; the ids whose rows are to be trained.
+
+    Raises: ConfigError if it has a chat template already, unless `replace`.
+    """
+    return chat_format.setup_chat_format(lm.model, replace=replace, seed=seed)
+
+
+def clone_chat_template(
+    lm: LM, source: str | Path, *, replace: bool = False, seed: int = 0
+) -> tuple[int, ...]:
+    """Give a model the chat template of `source` and the tokens it writes; the ids to be trained.
+
+    Raises: ConfigError if it has a chat template already, unless `replace`, or `source` has none.
+    """
+    return chat_format.clone_chat_template(lm.model, source, replace=replace, seed=seed)
 
 
 FOUR_BIT = ("nf4", "nf4-dq", "fp4", "fp4-dq")

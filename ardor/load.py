@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,13 @@ from ardor.adapters.lora import LoraConfig
 from ardor.adapters.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    DiskLinear,
     load_adapter,
 )
 from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder
+from ardor.arch.grow import rows_for
 from ardor.bridge.assemble import bridge
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families import family_of, implemented
@@ -31,21 +30,14 @@ from ardor.files.finite import not_finite
 from ardor.files.hub import CODE, PATTERNS, PICKLE_PATTERNS, Resolved, resolve
 from ardor.files.json import read_object, read_text
 from ardor.files.runs import ORIGIN, chosen_checkpoint
-from ardor.files.weights import (
-    FLOATING,
-    MAX_SHARD_BYTES,
-    WeightFiles,
-    open_weights,
-    read_tensors,
-    write_weights,
-)
+from ardor.files.weights import FLOATING, WeightFiles, open_weights, read_tensors
+from ardor.form import Form, Growth, Native, state_of
 from ardor.packing import (
     Arrival,
     PackedFiles,
     opened,
     require_linears,
     settings,
-    to_disk,
     wanted,
 )
 from ardor.parallel.offload import Turns
@@ -53,78 +45,16 @@ from ardor.place import PACKED, Filling, Placement, Spread, memory_of, place
 from ardor.precision import Precision
 from ardor.precision import resolve as resolve_precision
 from ardor.quant.config import Quantization
-from ardor.quant.fp8 import FP8Experts, FP8Linear, expand_pairs, hold_fp8
+from ardor.quant.fp8 import hold_fp8
 from ardor.quant.linear import quantize_decoder
 from ardor.quant.mxfp4 import hold_mxfp4
 from ardor.text.chat import ChatTemplate
+from ardor.text.legacy import has_tokenizer
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer, lacks_rows
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 HOST = torch.device("cpu")
-
-
-@runtime_checkable
-class Form(Protocol):
-    """How a model lies in the files that other tools read."""
-
-    @property
-    def needs_trust(self) -> bool: ...  # whether it is loaded with trust_remote_code only
-    @property
-    def files(self) -> tuple[str, ...]: ...  # of the checkpoint, beside those that any has
-    def disk_linears(self) -> Mapping[str, DiskLinear]: ...
-    # All files but JSON, the weights in shards of at most so many bytes; what config.json must say
-    # of them, where that is not what it said.
-    def write(self, decoder: CausalLM, directory: Path, max_shard_bytes: int) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Native:
-    """The form of a model that we implement."""
-
-    family: Family
-    spec: specs.Decoder
-    rules: Rules  # bound to the names of the checkpoint, so that saving gives them back
-    kept: dict[str, Tensor] = field(default_factory=dict)  # of the checkpoint, and not read here
-    fp8: FP8 | None = None  # how its weights are held in FP8
-
-    needs_trust = False
-    files = ()
-
-    def disk_linears(self) -> Mapping[str, DiskLinear]:
-        """Where transformers, and so PEFT, has each linear map."""
-        return self.family.disk_linears(self.spec)
-
-    def write(
-        self, decoder: CausalLM, directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
-    ) -> dict[str, Any]:
-        """Every tensor under the name and in the shape that it was read with.
-
-        FP8 weights of which some were merged with an adapter are written in bfloat16, all of them.
-        """
-        rules, kept, state = self.rules, self.kept, state_of(decoder)
-        changed = {}
-        if self.fp8 is not None and not {*state}.issuperset(chain.from_iterable(rules.memory)):
-            # What was merged is FP8 no longer: nor can the others stay so.
-            rules, kept = rules.expanded(), expand_pairs(kept, self.fp8.block)
-            changed = {"quantization_config": None}
-
-        def read(name: str) -> Tensor:
-            if name in state:
-                return state[name].detach()
-            module = decoder.get_submodule(name.removesuffix(".weight"))
-            assert isinstance(module, FP8Linear | FP8Experts), name
-            return module.dequantized(torch.bfloat16)
-
-        tensors = to_disk(rules, decoder, lambda name: read(name).cpu())
-        layout = to_disk(rules, decoder, lambda name: read(name).to("meta"), "meta")
-        write_weights(
-            directory,
-            chain(tensors, kept.items()),
-            max_shard_bytes,
-            layout=chain(layout, kept.items()),
-        )
-        return changed
 
 
 @dataclass
@@ -147,6 +77,8 @@ class Model:
     placement: Placement | None = None  # None: all on one device
     turns: Turns | None = None  # what has a spread decoder compute
     texts: dict[str, str] = field(default_factory=dict)  # JSON files as read, byte for byte
+    growths: tuple[Growth, ...] = ()  # tokens added to what `source` holds
+    untrained: frozenset[int] = frozenset()  # those of them whose rows nothing has trained yet
 
 
 @dataclass(frozen=True)
@@ -187,20 +119,19 @@ def load_model(
     origin = find_origin(Path(name), str(name), adapter)
     quantization = settings(quantization or origin.quantization)
     _require_trust(origin, trust_remote_code)
-    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
-    found = resolve(origin.base, revision or origin.revision, patterns=patterns)
+    found = _found(origin, revision, use_safetensors=use_safetensors)
     files = _weights(found, use_safetensors=use_safetensors)
     raw = read_object(found.path / CONFIG)
     files, how = opened(files, raw, str(found.path / CONFIG))
     quantizing = wanted(quantization, how, origin.base)
-    asked = (device, attn_implementation, quantizing)
-    held = _Held(found, origin.base, raw, files, dtype, *asked)
-    theirs = trust_remote_code and not implemented(raw)
-    assembled = _bridged(held) if theirs else _implemented(held, check_finite)
+    held = _Held(found, origin.base, raw, files, dtype, device, attn_implementation, quantizing)
+    assembled = _assembled(held, check_finite, trusted=trust_remote_code)
+    assembled, raw, growths = _grown(assembled, raw, origin)
     decoder, form, precision, placement = assembled
     lora, turns = _adapted(assembled, origin.adapter, check_finite=check_finite)
-    text = found.path if origin.adapter is None else text_home(origin.adapter, found.path)
+    text = text_home(origin.adapter, found.path)
     tokenizer, template = read_texts(text, decoder.facts.vocab)
+    count_tokens(decoder, tokenizer)
     generation = _optional_json(text / GENERATION)
     return Model(
         decoder=decoder,
@@ -219,6 +150,7 @@ def load_model(
         placement=placement,
         turns=turns,
         texts=_texts(found.path / CONFIG, text / GENERATION),
+        growths=growths,
     )
 
 
@@ -297,6 +229,12 @@ class _Held:
 
 
 Assembled = tuple[CausalLM, Form, Precision, Placement | None]
+
+
+def _assembled(held: _Held, check_finite: bool, *, trusted: bool) -> Assembled:
+    """Our decoder; transformers' model where we have none and it is trusted."""
+    theirs = trusted and not implemented(held.config)
+    return _bridged(held) if theirs else _implemented(held, check_finite)
 
 
 def _implemented(held: _Held, check_finite: bool) -> Assembled:
@@ -385,6 +323,11 @@ def _bridged(held: _Held) -> Assembled:
         require_linears(quantized, asked, held.source)
     held.settle(decoder, precision)
     return decoder, form, precision, None
+
+
+def _found(origin: Origin, revision: str | None, *, use_safetensors: bool) -> Resolved:
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    return resolve(origin.base, revision or origin.revision, patterns=patterns)
 
 
 def _weights(found: Resolved, *, use_safetensors: bool) -> WeightFiles:
@@ -506,6 +449,44 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
         )
 
 
+def _growths(adapter: Path | None, rows: int) -> tuple[Growth, ...]:
+    """The tokens that were added to the base before this adapter was trained on it.
+
+    An adapter of PEFT does not say so, but trains rows that the base lacks; its tokenizer knows how
+    many there are.
+    """
+    if adapter is None:
+        return ()
+    records = _optional_json(adapter / ORIGIN).get("growths", ())
+    if records:
+        return tuple(Growth.read(record, str(adapter / ORIGIN)) for record in records)
+    indices = read_object(adapter / ADAPTER_CONFIG).get("trainable_token_indices") or ()
+    lists = indices.values() if isinstance(indices, dict) else (indices,)
+    most = max((id for ids in lists for id in ids), default=-1)
+    if most < rows or not (adapter / "tokenizer.json").exists():
+        return ()
+    needed = max(most + 1, Tokenizer.from_directory(adapter).vocab_rows)
+    return (Growth({}, rows_for(needed), rows),)
+
+
+def _grown(
+    assembled: Assembled, config: dict[str, Any], origin: Origin
+) -> tuple[Assembled, dict[str, Any], tuple[Growth, ...]]:
+    """The base as it was when its adapter was trained: with the rows of added tokens."""
+    decoder, form, precision, placement = assembled
+    growths = _growths(origin.adapter, decoder.facts.vocab)
+    if not growths:
+        return assembled, config, ()
+    if not isinstance(form, Native) or placement is not None:
+        raise ConfigError(
+            f"{origin.adapter} adds tokens to {origin.base}, for which its tables must grow; load "
+            "it on one device, without trust_remote_code, and merge the adapter first"
+        )
+    for growth in growths:
+        form, config = form.grow(decoder, config, growth)
+    return (decoder, form, precision, placement), config, growths
+
+
 def _adapted(
     assembled: Assembled, adapter: Path | None, *, check_finite: bool
 ) -> tuple[LoraConfig | None, Turns | None]:
@@ -537,24 +518,25 @@ def _place(decoder: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
 
 
-def state_of(decoder: nn.Module) -> dict[str, Tensor]:
-    """Everything that comes from files, by name: the parameters, and what is stored packed."""
-    return {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
-
-
-def text_home(adapter: Path, base: Path) -> Path:
+def text_home(adapter: Path | None, base: Path) -> Path:
     """Files beside the adapter win: fine-tuning may have set a chat template."""
-    return adapter if (adapter / "tokenizer.json").exists() else base
+    return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
 def read_texts(path: Path, rows: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """A checkpoint's tokenizer and chat template, for a model with so many embedding rows."""
-    if not (path / "tokenizer.json").exists():
+    if not has_tokenizer(path):
         return None, None
     tokenizer = Tokenizer.from_directory(path)
     if problem := lacks_rows(tokenizer, rows):
         raise CheckpointError(f"{path / 'tokenizer.json'}: {problem}")
     return tokenizer, ChatTemplate.from_directory(path)
+
+
+def count_tokens(decoder: CausalLM, tokenizer: Tokenizer | None) -> None:
+    """Tell the decoder which of its ids have tokens."""
+    rows = decoder.facts.vocab if tokenizer is None else tokenizer.vocab_rows
+    decoder.tokens_known = rows if rows < decoder.facts.vocab else None
 
 
 def stops_of(

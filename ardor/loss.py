@@ -16,7 +16,7 @@ IGNORE = -100  # a target that teaches nothing: prompt, or the last position of 
 Head = Callable[..., Tensor]
 """(states [n, D], *parameters) -> logits [n, V]"""
 
-CHUNK_BYTES = 8 << 20  # of float32 logits alive at a time; about what a core's caches hold
+CHUNK_BYTES = 16 << 20  # of float32 logits alive at a time; about what a core's caches hold
 
 
 class LossSum(NamedTuple):

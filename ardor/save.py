@@ -19,6 +19,7 @@ from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.load import CONFIG, GENERATION, Model, Native
 from ardor.packing import saved_config
 from ardor.quant.linear import QuantizedLinear
+from ardor.vocabulary import align
 
 
 def save_model(
@@ -83,9 +84,14 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         )
         record = model.quantizing.record() if model.quantizing else model.quantization
         origin: dict[str, Any] = {"quantization": record or "none"}
+        if model.growths:
+            _require_trained(model)
+            origin["growths"] = [growth.record() for growth in model.growths]
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
+        if model.adapter is not None:
+            align(model)  # what was merged may have brought a template and tokens
         _write_weights(model, directory, max_shard_bytes)
     if model.generation_config:
         _write_json(model, directory / GENERATION, model.generation_config)
@@ -94,6 +100,18 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         model.tokenizer.save(directory, template)
         for name, variant in ({} if model.template is None else model.template.variants).items():
             write_atomic(directory / "additional_chat_templates" / f"{name}.jinja", variant.source)
+
+
+def _require_trained(model: Model) -> None:
+    """An adapter leaves out the rows that it does not train, and so would lose them."""
+    trained = set().union(*(model.adapter.token_rows if model.adapter else {}).values())
+    if left := model.untrained - trained:
+        assert model.tokenizer is not None
+        shown = ", ".join(repr(model.tokenizer.token(id)) for id in sorted(left)[:5])
+        raise ConfigError(
+            f"the rows of the added tokens {shown} are in no adapter; name their ids in "
+            "trainable_token_indices, or train with method full"
+        )
 
 
 def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:

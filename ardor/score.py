@@ -72,7 +72,7 @@ def token_logprobs(decoder: CausalLM, tokens: Sequence[int]) -> list[float]:
     found = []
     for start in range(0, wanted.shape[1], CHUNK):
         piece = slice(start, start + CHUNK)
-        logprobs = decoder.logits(hidden[:, piece]).log_softmax(-1)
+        logprobs = decoder.token_logits(hidden[:, piece]).log_softmax(-1)
         found.append(logprobs.gather(-1, wanted[:, piece, None])[0, :, 0])
     return torch.cat(found).tolist()
 
@@ -87,7 +87,7 @@ def document_loss(
     device = decoder.device
     tokens, layout = batch.tokens.to(device), Packed((batch.lengths,))
     hidden = decoder.hidden(tokens, layout, routings=routings)
-    return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.head_parts())
+    return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.loss_parts())
 
 
 class DocumentLogprobs(NamedTuple):

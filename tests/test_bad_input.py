@@ -19,6 +19,7 @@ from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, Resolved
 from ardor.files.runs import newest_checkpoint
 from ardor.files.weights import open_weights, write_weights
 from ardor.load import load_model
+from ardor.train import finetune, pretrain
 from ardor.train.config import Finetune
 from ardor.train.finetune import prepare
 
@@ -301,8 +302,8 @@ def test_a_pickle_that_would_run_code_is_a_message(model, refused, tmp_path):
 
 
 def test_flex_on_a_cpu_is_refused_before_the_run_is_begun(world, refused, tmp_path, monkeypatch):
-    for module in ("ardor.train.finetune", "ardor.train.pretrain"):
-        monkeypatch.setattr(f"{module}.default_device", lambda: torch.device("cpu"))
+    for module in (finetune, pretrain):
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
     run, flag = tmp_path / "run", ["--attn-implementation", "flex"]
     for verb in (["finetune", world.base, world.pairs], ["train", world.texts]):
         said = refused(*verb, "-o", run, *flag)

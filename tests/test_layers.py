@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent / "ardor"
 LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
-LAYER_3 = ("bridge", "place", "packing", "load", "save", "data", "outline")
+LAYER_3 = ("bridge", "place", "packing", "form", "load", "save", "data", "outline")
+LAYER_3 += ("vocabulary", "chat_format")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
 LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
@@ -35,14 +36,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bridge": BELOW_3,
     "place": BELOW_3,
     "packing": BELOW_3,
-    "load": (*BELOW_3, "bridge", "packing", "place"),
-    "save": (*BELOW_3, "load", "packing"),  # the Model that load assembled is what save takes apart
+    "form": (*BELOW_3, "packing"),
+    "load": (*BELOW_3, "bridge", "form", "packing", "place"),
+    # The Model that load assembled is what these change, and what save takes apart.
+    "vocabulary": (*BELOW_3, "form", "load"),
+    "chat_format": (*BELOW_3, "load", "vocabulary"),
+    "save": (*BELOW_3, "form", "load", "packing", "vocabulary"),
     "data": BELOW_3,
     "outline": BELOW_3,
     "generate": BELOW_4,
     "score": BELOW_4,
-    "train": (*BELOW_4, "generate", "score"),  # for evaluation
-    "doctor": BELOW_4,
+    # To evaluate, and to look at model and data before a step is taken.
+    "train": (*BELOW_4, "generate", "score", "doctor"),
+    "doctor": (*BELOW_4, "generate"),  # to see whether a model stops
     "inspect": BELOW_4,
     "serve": tuple(unit for unit in BELOW_5 if unit != "train"),
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),

@@ -56,6 +56,9 @@ class CausalLM(nn.Module):
     """
 
     compute: torch.dtype
+    # Ids from here on belong to no token (rows that fill up a table): they are never written, and
+    # take no probability in losses, scores and samples. None: every id has a token.
+    tokens_known: int | None = None
     devices: Devices | None = None  # None: where its weights are; said by whoever spreads it
 
     @property
@@ -110,3 +113,17 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Unnormalised log-probabilities of the next token, float32."""
         return self.head(hidden).float()
+
+    def token_logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """The same, -inf for ids that belong to no token."""
+        logits = self.logits(hidden)
+        if self.tokens_known is not None:
+            logits[..., self.tokens_known :] = -torch.inf
+        return logits
+
+    def loss_parts(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """`head_parts`, whose function gives the logits of the ids that belong to tokens only."""
+        function, parameters = self.head_parts()
+        if self.tokens_known is None:
+            return function, parameters
+        return lambda x, *p: function(x, *p)[..., : self.tokens_known], parameters

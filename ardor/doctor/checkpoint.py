@@ -1,12 +1,17 @@
 """A checkpoint's files as far as they can be understood: what fails is kept, not raised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.arch import spec as specs
+from ardor.doctor.data import Sample
+from ardor.doctor.finding import Finding
+from ardor.doctor.probe import Probe
+from ardor.doctor.runs import RunFolder
 from ardor.doctor.tensors import Statistics
 from ardor.errors import ArdorError, CheckpointError
 from ardor.families import family_of
@@ -14,12 +19,26 @@ from ardor.families.family import HARMLESS
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Account, Rules
 from ardor.files.json import read_object
+from ardor.files.runs import newest_checkpoint
 from ardor.files.weights import INDEX, PICKLED, SINGLE, WeightFiles, open_file, open_weights
-from ardor.load import CONFIG, GENERATION, bound_rules, on_meta, tensor_problems
+from ardor.load import CONFIG, GENERATION, bound_rules, on_meta, stops_of, tensor_problems
 from ardor.packing import PackedFiles, opened
+from ardor.text.chat import ChatTemplate, terminator
+from ardor.text.special import read_config
+from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is about to be done with the model: some rules judge it, not the files alone."""
+
+    method: Literal["full", "lora", "qlora"]
+    # Whether the control tokens' rows are trained, by whether the template is new to the model.
+    trains_control_rows: Callable[[bool], bool]
 
 
 @dataclass
@@ -35,10 +54,58 @@ class Checkpoint:
     unread: tuple[str, ...] = ()  # keys of config.json
     files: WeightFiles | None = None
     account: Account | None = None
+    embedding: str | None = None  # the tensor of the tokens' rows
+    head: str | None = None  # the tensor of the output head, where there is one of its own
+    tied_copy: tuple[str, str] | None = (
+        None  # a stored head that config.json ties: (head, embedding)
+    )
     packed: frozenset[str] = frozenset()  # tensors that quantized weights are made of
     misfits: tuple[str, ...] = ()  # tensors that do not fill their place
     tokenizer: Tokenizer | None = None
     statistics: tuple[Statistics, ...] = ()  # of the floating-point tensors, as far as read
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+    base: "Checkpoint | None" = None  # of an adapter, where it is a directory here
+    text_path: Path | None = None  # the directory with the tokenizer's files
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    template: ChatTemplate | None = None
+    template_added: bool = False  # it is none of the model's own
+    # What is looked at beside it.
+    data: Sample | None = None
+    run: RunFolder | None = None
+    probe: Probe | None = None
+    training: Training | None = None
+    trusted: bool = False  # transformers may run what is not implemented here
+
+    @property
+    def rows(self) -> int | None:
+        """Of the embedding."""
+        if self.base is not None:
+            return self.base.rows
+        return None if self.spec is None else self.spec.vocab
+
+    @cached_property
+    def tokenizer_json(self) -> dict[str, Any]:
+        """tokenizer.json as it is; {} where it was not understood."""
+        if self.tokenizer is None or self.text_path is None:
+            return {}
+        return read_object(self.text_path / TOKENIZER)
+
+    @cached_property
+    def terminator(self) -> int | None:
+        """The control token that the template writes after an answer."""
+        if self.tokenizer is None or self.template is None:
+            return None
+        return terminator(self.tokenizer, self.template)
+
+    @cached_property
+    def stops(self) -> StopSet:
+        """Every token that any of the files calls an end."""
+        base = self.base
+        config = self.config if base is None else base.config
+        generation = self.generation
+        if base is not None and self.text_path == base.path:
+            generation = base.generation
+        return stops_of(self.tokenizer, self.template, generation or {}, config or {})
 
     @property
     def pickles(self) -> list[str]:
@@ -57,25 +124,55 @@ class Checkpoint:
             return None
 
 
+Findings = Iterator[Finding]
+Registry = dict[str, Callable[[Checkpoint], Findings]]
+
+
 def open_checkpoint(path: Path, *, use_safetensors: bool = True) -> Checkpoint:
     """Everything but the values of the weights."""
     found = Checkpoint(path, adapter=(path / ADAPTER_CONFIG).exists())
     if found.adapter:
-        weights = path / ADAPTER_WEIGHTS
-        found.files = found.attempt("weights", lambda: open_file(weights))
-        return found
-    found.config = found.attempt("config", lambda: read_object(path / CONFIG))
-    if found.config is not None:
-        _translate(found, found.config)
+        _open_adapter(found)
+    else:
+        found.config = found.attempt("config", lambda: read_object(path / CONFIG))
+        if found.config is not None:
+            _translate(found, found.config)
     if (path / GENERATION).exists():
         found.generation = found.attempt("generation", lambda: read_object(path / GENERATION))
-    if (path / "tokenizer.json").exists():
-        found.tokenizer = found.attempt("tokenizer", lambda: Tokenizer.from_directory(path))
-    if found.safetensors or not (use_safetensors and found.pickles):
+    _open_text(found)
+    if not found.adapter and (found.safetensors or not (use_safetensors and found.pickles)):
         found.files = found.attempt(
             "weights", lambda: open_weights(path, use_safetensors=use_safetensors)
         )
     return found
+
+
+def _open_adapter(found: Checkpoint) -> None:
+    weights = found.path / ADAPTER_WEIGHTS
+    found.files = found.attempt("weights", lambda: open_file(weights))
+    said = found.attempt("adapter", lambda: read_object(found.path / ADAPTER_CONFIG))
+    found.adapter_config = said or {}
+    base = found.adapter_config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base).is_dir():
+        return
+    home = Path(base)
+    if not (home / CONFIG).exists():
+        home = newest_checkpoint(home) or home
+    if not (home / ADAPTER_CONFIG).exists():
+        found.base = open_checkpoint(home)
+
+
+def _open_text(found: Checkpoint) -> None:
+    """Files beside an adapter win, as in `load`: fine-tuning may have set a chat template."""
+    home = found.path
+    if not (home / TOKENIZER).exists() and found.base is not None:
+        home = found.base.path
+    if not (home / TOKENIZER).exists():
+        return
+    found.text_path = home
+    found.tokenizer = found.attempt("tokenizer", lambda: Tokenizer.from_directory(home))
+    found.tokenizer_config = found.attempt("tokenizer", lambda: read_config(home)) or {}
+    found.template = found.attempt("template", lambda: ChatTemplate.from_directory(home))
 
 
 def _translate(found: Checkpoint, config: dict[str, Any]) -> None:
@@ -83,6 +180,19 @@ def _translate(found: Checkpoint, config: dict[str, Any]) -> None:
     found.spec = found.attempt("family", lambda: family_of(config, hf.path).translate(hf))
     if found.spec is not None:
         found.unread = tuple(hf.unread(HARMLESS))
+
+
+def _name_tables(found: Checkpoint, rules: Rules) -> None:
+    assert found.files is not None
+    pairs = zip(rules.plain, rules.memory, strict=True)
+    held = {name: rule.names[0] for rule, names in pairs for name in names}
+    stored = {*found.files.names()} - found.packed
+    found.embedding, found.head = (
+        name if (name := held.get(f"{table}.weight")) in stored else None
+        for table in ("embed_tokens", "lm_head")
+    )
+    if rules.head_copied and rules.tied_head is not None and found.embedding is not None:
+        found.tied_copy = (rules.tied_head.disk, found.embedding)
 
 
 def compare(found: Checkpoint) -> None:
@@ -99,6 +209,7 @@ def compare(found: Checkpoint) -> None:
     rules, fp8 = bound_rules(family_of(found.config), found.spec, found.config, names)
     rules = files.fit(rules) if isinstance(files, PackedFiles) else rules
     found.account = rules.account(names)
+    _name_tables(found, rules)
     misfits: list[str] = []
     whole = tuple(rule for rule in rules.plain if {*rule.names} <= {*names})
     fitting = []

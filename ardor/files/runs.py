@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+SETTINGS, METRICS = "config.yaml", "metrics.jsonl"  # in the folder of a run
 ORIGIN = "ardor.json"  # beside an adapter: how its base was held while it was trained
 
 BEST = "best.json"  # in the folder of a run: which checkpoint stands for it, if not the newest

@@ -26,7 +26,7 @@ class Request:
     stops: frozenset[int] = frozenset()
     choose: Choose = greedy
     repetition_penalty: float = 1.0
-    tokens_known: int | None = None  # ids from here on belong to no token and are never chosen
+    banned: frozenset[int] = frozenset()  # never chosen, such as a padding token
     watch: Callable[[int, int], bool] | None = None  # (row, id) -> whether its text ends here
 
 
@@ -120,7 +120,7 @@ def _prefill(
         read = torch.tensor([row.tokens], device=decoder.device)
         hidden = decoder.hidden(read, cache=cache.row(index))
         cache.past[index] = len(row.tokens)
-        logits.append(decoder.logits(hidden[:, -1]))
+        logits.append(decoder.token_logits(hidden[:, -1]))
     return cache, torch.cat(logits)
 
 
@@ -132,7 +132,7 @@ def _step(decoder: CausalLM, cache: Cache, rows: list[_Row]) -> Float[Tensor, "B
     last = torch.tensor([[row.tokens[-1]] for row in rows], device=decoder.device)
     hidden = decoder.hidden(last, cache=cache)
     cache.advance(1)
-    return decoder.logits(hidden[:, -1])
+    return decoder.token_logits(hidden[:, -1])
 
 
 def _step_alone(
@@ -145,7 +145,7 @@ def _step_alone(
     read = torch.tensor([rows[index].tokens[row.past[0] :]], device=decoder.device)
     hidden = decoder.hidden(read, cache=row)
     cache.past[index] = len(rows[index].tokens)
-    return decoder.logits(hidden[:, -1])
+    return decoder.token_logits(hidden[:, -1])
 
 
 @torch.inference_mode()
@@ -153,9 +153,9 @@ def _choose(
     logits: Float[Tensor, "B V"], rows: list[_Row], request: Request
 ) -> tuple[list[int], list[float]]:
     """The next id of every row, and its log-probability under the model."""
-    whole = logits.logsumexp(-1)  # over the ids that are never chosen, too: as `score` counts
-    if request.tokens_known is not None and request.tokens_known < logits.shape[-1]:
-        logits[:, request.tokens_known :] = -torch.inf
+    whole = logits.logsumexp(-1)  # over the ids that are banned, too: as `score` counts
+    if request.banned:
+        logits[:, sorted(request.banned)] = -torch.inf
     adjusted = logits
     if request.repetition_penalty != 1.0:
         adjusted = torch.stack(

@@ -125,6 +125,15 @@ def chat_prompt(model: Model, messages: Sequence[Any], **variables: Any) -> list
     return prompt_ids(tokenizer_of(model), model.template, messages, **variables)
 
 
+def padding_only(model: Model) -> frozenset[int]:
+    """The padding token, where it is a control token of its own: then no text contains it."""
+    tokenizer = tokenizer_of(model)
+    pad, others = tokenizer.special.pad, {tokenizer.special.unk, tokenizer.special.bos}
+    if pad is None or pad >= model.decoder.facts.vocab or pad in model.stops.ids | others:
+        return frozenset()
+    return frozenset({pad}) & tokenizer.control
+
+
 def _request(model: Model, settings: Settings, writers: "list[_Writer]") -> Request:
     settings = resolve_settings(settings, model.generation_config)
     assert settings.temperature is not None and settings.repetition_penalty is not None
@@ -142,7 +151,7 @@ def _request(model: Model, settings: Settings, writers: "list[_Writer]") -> Requ
             generator=torch.Generator(model.decoder.device).manual_seed(settings.seed),
         ),
         repetition_penalty=settings.repetition_penalty,
-        tokens_known=tokenizer_of(model).vocab_rows,
+        banned=padding_only(model),
         watch=(lambda row, id_: writers[row].read(id_)) if strings else None,
     )
 

@@ -55,6 +55,7 @@ SIGNATURES = {
     "gated_mlp": "pppppppppnnnii",
     "quantize_4bit_{}": "pppppni",
     "quantize_rows_{}": "ppppnni",
+    "dequantize_4bit_{}": "ppppni",
     "rotate_{}": "ppppnnnnnnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}

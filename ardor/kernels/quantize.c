@@ -1,4 +1,5 @@
-/* Weights to 4 and 8 bits in one pass over them, each block or row while it is in the cache.
+/* Weights to 4 and 8 bits in one pass over them, each block or row while it is in the cache; and
+ * from 4 bits back.
  *
  * The arithmetic is that of the torch code beside it (ardor/quant/bnb4.py, bnb8.py) to the last bit:
  * every operation is one correctly rounded float32 operation, and none is contracted or reordered.
@@ -98,3 +99,21 @@ static inline void coded_row(const float *x, int8_t *codes, float largest, int64
     }
 QUANTIZE(bfloat16, uint16_t, widened)
 QUANTIZE(float32, float, same)
+
+/* A block has 16 values, so each is multiplied and rounded once, and then looked up. */
+#define DEQUANTIZE(NAME, TYPE, NARROW)                                                             \
+    void dequantize_4bit_##NAME(const uint8_t *packed, const float *scales, const float *levels,   \
+                                TYPE *out, int64_t blocks, int threads) {                          \
+        _Pragma("omp parallel for num_threads(threads) schedule(static)")                          \
+        for (int64_t b = 0; b < blocks; b++) {                                                     \
+            TYPE values[16], *w = out + b * BLOCK;                                                 \
+            for (int i = 0; i < 16; i++) values[i] = NARROW(levels[i] * scales[b]);                \
+            const uint8_t *codes = packed + b * BLOCK / 2;                                         \
+            for (int j = 0; j < BLOCK / 2; j++) {                                                  \
+                w[2 * j] = values[codes[j] >> 4];                                                  \
+                w[2 * j + 1] = values[codes[j] & 15];                                              \
+            }                                                                                      \
+        }                                                                                          \
+    }
+DEQUANTIZE(bfloat16, uint16_t, rounded)
+DEQUANTIZE(float32, float, same)

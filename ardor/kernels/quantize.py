@@ -1,4 +1,4 @@
-"""Weights to 4 and 8 bits, compiled. Call them where `available(weight)`."""
+"""Weights to 4 and 8 bits, and from 4 bits, compiled. Call them where `available(weight)`."""
 
 import torch
 from jaxtyping import Float, Float32, Int8, UInt8
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ardor.kernels.native import NAMES, available, library, threads
 
-__all__ = ["available", "four_bit", "int8_rows"]
+__all__ = ["available", "four_bit", "from_four_bit", "int8_rows"]
 
 
 def four_bit(
@@ -22,6 +22,21 @@ def four_bit(
         *(tensor.data_ptr() for tensor in (flat, packed, absmax, midpoints, rising)),
         blocks,
         threads(flat.numel()),
+    )
+
+
+def from_four_bit(
+    packed: UInt8[Tensor, "bytes"],
+    scales: Float32[Tensor, "blocks"],
+    levels: Float32[Tensor, "16"],
+    out: Float[Tensor, "n"],
+) -> None:
+    """Write level * scale of whole blocks of 64, rounded once; what lies after them is left."""
+    blocks = packed.numel() // 32
+    getattr(library(), f"dequantize_4bit_{NAMES[out.dtype]}")(
+        *(tensor.data_ptr() for tensor in (packed, scales, levels, out)),
+        blocks,
+        threads(out.numel()),
     )
 
 

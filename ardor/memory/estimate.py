@@ -33,7 +33,7 @@ KEPT_FREE = 0.3
 # oneDNN compiles a bfloat16 product for each new number of rows, and keeps the last so many.
 # Measured with AVX-512: 0.57 MiB each, growing little from 1024 on; for float32 it keeps nothing.
 KERNEL, MOST_KERNELS = int(0.57 * MIB), 1024
-LOSS_CHUNK = 8 * MIB  # of float32 logits (loss.CHUNK_BYTES)
+LOSS_CHUNK = 16 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")

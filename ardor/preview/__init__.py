@@ -28,10 +28,11 @@ from ardor.text.stops import StopSet
 from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
-from ardor.train.finetune import chats, template_for
 from ardor.train.run import split
+from ardor.train.tokens import chats, template_for
 
-PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")  # no weights
+PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
+PATTERNS += ("tokenizer.model", "merges.txt")  # no weights
 Kind = Literal["text", "control"]
 
 

@@ -95,16 +95,20 @@ class FourBitWeight(PackedWeight):
         Each element is within `error_bound` of its block, and the rounding to `dtype`, of the
         weight that was quantized.
         """
-        pairs = _tables(self.kind, self.packed.device).pairs
+        tables = _tables(self.kind, self.packed.device)
         scales = self.scales()
         # Whole blocks are written, and the surplus of the last one is cut off by a view.
         out = torch.empty(
             len(scales) * BLOCK, dtype=dtype or self.original_dtype, device=self.packed.device
         ).view(-1, BLOCK)
         packed = self.packed.view(-1)
-        for first, last in _chunks(len(scales) * BLOCK, self.packed.device):
+        done = 0
+        if native.available(out):
+            native.from_four_bit(packed, scales.contiguous(), tables.levels, out.view(-1))
+            done = packed.numel() // (BLOCK // 2) * BLOCK
+        for first, last in _chunks(len(scales) * BLOCK, self.packed.device, done):
             codes = packed[first // 2 : last // 2]
-            values = torch.take(pairs, codes.long()).view(torch.float32)
+            values = torch.take(tables.pairs, codes.long()).view(torch.float32)
             if missing := last - first - len(values):
                 values = F.pad(values, (0, missing))
             rows = slice(first // BLOCK, last // BLOCK)
@@ -287,6 +291,7 @@ class Tables(NamedTuple):
     midpoints: Float32[Tensor, "15"]  # between neighbouring levels
     rising: UInt8[Tensor, "16"]  # the codes, by level
     pairs: Int64[Tensor, "256"]  # the two float32 levels of every byte
+    levels: Float32[Tensor, "16"]  # by code
 
 
 def _pack(scaled: Float32[Tensor, "n"], tables: Tables) -> UInt8[Tensor, "bytes"]:
@@ -321,7 +326,7 @@ def _tables(kind: str, device: torch.device) -> Tables:
         ordered = levels[rising.int()]
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
         midpoints = (ordered[:-1] + ordered[1:]) / 2
-        found = (midpoints, rising, pairs.view(torch.int64).view(-1))
+        found = (midpoints, rising, pairs.view(torch.int64).view(-1), levels)
         return Tables(*(table.to(device) for table in found))
 
 

@@ -1,9 +1,10 @@
 """One training document: its tokens, and which of them are trained on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ardor.errors import TextError
+from ardor.text.padding import IGNORED, Padded, Side, filled
 from ardor.text.tokenizer import Tokenizer
 
 
@@ -65,6 +66,24 @@ def completion(
     return EMPTY.then(tokenizer.encode(prompt), supervised=False).then(
         [*answer, _stop(tokenizer, stop_id)], supervised=True
     )
+
+
+def pad_examples(
+    tokenizer: Tokenizer, examples: Sequence[Example], side: Side = "right", *, multiple_of: int = 1
+) -> Padded:
+    """Training examples as a rectangle for other tools, with the labels of what is trained on.
+
+    A trained token is a label whatever its id is, be it the one that pads, too.
+
+    Raises: TextError as `padding.pad`.
+    """
+    found = tokenizer.pad([row.tokens for row in examples], side, multiple_of=multiple_of)
+    labels = [
+        [id if trained else IGNORED for id, trained in zip(row.tokens, row.supervised, strict=True)]
+        for row in examples
+    ]
+    length = len(found.input_ids[0])
+    return found._replace(labels=[filled(row, IGNORED, length, side) for row in labels])
 
 
 def segments(tokenizer: Tokenizer, parts: Iterable[tuple[str, bool]]) -> Example:

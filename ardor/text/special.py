@@ -1,9 +1,10 @@
 """Which ids are special, which are control, and a tokenizer that cannot produce the control ones.
 
 A control token is any added token that is not mere white space, whether its file calls it "special"
-or not (DeepSeek's `<｜User｜>` is not). White-space tokens (GPT-NeoX, Phi) are text. A tag is a
-control token that the file calls not special and that looks like one, as Qwen's `<think>` and
-`<tool_call>`: a model writes it as part of its answer, so it is a token there and nowhere else.
+or not (DeepSeek's `<｜User｜>` is not). White-space tokens (GPT-NeoX, Phi) are text; so is a word
+that is not special. A tag is a control token that the file calls not special and that looks like
+one, as Qwen's `<think>` and `<tool_call>`: a model writes it as part of its answer, so it is a
+token there and nowhere else.
 """
 
 import re
@@ -37,8 +38,11 @@ class SpecialTokens:
 
 
 def is_control(token: AddedToken) -> bool:
-    """Is this added token more than white space (as typed, or as SentencePiece writes it)?"""
-    return token.special or bool(token.content.replace("▁", " ").strip())
+    """Is this added token special, or more than words and white space (typed, or SentencePiece's)?
+
+    An added word, such as a term that fine-tuning gives a token of its own, is text.
+    """
+    return token.special or re.fullmatch(r"[\w\s'-]*", token.content.replace("▁", " ")) is None
 
 
 def is_tag(token: AddedToken) -> bool:
@@ -70,15 +74,44 @@ def read_names(directory: Path) -> dict[str, str]:
     return names
 
 
+def read_extra(directory: Path) -> list[str]:
+    """Further special tokens that the files name: `extra_special_tokens` in transformers 5 (a list,
+    or named ones), `additional_special_tokens` before.
+
+    Raises: CheckpointError for invalid JSON; TextError for a value that is no list of tokens.
+    """
+    config, path = read_config(directory), directory / "tokenizer_config.json"
+    sources = [(config, path)]
+    if "added_tokens_decoder" not in config:
+        path = directory / "special_tokens_map.json"
+        sources.append((_read_object(path), path))
+    found: list[str] = []
+    for source, path in sources:
+        key = "extra_special_tokens" if "extra_special_tokens" in source else None
+        key = key or "additional_special_tokens"
+        value = source.get(key) or ()
+        for token in value.values() if isinstance(value, dict) else value:
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str):
+                raise TextError(
+                    f"{path}: {key} holds {token!r}; expected strings, or objects with 'content'"
+                )
+            found.append(text)
+    return list(dict.fromkeys(found))
+
+
 def read_added(directory: Path) -> dict[int, AddedToken]:
     """Added tokens that the files beside tokenizer.json declare, by id.
 
     Raises: CheckpointError for invalid JSON.
     """
-    found = {
-        id: AddedToken(content, normalized=False)
-        for content, id in _read_object(directory / "added_tokens.json").items()
-    }
+    if "added_tokens_decoder" not in read_config(directory):
+        special = {*read_names(directory).values(), *read_extra(directory)}
+        return {
+            id: AddedToken(content, normalized=content not in special, special=content in special)
+            for content, id in _read_object(directory / "added_tokens.json").items()
+        }
+    found = {}
     for id, token in read_config(directory).get("added_tokens_decoder", {}).items():
         flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip")}
         flags |= {name: token.get(name, False) for name in ("normalized", "special")}
@@ -143,6 +176,8 @@ def _at(step: Any, place: Place) -> Any:
             return step | {"add_prefix_space": False}
         case "Prepend" if place == "middle":
             return None
+        case "Replace" if place != "start" and step["content"] == "▁▁":
+            return None  # SentencePiece's second space at the start of a text
     return step
 
 

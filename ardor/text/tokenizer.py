@@ -7,7 +7,7 @@ in two kinds: template text, in which a control token counts, and content, in wh
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from ardor.errors import TextError
 from ardor.files.atomic import write_atomic
 from ardor.files.json import parse_json, read_text, write_json
+from ardor.text.legacy import read_legacy
+from ardor.text.padding import Padded, Side, pad
 from ardor.text.special import (
     KINDS,
     Place,
@@ -27,6 +29,7 @@ from ardor.text.special import (
     is_tag,
     read_added,
     read_config,
+    read_extra,
     read_names,
     without_control,
 )
@@ -91,28 +94,21 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> "Tokenizer":
         """The tokenizer of a checkpoint directory: tokenizer.json and the names beside it.
 
-        Raises: TextError if tokenizer.json is missing or cannot be understood, or if the files
+        Where there is none, it is made of tokenizer.model (SentencePiece) or vocab.json and
+        merges.txt, to give the same ids.
+
+        Raises: TextError if all of these are missing, or one cannot be understood, or if the files
         disagree; CheckpointError if a JSON file beside it is damaged.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise TextError(_missing(directory))
-        text = read_text(path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more precise
-            parse_json(text, path)
-            raise TextError(
-                f"{path} is JSON but not a tokenizer: {error}; "
-                "fetch the file again, or update the tokenizers package"
-            ) from error
+        backend, names = _read(directory)
         _add_declared(backend, directory)
+        _add_named(backend, names, read_extra(directory))
         length = read_config(directory).get("model_max_length")
         try:
             # transformers writes 1e30 for "no limit"
             known = int(length) if length is not None and 0 < length < 1e9 else None
-            return cls(backend, read_names(directory), known)
+            return cls(backend, names, known)
         except TextError as error:
             raise TextError(f"{directory}: {error}") from error
 
@@ -163,6 +159,45 @@ class Tokenizer:
         if "<|pad|>" in special_tokens:
             names["pad_token"] = "<|pad|>"
         return cls(backend, names)
+
+    def adding(self, tokens: Iterable[str | AddedToken]) -> "Tokenizer":
+        """This tokenizer with `tokens` at the next free ids; those it has already stay as they are.
+
+        A string becomes a token that decoding shows, and that stands where it is spelled: a word in
+        any text, a tag such as `<tool>` in prompts and in answers, other signs in templates only.
+
+        Raises: TextError for an empty token, or if the next id is not a free one.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        taken = set(backend.get_vocab(with_added_tokens=True).values())
+        for token in tokens:
+            token = AddedToken(token, normalized=False) if isinstance(token, str) else token
+            if not token.content.strip():
+                raise TextError(f"cannot add the token {token.content!r}: it has no visible sign")
+            if backend.token_to_id(token.content) is not None:
+                continue
+            backend.add_tokens([token])
+            id = backend.token_to_id(token.content)
+            if id is None or id in taken:
+                raise TextError(
+                    f"cannot add the token {token.content!r}: its id would be {id}, which "
+                    f"{self.token(id or 0)!r} has; the vocabulary's ids have gaps, so add it to "
+                    "added_tokens in tokenizer.json with a free id"
+                )
+            taken.add(id)
+        return Tokenizer(backend, self.names, self.max_length)
+
+    def naming(self, **names: str) -> "Tokenizer":
+        """This tokenizer with other tokens in its parts: naming(eos_token="<|im_end|>").
+
+        Raises: TextError for a token that the vocabulary lacks.
+        """
+        for name, text in names.items():
+            if self.id(text) is None:
+                raise TextError(
+                    f"{name}={text!r} is not in the vocabulary; add it first (add_tokens)"
+                )
+        return Tokenizer(self._backend, {**self.names, **names}, self.max_length)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -323,6 +358,38 @@ class Tokenizer:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    @property
+    def filler(self) -> int:
+        """What fills up a padded row: the padding token, else EOS, else id 0; masks decide."""
+        known = (self.special.pad, self.special.eos, 0)
+        return next(id for id in known if id is not None)
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], side: Side = "left", *, multiple_of: int = 1
+    ) -> Padded:
+        """Rows of ids as a rectangle with its mask and positions, for other tools.
+
+        "left" is for generation, "right" for training; a model gives the same logits for either.
+
+        Raises: TextError as `padding.pad`.
+        """
+        return pad(rows, self.filler, side, multiple_of)
+
+    @cached_property
+    def reaches_unk(self) -> bool:
+        """Can a text become the unknown token? Not where bytes stand for what no token covers."""
+        if self.special.unk is None:
+            return False
+        spec = json.loads(self._backend.to_str())
+        model = spec["model"]
+        known = set(self._backend.get_vocab(with_added_tokens=False))
+        if model.get("byte_fallback"):
+            return not known.issuperset(f"<0x{byte:02X}>" for byte in range(256))
+        steps = spec["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        spelled = any(step.get("type") == "ByteLevel" for step in steps)
+        return not (spelled and known.issuperset(pre_tokenizers.ByteLevel.alphabet()))
+
     def is_special(self, id: int) -> bool:
         """Does decoding with `skip_special` leave this id out?"""
         return id in self._skipped
@@ -381,6 +448,23 @@ def _encode(backend: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         ) from error
 
 
+def _read(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        if (found := read_legacy(directory)) is None:
+            raise TextError(_missing(directory))
+        return found
+    text = read_text(path)
+    try:
+        return tokenizers.Tokenizer.from_str(text), read_names(directory)
+    except Exception as error:  # the library raises nothing more precise
+        parse_json(text, path)
+        raise TextError(
+            f"{path} is JSON but not a tokenizer: {error}; "
+            "fetch the file again, or update the tokenizers package"
+        ) from error
+
+
 def _encode_many(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     try:
         found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -410,10 +494,21 @@ def _add_declared(backend: tokenizers.Tokenizer, directory: Path) -> None:
             )
 
 
+def _add_named(
+    backend: tokenizers.Tokenizer, names: Mapping[str, str], extra: Iterable[str]
+) -> None:
+    """Make tokens that have a part in the files control tokens, as transformers does."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for text in dict.fromkeys([*names.values(), *extra]):
+        # A named token that the vocabulary lacks would get an id that no row was trained for.
+        if text not in known and (text in extra or backend.token_to_id(text) is not None):
+            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+
+
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
         return f"{directory} is not a directory; give the directory that holds tokenizer.json"
-    others = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+    others = ("vocab.json", "merges.txt", "vocab.txt")
     present = [name for name in others if (directory / name).is_file()]
     if not present:
         return (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ardor.arch import spec as specs
+from ardor.arch.grow import ROW_MULTIPLE
 from ardor.arch.init import STD, WITHOUT_STD
 from ardor.errors import ConfigError
 from ardor.families import family_for, family_of
@@ -21,7 +22,6 @@ from ardor.text.special import SpecialTokens
 from ardor.train.config import Train
 from ardor.train.presets import INITS, PRESETS, STDS, starter
 
-ROW_MULTIPLE = 64  # embedding rows are a multiple of this: matrix units like it
 # Setting -> the keys under which families keep it. The first is also that of a family which has
 # none of them in its file, and which refuses it by name if it does not know it.
 SIZES: dict[str, tuple[str, ...]] = {

@@ -398,6 +398,18 @@ class Finetune(Optimisation):
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are trained on. A message's own "train": true or false (or
     OpenAI's "weight": 1 or 0) goes before."""
+    setup_chat_format: bool = False
+    """Give a base model without a chat template ChatML, with its two tokens; their rows are
+    trained."""
+    clone_chat_template: str | None = None
+    """Give it the chat template of this model instead, with the tokens that it writes."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens: words, or tags such as <tool>. Their rows start at the mean of the others and are
+    trained, by adapters too."""
+    pad_strategy: Literal["auto", "unk", "eos", "new"] = "auto"
+    """The padding token in the files, for other tools; here padding is a length. auto: the model's
+    own, else one in reserve, else EOS; unk: where no text becomes it; new: with a row of its
+    own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -407,14 +419,29 @@ class Finetune(Optimisation):
     """Weights from safetensors; --no-use-safetensors: from pickles (.bin), tensors alone."""
     eval_on_start: bool = True
     """Evaluate before the first step too."""
+    allow: tuple[str, ...] = ()
+    """Rules of `ardor doctor` whose errors do not stop this run (docs/DOCTOR.md). Recorded."""
     stop_rate_samples: int = 0
     """Held-out prompts answered at every evaluation to measure how many answers end."""
+
+    @property
+    def answer_read(self) -> Preferences:
+        """What of two answers says which kind of data a run has: text, or conversations."""
+        return self.preferences if self.objective == "sft" else "chosen"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_objective(self)
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
+        formats = {
+            "chat_template": self.chat_template,
+            "setup_chat_format": self.setup_chat_format or None,
+            "clone_chat_template": self.clone_chat_template,
+        }
+        given = [name for name, value in formats.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} both choose the chat template; give one")
         if self.quantization != "nf4" and self.method != "qlora":
             raise ConfigError(
                 f"quantization={self.quantization} is for method qlora, and method {self.method} "

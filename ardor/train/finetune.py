@@ -1,6 +1,5 @@
 """`ardor finetune`: a model that exists, on examples of what it should do."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,34 +10,30 @@ from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameter
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode
-from ardor.data.choices import Preferences
 from ardor.data.dataset import Dataset
 from ardor.data.formats import (
     Completion,
-    Content,
-    Conversation,
     Segments,
     Text,
-    answer_of,
-    explained,
-    read,
 )
 from ardor.data.mixture import Mixture
-from ardor.data.preferences import Judged, build_judged, check_columns
+from ardor.data.preferences import Judged, build_judged
 from ardor.data.readers import Row
-from ardor.errors import ConfigError, DataError
-from ardor.load import Model, default_device, load_model, stops_of, tokenizer_of
+from ardor.doctor.checkpoint import Training
+from ardor.doctor.finding import Finding
+from ardor.doctor.preflight import preflight, told
+from ardor.errors import ConfigError
+from ardor.load import Model, default_device, load_model, tokenizer_of
 from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import ChatTemplate
-from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
-from ardor.train.prefer import Preference, prefer
+from ardor.train.prefer import Preference, check_judged, prefer
 from ardor.train.preference import kind_of
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
@@ -50,6 +45,16 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
+from ardor.train.tokens import (
+    Tokens,
+    chats,
+    content_of,
+    occurrence,
+    prepare_tokens,
+    rows_to_train,
+    template_for,
+)
+from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 PREFERENCE_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
@@ -68,19 +73,20 @@ def prepare(config: Finetune) -> Run:
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
-    if config.objective != "sft":
-        for row in first:
-            check_columns(row, kind_of(config.objective))
+    check_judged(first, config.objective)
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
-    model, added = _model(config, checkpoint, first)
+    findings = () if checkpoint else _looked_at(config, rows, apart, first)
+    model, tokens = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
     config = replace(config, trust_remote_code=False)
     limit = min(config.max_length, model.decoder.facts.max_positions)
     data, kept = _dataset(rows, model, config, limit)
     held = None if apart is None else _dataset(apart, model, config, limit).dataset
-    if checkpoint is None:
-        _make_trainable(config, model, added)
+    pad: tuple[str, ...] = ()
+    if tokens is not None:
+        pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
+        _make_trainable(config, model, tokens)
     frozen = choose_trained(model.decoder, config, aliases(model))
     train, heldout = split(config, data, held)
     preference = None
@@ -107,6 +113,8 @@ def prepare(config: Finetune) -> Run:
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *(() if preference is None else (preference.note,)),
+            *pad,
+            *told(findings, config.allow),
         ),
     )
     run.opening = _opening(first[0], config)
@@ -125,45 +133,43 @@ def _evaluated(
     return row
 
 
-def template_for(
-    asked: str | None, tokenizer: Tokenizer, own: ChatTemplate | None, needed: Callable[[], bool]
-) -> ChatTemplate | None:
-    """The template that conversations are rendered by: as asked, the model's own, or a default.
+def _looked_at(
+    config: Finetune, rows: Mixture, heldout: Mixture | None, first: list[Row]
+) -> tuple[Finding, ...]:
+    """What doctor says of the model with the template that it is trained on, and of the data.
 
-    None where the model has none and nothing in the data needs one (`needed`): a template says that
-    a model was trained on it.
-
-    Raises: TextError if what is asked for is unknown, or needs tokens that the tokenizer lacks.
+    Raises: ConfigError or DataError for what would spoil the run.
     """
-    if asked is not None:
-        return template_named(asked, tokenizer)
-    return default_template(tokenizer) if own is None and needed() else own
 
+    def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
+        return template_for(
+            config.chat_template, tokenizer, own, lambda: chats(first, config.answer_read)
+        )
 
-def reading(config: Finetune) -> Preferences:
-    """Which of two answers tells what kind of data a run has."""
-    return config.preferences if config.objective == "sft" else "chosen"
-
-
-def chats(first: list[Row], preferences: Preferences) -> bool:
-    """Whether a chat template is needed: texts and completions are learnt without one.
-
-    `first` are the first rows of all files. Raises: DataError if one of them cannot be read.
-    """
-    return any(isinstance(_content(row, preferences), Conversation) for row in first)
-
-
-def _content(row: Row, preferences: Preferences) -> Content:
-    format, content = read(row)
-    try:
-        return answer_of(content, preferences)
-    except DataError as error:
-        raise explained(row, format, error) from error
+    rows_are_trained = {"yes": True, "no": False}
+    training = Training(
+        config.method,
+        trains_control_rows=lambda added: (
+            config.method == "full" or rows_are_trained.get(config.train_control_tokens, added)
+        ),
+    )
+    return preflight(
+        config.model,
+        rows=rows,
+        heldout=heldout or (),
+        template=template,
+        training=training,
+        choices=(config.answer_read, config.train_on),
+        max_length=config.max_length,
+        allow=config.allow,
+        revision=config.revision,
+        use_safetensors=config.use_safetensors,
+    )
 
 
 def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    match _content(row, reading(config)):
+    match content_of(row, config.answer_read):
         case Text(text) | Completion(text) | Segments(((text, _), *_)):
             return " ".join(text.split()[:8]) or "The"
     return None
@@ -194,8 +200,10 @@ def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encod
     )
 
 
-def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple[Model, bool]:
-    """The model with the chat template it will be trained on, and whether that is new to it."""
+def _model(
+    config: Finetune, checkpoint: Path | None, first: list[Row]
+) -> tuple[Model, Tokens | None]:
+    """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
     backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
@@ -221,19 +229,10 @@ def _model(config: Finetune, checkpoint: Path | None, first: list[Row]) -> tuple
         )
     model.precision = precision
     model.decoder.compute = precision.compute
-    own = model.template
     if checkpoint is None:
-        model.template = template_for(
-            config.chat_template, tokenizer_of(model), own, lambda: chats(first, reading(config))
-        )
-    added = model.template is not own
-    model.stops = stops_of(model.tokenizer, model.template, model.generation_config, model.config)
-    model.generation_config["eos_token_id"] = model.stops.eos_token_id
-    if full:
-        model.config["eos_token_id"] = model.stops.eos_token_id
-    if checkpoint is not None:
-        _require_grad(config, model)
-    return model, added
+        return model, prepare_tokens(config, model, first)
+    _require_grad(config, model)
+    return model, None
 
 
 def _masters(config: Finetune, precision: Precision) -> torch.dtype:
@@ -241,17 +240,16 @@ def _masters(config: Finetune, precision: Precision) -> torch.dtype:
     return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
 
 
-def _make_trainable(config: Finetune, model: Model, template_added: bool) -> None:
+def _make_trainable(config: Finetune, model: Model, tokens: Tokens) -> None:
     if config.method != "full":
         targets = config.target_modules
-        rows = _control_rows(config, model, template_added)
         model.adapter = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
             use_rslora=config.use_rslora,
-            trainable_token_indices=rows,
+            trainable_token_indices=rows_to_train(config, model, tokens),
         )
         disk = model.form.disk_linears()
         add_lora(
@@ -285,19 +283,6 @@ def _require_grad(config: Finetune, model: Model) -> None:
         parameter.requires_grad_(True)
 
 
-def _control_rows(config: Finetune, model: Model, template_added: bool) -> tuple[int, ...]:
-    """Control tokens that the template writes, where the model has never been trained on them."""
-    if config.train_control_tokens == "no" or model.template is None:
-        return ()
-    if config.train_control_tokens == "auto" and not template_added:
-        return ()
-    tokenizer = tokenizer_of(model)
-    probe = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    text = model.template.render(probe, add_generation_prompt=True)
-    written = {part for part in tokenizer.split(text) if isinstance(part, int)}
-    return tuple(sorted(written - {tokenizer.special.bos, tokenizer.special.eos}))
-
-
 def _described(model: Model, config: Finetune) -> str:
     parameters = list(model.decoder.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -308,7 +293,7 @@ def _described(model: Model, config: Finetune) -> str:
 
 def _template_note(model: Model, config: Finetune, first: list[Row]) -> tuple[str, ...]:
     """Which template conversations were rendered by, and which of their answers are trained on."""
-    if model.template is None or not chats(first, reading(config)):
+    if model.template is None or not chats(first, config.answer_read):
         return ()
     which = "every answer" if config.train_on == "all" else "the last answer"
     return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ardor.errors import ConfigError
-from ardor.load import Model, Native
+from ardor.form import Native
+from ardor.load import Model
 from ardor.train.config import Optimisation
 
 SHOWN = 12  # names in an error

@@ -9,8 +9,6 @@ from typing import Any
 from ardor.files.atomic import explained
 from ardor.train.trackers import Log
 
-METRICS = "metrics.jsonl"  # in the folder of a run
-
 
 class Metrics:
     """The metrics file of a run. `bytes` is its length, which a checkpoint records.

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ardor.data.dataset import Dataset
-from ardor.data.preferences import Judged
+from ardor.data.preferences import Judged, check_columns
+from ardor.data.readers import Row
 from ardor.load import Model
 from ardor.train.config import Finetune
 from ardor.train.preference import (
@@ -14,6 +15,7 @@ from ardor.train.preference import (
     LabelObjective,
     PairObjective,
     Reference,
+    kind_of,
 )
 from ardor.train.reference import begins_as_its_base, tables, under_the_adapter
 
@@ -24,6 +26,13 @@ class Preference(NamedTuple):
     train: Judging
     heldout: Judging | None
     note: str  # for people
+
+
+def check_judged(first: list[Row], objective: str) -> None:
+    """Raises: DataError if one of the first rows has not the judgements that `objective` needs."""
+    if objective != "sft":
+        for row in first:
+            check_columns(row, kind_of(objective))
 
 
 def prefer(

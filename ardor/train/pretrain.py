@@ -9,6 +9,7 @@ import torch
 
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
+from ardor.arch.grow import rows_for
 from ardor.arch.init import initialise
 from ardor.data.cache import encode
 from ardor.data.dataset import Dataset
@@ -19,11 +20,11 @@ from ardor.families.spec_data import differences
 from ardor.files.atomic import write_atomic
 from ardor.files.hub import resolve
 from ardor.files.runs import newest_checkpoint
-from ardor.load import Model, Native, default_device, load_model, stops_of
+from ardor.load import Model, Native, count_tokens, default_device, load_model, stops_of
 from ardor.memory.shapes import count, parameters
 from ardor.precision import training_compute
 from ardor.text.tokenizer import Tokenizer
-from ardor.train.blueprint import ROW_MULTIPLE, Blueprint, read_blueprint
+from ardor.train.blueprint import Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
@@ -132,7 +133,7 @@ def _embedding_rows(config: Train, blueprint: Blueprint, tokenizer: Tokenizer) -
         )
     if config.vocab_size is None and blueprint.vocab is not None:
         return blueprint.vocab
-    return -(-max(needed, config.vocab_size or 0) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return rows_for(max(needed, config.vocab_size or 0))
 
 
 def _text(row: Row) -> str:
@@ -170,6 +171,7 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
         )
         if value is not None
     }
+    count_tokens(decoder, tokenizer)
     return Model(
         decoder=decoder,
         form=Native(blueprint.family, blueprint.spec, blueprint.family.rules(blueprint.spec)),

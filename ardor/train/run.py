@@ -18,7 +18,8 @@ from ardor.data.dataset import Dataset
 from ardor.data.mixture import Mixture
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
-from ardor.files.runs import checkpoints, newest_checkpoint
+from ardor.files.runs import METRICS, checkpoints, newest_checkpoint
+from ardor.files.runs import SETTINGS as CONFIG
 from ardor.files.yaml import to_yaml
 from ardor.load import CONFIG as MODEL
 from ardor.load import Model
@@ -26,13 +27,12 @@ from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
 from ardor.train.groups import aliases
-from ardor.train.metrics import METRICS, Metrics
+from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
 from ardor.train.ranks import Ranks
 from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Objective, Trainer
 
-CONFIG = "config.yaml"
 SPLIT_FROM = 10  # examples
 
 

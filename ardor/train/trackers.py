@@ -73,7 +73,7 @@ def _package(name: str, tracker: str) -> Any:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {
-        f"{row['kind']}/{name}": value
+        f"{row['kind']}/{name}": float(value)
         for name, value in row.items()
         if name not in ("step", "kind") and isinstance(value, int | float)
     }

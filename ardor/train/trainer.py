@@ -21,7 +21,7 @@ from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import write_atomic
-from ardor.files.runs import BEST, newest_checkpoint
+from ardor.files.runs import BEST, METRICS, newest_checkpoint
 from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from ardor.train import randomness, watchdog
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
 from ardor.train.config import Optimisation
 from ardor.train.groups import rate_shares
-from ardor.train.metrics import METRICS, Metrics
+from ardor.train.metrics import Metrics
 from ardor.train.noise import Noise
 from ardor.train.optim import Optimizer, trainable
 from ardor.train.peak import measured
@@ -49,7 +49,7 @@ _FREE = frozenset(
     {"output", "resume", "json", "data", "eval_data", "eval_on_start", "eval_steps", "save_steps"}
     | {"save_total_limit", "logging_steps", "sample_prompts", "sample_tokens", "stop_rate_samples"}
     | {"report_to", "max_loss_zscore", "peak_tflops", "load_best_model_at_end"}
-    | {"early_stopping_patience", "early_stopping_threshold", "offload_optimizer"}
+    | {"early_stopping_patience", "early_stopping_threshold", "offload_optimizer", "allow"}
     # What these make of the data is in its fingerprint.
     | {"over_length", "preferences", "streaming", "cache"}
 )

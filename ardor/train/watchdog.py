@@ -84,7 +84,7 @@ def save_batch(
     for document in (part for batch in batches for part in _documents(batch)):
         tokens, targets = document.tokens[0].tolist(), document.targets[0].tolist()
         row: dict[str, Any] = {
-            "row": int(plan.dataset.rows[document.examples[0]]) + 1,
+            "row": int(plan.dataset.row_of[document.examples[0]]) + 1,
             "loss": _loss(decoder, document),
             "input_ids": tokens,
             "labels": [IGNORE, *targets[:-1]],  # at the token that is predicted

@@ -12,7 +12,7 @@ from ardor.cli import console, doctor
 from ardor.cli.main import main
 from ardor.files.runs import newest_checkpoint
 
-from ..tiny import make_base
+from ..tiny import make_base, write_rows
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -38,7 +38,7 @@ def damage(model: Path, what: float) -> None:
 
 def test_the_exit_code_is_the_worst_that_was_found(base, model, capsys):
     assert main(["doctor", str(base)]) == 0
-    assert "0 errors, 0 warnings, 0 remarks by" in capsys.readouterr().out
+    assert "0 errors, 0 warnings, 1 remark by" in capsys.readouterr().out  # ids without a token
     damage(model, 0.5)
     assert main(["doctor", str(model)]) == 1
     damage(model, torch.nan)
@@ -77,3 +77,48 @@ def test_progress_is_shown_only_where_it_takes_a_while(model, capsys, monkeypatc
     monkeypatch.setattr(doctor, "QUIET", 0.0)
     main(["doctor", str(model)])
     assert "reading weights (MiB)  1/1" in capsys.readouterr().err
+
+
+def test_data_and_what_the_model_makes_of_it_are_shown(model, tmp_path, capsys):
+    rows = [{"prompt": f"the cat {i}: ", "completion": " sat"} for i in range(6)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    assert main(["doctor", str(model), "--data", str(data), "--no-probe"]) == 1
+    said = capsys.readouterr()
+    assert "prompt-space" in said.out and "6: 6 prompt-completion" in said.out
+    assert " 0-" in said.out and "######" in said.out and "probe: not run" in said.err
+    assert (
+        main(["doctor", str(model), "--data", str(data), "--json", "--eval-data", str(data)]) == 1
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["examples"] == 6 and sum(found["data"]["lengths"].values()) == 6
+    assert {"held-out-leak", "prompt-space"} <= {one["rule"] for one in found["findings"]}
+    assert found["probe"]["answers"][0]["stop_reason"] and found["facts"]["padding"]
+    assert main(["doctor", str(model), "--data", str(tmp_path / "no.jsonl")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_repaired_copy_is_written_and_its_code_is_the_answer(model, tmp_path, capsys):
+    edit = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": 5}
+    (model / "generation_config.json").write_text(json.dumps(edit))
+    assert main(["doctor", str(model), "--no-probe"]) == 1
+    fixed = tmp_path / "fixed"
+    assert main(["doctor", str(model), "--no-probe", "--fix", "-o", str(fixed)]) == 0
+    assert f"repaired in {fixed}: ends" in capsys.readouterr().out
+    assert main(["doctor", str(fixed), "--no-probe"]) == 0
+    assert main(["doctor", str(model), "--fix", "-o", str(tmp_path / "f2"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["repaired"]["rules"] == ["ends"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--fix"], "give both or neither"),
+        (["-o", "x"], "give both or neither"),
+        (["--rows", "0"], "at least 1"),
+        (["--eval-data", "x"], "give --data too"),
+        (["--run", "nowhere"], "is no folder"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(model, capsys, flags, says):
+    assert main(["doctor", str(model), "--no-probe", *flags]) == 2
+    assert says in capsys.readouterr().err

@@ -1,103 +1,34 @@
-"""Each rule of doctor finds what it is for, and nothing in a model that is well."""
+"""Rules about files, weights and ids: each finds what it is for, and nothing in what is well."""
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import ardor
-from ardor.doctor import Report
 from ardor.doctor.rules import RULES
-from ardor.files.runs import newest_checkpoint
-from ardor.files.weights import write_weights
 
-from ..tiny import make_base
-
-UP, EMBED = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
-NORM = "model.layers.0.input_layernorm.weight"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def model(base, tmp_path) -> Path:
-    """A copy of the base model to damage."""
-    newest = newest_checkpoint(base)
-    assert newest is not None
-    shutil.copytree(newest, tmp_path / "model")
-    return tmp_path / "model"
-
-
-Change = Callable[[Path], object]
-
-
-def weights(change: Callable[[dict[str, Tensor]], object]) -> Change:
-    def apply(model: Path) -> None:
-        held = {name: t.clone() for name, t in load_file(model / "model.safetensors").items()}
-        change(held)
-        save_file(held, model / "model.safetensors")
-
-    return apply
-
-
-def value(name: str, where: Any, new: float) -> Change:
-    def change(held: dict[str, Tensor]) -> None:
-        held[name][where] = new
-
-    return weights(change)
-
-
-def edit(file: str, **keys: Any) -> Change:
-    def apply(model: Path) -> None:
-        path = model / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-
-    return apply
-
-
-def write(file: str, text: str) -> Change:
-    return lambda model: (model / file).write_text(text)
-
-
-def shrunk(rows: int) -> Change:
-    def apply(model: Path) -> None:
-        weights(lambda held: held.update({EMBED: held[EMBED][:rows].clone()}))(model)
-        edit("config.json", vocab_size=rows)(model)
-
-    return apply
-
-
-def sharded(model: Path) -> None:
-    write_weights(model, load_file(model / "model.safetensors"), max_shard_bytes=20_000)
-    sorted(model.glob("model-*-of-*.safetensors"))[1].unlink()
-
-
-def cut_short(model: Path) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def pickled(model: Path) -> None:
-    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-
-
-class Case(NamedTuple):
-    """What to do to a model, and what is then said of it."""
-
-    change: Change
-    level: str
-    says: tuple[str, ...]  # parts of what, evidence or fix
-
+from . import cases_text
+from .damage import (
+    EMBED,
+    NORM,
+    UP,
+    Case,
+    Change,
+    check,
+    cut_short,
+    edit,
+    look,
+    pickled,
+    said,
+    sharded,
+    shrunk,
+    value,
+    weights,
+    write,
+)
 
 CASES: Mapping[str, list[Case]] = {
     "config-file": [
@@ -174,10 +105,6 @@ CASES: Mapping[str, list[Case]] = {
         Case(edit("generation_config.json", eos_token_id=320), "E", ("no text would end by it",)),
         Case(edit("config.json", eos_token_id=[276, 900]), "W", ("eos_token_id=[276, 900]",)),
     ],
-    "ends": [
-        Case(edit("generation_config.json", eos_token_id=[276, 5]), "I", ("5, 276",)),
-        Case(edit("generation_config.json", eos_token_id=5), "W", ("none of them in all", ": 5")),
-    ],
 }
 
 # Near misses: what looks alike, and is well.
@@ -194,20 +121,11 @@ WELL: Mapping[str, Change] = {
     "float16-range": value(NORM, 0, 65504.0),
     "config-dtype": edit("config.json", dtype=None, torch_dtype="torch.float32"),
     "special-ids": edit("config.json", pad_token_id=319, bos_token_id=None),
-    "ends": edit("config.json", eos_token_id=[276]),
 }
 
 
-def said(report: Report, rule: str) -> list[tuple[str, str]]:
-    return [
-        (found.level, f"{found.what}\n{found.evidence}\n{found.fix}")
-        for found in report.findings
-        if found.rule == rule
-    ]
-
-
 def test_nothing_is_found_in_a_model_that_is_well(model):
-    report = ardor.doctor(model)
+    report = look(model)
     assert report.findings == () and report.worst is None
     assert report.rules == tuple(RULES) and report.tensors == 20
     assert report.bytes == sum(t.nbytes for t in load_file(model / "model.safetensors").values())
@@ -224,19 +142,39 @@ def test_nothing_is_found_in_a_model_that_is_well(model):
 )
 def test_a_rule_finds_what_it_is_for(model, rule, case):
     case.change(model)
-    found = said(ardor.doctor(model), rule)
+    found = said(look(model), rule)
     assert [level for level, _ in found] == [case.level]
     assert all(part in found[0][1] for part in case.says), found
+
+
+TEXT = [(rule, case) for rule, cases in cases_text.CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize(("rule", "case"), TEXT)
+def test_a_rule_about_text_finds_what_it_is_for(chat, rule, case):
+    case.change(chat)
+    check(look(chat), rule, case)
+
+
+@pytest.mark.parametrize("rule", cases_text.WELL)
+def test_a_rule_about_text_leaves_what_only_looks_alike(chat, rule):
+    cases_text.WELL[rule](chat)
+    assert not said(look(chat), rule)
+
+
+def test_nothing_is_found_in_a_chat_model_that_is_well(chat):
+    report = look(chat)
+    assert report.findings == ()
+    facts = dict(report.facts)
+    assert facts["ends"].startswith("<|im_end|> (279): the chat template's terminator")
+    assert "40 rows belong to no token" in facts["ids"] and "of its own" in facts["padding"]
+    assert facts["template"].endswith("writes <|im_start|> <|im_end|>")
 
 
 @pytest.mark.parametrize("rule", WELL)
 def test_a_rule_leaves_what_only_looks_alike(model, rule):
     WELL[rule](model)
-    assert not said(ardor.doctor(model), rule)
-
-
-def test_every_rule_has_a_case():
-    assert {*CASES, "adapter-base"} == {*RULES}
+    assert not said(look(model), rule)
 
 
 def test_whatever_keeps_a_model_from_loading_is_an_error_and_nothing_else_is(model):
@@ -248,7 +186,7 @@ def test_whatever_keeps_a_model_from_loading_is_an_error_and_nothing_else_is(mod
             shutil.rmtree(model)
             shutil.copytree(keep, model)
             case.change(model)
-            errors = [f.rule for f in ardor.doctor(model).findings if f.level == "E"]
+            errors = [f.rule for f in look(model).findings if f.level == "E"]
             try:
                 ardor.load(model)
             except ardor.ArdorError:
@@ -262,28 +200,28 @@ def test_an_adapter_s_own_weights_are_looked_at(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     a, b = (f"base_model.model.model.layers.0.mlp.up_proj.lora_{x}.weight" for x in "AB")
     save_file({a: torch.randn(2, 16), b: torch.randn(24, 2)}, file)
-    report = ardor.doctor(tmp_path)
+    report = look(tmp_path)
     (found,) = report.findings
     assert (found.rule, found.level, found.evidence) == ("adapter-base", "I", "base: owner/base")
     assert report.tensors == 2
     save_file({a: torch.randn(2, 16), b: torch.zeros(24, 2)}, file)
-    ((_, text),) = said(ardor.doctor(tmp_path), "dead-tensor")
+    ((_, text),) = said(look(tmp_path), "dead-tensor")
     assert b in text and "the adapter changes nothing there" in text
     file.unlink()
-    assert said(ardor.doctor(tmp_path), "weights-file")[0][0] == "E"
+    assert said(look(tmp_path), "weights-file")[0][0] == "E"
 
 
 def test_pickles_are_looked_into_when_asked(model):
     value(UP, (0, 0), torch.nan)(model)
     pickled(model)
-    assert not said(ardor.doctor(model), "not-finite")
-    report = ardor.doctor(model, use_safetensors=False)
+    assert not said(look(model), "not-finite")
+    report = look(model, use_safetensors=False)
     assert UP in said(report, "not-finite")[0][1] and said(report, "pickle-only")
 
 
 def test_headers_alone_say_nothing_of_values(model):
     value(UP, (0, 0), torch.nan)(model)
-    report = ardor.doctor(model, weights=False)
+    report = look(model, weights=False)
     assert (report.findings, report.tensors, report.bytes) == ((), 0, 0)
 
 
@@ -291,7 +229,7 @@ def test_findings_come_worst_first_and_progress_ends_with_all(model):
     for change in (edit("config.json", clip_qkv=8), value(EMBED, (3, 2), 7e4)):
         change(model)
     seen: list[tuple[int, int]] = []
-    report = ardor.doctor(model, progress=lambda *done: seen.append(done))
+    report = look(model, progress=lambda *done: seen.append(done))
     assert [found.level for found in report.findings] == ["E", "W", "I"]
     assert report.worst == "E" and seen[-1] == (report.bytes, report.bytes)
     assert [read for read, _ in seen] == sorted(read for read, _ in seen)
@@ -299,4 +237,4 @@ def test_findings_come_worst_first_and_progress_ends_with_all(model):
 
 def test_no_such_model_is_an_error_of_ours(tmp_path):
     with pytest.raises(ardor.CheckpointError, match="is not a directory"):
-        ardor.doctor(tmp_path / "nowhere")
+        look(tmp_path / "nowhere")

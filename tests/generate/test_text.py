@@ -172,7 +172,7 @@ def test_a_lone_stop_string_is_one_and_an_empty_one_is_refused(model):
         LM(model).generate("the cat", stop=("", "x"))
 
 
-def test_the_vocabulary_ends_with_the_tokenizer(model):
+def test_the_vocabulary_ends_with_the_tokenizer(model, monkeypatch):
     known = tokenizer_of(model).vocab_rows
     assert known < model.decoder.spec.vocab
     for answer in generate(
@@ -180,6 +180,7 @@ def test_the_vocabulary_ends_with_the_tokenizer(model):
     ):
         assert max(answer.tokens) < known
     # Without the limit the same draws do go beyond.
+    monkeypatch.setattr(model.decoder, "tokens_known", None)
     tokens = [
         token.id
         for token in module.decode(
@@ -256,7 +257,7 @@ def test_logprobs_are_of_the_tokens_in_nats(model):
     found = LM(model).generate("the cat sat", max_new_tokens=6, temperature=0.8, seed=1)
     prompt = tokenizer_of(model).encode("the cat sat")
     ids = torch.tensor([[*prompt, *found.tokens]])
-    logprobs = model.decoder.logits(model.decoder.hidden(ids)).log_softmax(-1)[0]
+    logprobs = model.decoder.token_logits(model.decoder.hidden(ids)).log_softmax(-1)[0]
     wanted = [float(logprobs[len(prompt) - 1 + i, id]) for i, id in enumerate(found.tokens)]
     assert found.logprobs == pytest.approx(wanted, abs=1e-4)
     assert all(value <= 0 for value in found.logprobs) and not any(map(math.isnan, found.logprobs))

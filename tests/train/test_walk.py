@@ -22,6 +22,7 @@ from ardor.train.noise import Noise
 from ardor.train.recompute import recompute
 from ardor.train.schedule import SCHEDULES, rate_share
 
+from ..tiny import sentences
 from .conftest import figures, finish, prepare, train_config, tune_config
 
 pytestmark = pytest.mark.sweep
@@ -317,3 +318,29 @@ def test_operations_are_those_that_pytorch_counts(base):
 def test_metrics_say_the_same_whatever_was_measured(texts, tmp_path):
     finish(prepare(train_config(texts, tmp_path / "run", max_steps=2)))
     assert all("memory" not in row for row in figures(tmp_path / "run"))
+
+
+# --- continued pre-training ---
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_plain_documents_are_learnt_whole_in_chunks(base, tmp_path, method):
+    text = " ".join(sentences(12, seed=3))
+    data = tmp_path / "book.txt"
+    data.write_text(text)
+    config = tune_config(
+        base("llama"), data, tmp_path / "run", method=method, max_length=20, eval_fraction=0.0
+    )
+    run = prepare(replace(config, max_steps=2))
+    tokenizer = run.model.tokenizer
+    assert tokenizer is not None and run.model.template is None
+    pieces = [run.train[i] for i in range(len(run.train))]
+    assert len(pieces) > 3 and all(len(piece.tokens) <= 20 for piece in pieces)
+    joined = list(pieces[0].tokens)
+    for piece in pieces[1:]:
+        assert piece.tokens[0] == joined[-1]  # the border is predicted, once
+        joined += piece.tokens[1:]
+    assert joined == [*tokenizer.encode(text), tokenizer.special.eos]
+    assert run.train.census.targets == len(joined) - 1
+    events = finish(run)
+    assert sum(event["kind"] == "train" for event in events) == 2

@@ -16,6 +16,7 @@ from ardor.files.runs import newest_checkpoint
 from ardor.load import load_model
 from ardor.loss import IGNORE
 from ardor.train import trainer as trainer_module
+from ardor.train import watchdog
 from ardor.train.watchdog import Diverged, diverging, replay, spike
 
 from .conftest import finish, prepare, train_config, tune_config
@@ -47,7 +48,7 @@ def test_divergence_is_steady_and_worse_than_guessing():
 def test_a_loss_that_jumps_stops_the_run_and_saves_rows_that_can_be_replayed(
     texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ardor.train.watchdog.LEAST", 3)
+    monkeypatch.setattr(watchdog, "LEAST", 3)
     config = train_config(texts, tmp_path / "run", num_train_epochs=4.0, save_steps=1)
     run = prepare(config)
     real = trainer_module.document_loss

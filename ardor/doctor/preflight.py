@@ -1,0 +1,121 @@
+"""What is looked at by itself before a model is trained or served: all that needs no weights read.
+
+Files, names and shapes are left to the loader, which refuses them with a message of its own.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+from ardor.data.choices import Preferences
+from ardor.data.readers import Row
+from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoint
+from ardor.doctor.data import Reading, sample
+from ardor.doctor.finding import Finding
+from ardor.doctor.rules import RULES, SUBJECTS
+from ardor.errors import ConfigError, DataError
+from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
+from ardor.files.runs import newest_checkpoint
+from ardor.load import CONFIG
+from ardor.text.chat import ChatTemplate, TrainOn
+from ardor.text.tokenizer import Tokenizer
+
+ROWS = 500  # of the data: enough to see what is wrong with all, soon enough to wait for
+LOADER = ("files", "weights", "behaviour", "runs")  # subjects that are looked at elsewhere
+# Rules whose errors are those of the loader, or of whoever builds the dataset, in better words.
+REFUSED_ANYWAY = ("vocabulary", "row-ids", "row-targets")
+
+# The tokenizer, and the template that the model has -> the one that is used.
+TemplateOf = Callable[[Tokenizer, ChatTemplate | None], ChatTemplate | None]
+
+
+def preflight(
+    name: str | Path,
+    *,
+    rows: Iterable[Row] = (),
+    heldout: Iterable[Row] = (),
+    template: TemplateOf | None = None,
+    training: Training | None = None,
+    choices: tuple[Preferences, TrainOn] = ("refuse", "all"),
+    max_length: int | None = None,
+    allow: Sequence[str] = (),
+    revision: str | None = None,
+    use_safetensors: bool = True,
+) -> tuple[Finding, ...]:
+    """The warnings and remarks on a model and its data, before any weight is read.
+
+    Of `rows` the first ROWS are looked at. `template` gives the one that will be used, where that
+    is not the model's own; `choices` are the run's preferences and train_on. An error among the
+    rules named in `allow` is returned with the rest.
+
+    Raises: ConfigError for any other error, or a name in `allow` that is no rule; DataError for a
+    row that cannot be trained on; CheckpointError if there is no such model.
+    """
+    check_rules(allow)
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    path = resolve(name, revision, patterns=patterns).path
+    if not (path / CONFIG).exists():
+        path = newest_checkpoint(path) or path
+    found = open_checkpoint(path, use_safetensors=use_safetensors)
+    compare(found)
+    found.training = training
+    if found.tokenizer is not None and template is not None:
+        own, found.template = found.template, template(found.tokenizer, found.template)
+        found.template_added = found.template is not None and found.template is not own
+    if found.tokenizer is not None and (some := [*islice(rows, ROWS + 1)]):
+        _look(found, some, heldout, max_length, choices)
+    names = [n for subject, rules in SUBJECTS.items() if subject not in LOADER for n in rules]
+    findings = [replace(one, rule=rule) for rule in names for one in RULES[rule](found)]
+    errors = [one for one in findings if one.level == "E" and one.rule not in allow]
+    if errors and not any(one.rule == "vocabulary" for one in errors):
+        _refuse(found, [one for one in errors if one.rule not in REFUSED_ANYWAY])
+    return tuple(sorted(findings, key=lambda one: "EWI".index(one.level)))
+
+
+def check_rules(names: Sequence[str]) -> None:
+    """Raises: ConfigError for a name that is no rule, with the nearest that is."""
+    for name in names:
+        if name not in RULES:
+            near = get_close_matches(name, RULES, n=1)
+            hint = f"did you mean {near[0]}?" if near else "docs/DOCTOR.md lists them"
+            raise ConfigError(f"allow={name}: doctor has no such rule; {hint}")
+
+
+def _look(
+    found: Checkpoint,
+    rows: Sequence[Row],
+    heldout: Iterable[Row],
+    max_length: int | None,
+    choices: tuple[Preferences, TrainOn],
+) -> None:
+    assert found.tokenizer is not None
+    positions = None if found.spec is None else found.spec.max_positions
+    known = [length for length in (max_length, positions) if length is not None]
+    limit = min(known, default=None)
+    reading = Reading(found.tokenizer, found.template, found.stops.ids, found.rows, limit, *choices)
+    found.data = sample(rows, reading, most=ROWS, heldout=islice(heldout, ROWS))
+
+
+def _refuse(found: Checkpoint, errors: list[Finding]) -> None:
+    """Raises for the first of `errors`, and names the others."""
+    if not errors:
+        return
+    if errors[0].rule == "data-rows" and found.data is not None:
+        raise DataError(found.data.broken.places[0])
+    told = [f"{one.what} ({one.rule}): {one.evidence}; {one.fix}" for one in errors]
+    flags = " ".join(f"--allow {rule}" for rule in dict.fromkeys(one.rule for one in errors))
+    raise ConfigError("\n".join([*told, f"to go on all the same, add {flags}"]))
+
+
+def told(findings: Iterable[Finding], allow: Sequence[str] = ()) -> tuple[str, ...]:
+    """A line for each warning, and for each error that was set aside."""
+    lines = []
+    for one in findings:
+        if one.level == "E":
+            if one.rule in allow:
+                lines.append(f"doctor, set aside by allow={one.rule}: {one.what} ({one.evidence})")
+        elif one.level == "W" and one.rule not in allow:
+            lines.append(f"doctor: {one.what} ({one.rule}): {one.evidence}; {one.fix}")
+    return tuple(lines)

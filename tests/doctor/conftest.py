@@ -1,0 +1,34 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ardor.files.runs import newest_checkpoint
+from ardor.text.chat import CHATML_SOURCE
+
+from ..tiny import make_base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def model(base, tmp_path) -> Path:
+    """A copy of the base model to damage."""
+    newest = newest_checkpoint(base)
+    assert newest is not None
+    shutil.copytree(newest, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def chat(model) -> Path:
+    """The same, with a chat template and the ends that go with it."""
+    (model / "chat_template.jinja").write_text(CHATML_SOURCE)
+    for name in ("config.json", "generation_config.json"):
+        path = model / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [279, 276]}))
+    return model

@@ -1,0 +1,98 @@
+"""`ardor.train` and `ardor.finetune` from Python, and metrics that go to other people's pages."""
+
+import sys
+
+import pytest
+
+import ardor
+from ardor.errors import ConfigError
+from ardor.files.runs import newest_checkpoint
+from ardor.tuning import Trained
+
+from ..tiny import SIZES
+from .conftest import figures
+
+pytestmark = pytest.mark.sweep
+
+
+def test_a_run_from_python_goes_to_the_end_and_loads(texts, tmp_path, capfd):
+    done = ardor.train(
+        texts, output=str(tmp_path / "run"), max_steps=4, eval_fraction=0.1, eval_steps=2, **SIZES
+    )
+    assert isinstance(done, Trained) and done.steps == 4 and not done.stopped_early
+    assert [event["step"] for event in done.evaluations] == [2, 4]
+    assert done.checkpoint == newest_checkpoint(tmp_path / "run")
+    assert done.load().generate("the cat", max_new_tokens=3).text is not None
+    said = capfd.readouterr()
+    assert "step 4/4: loss" in said.err and not said.out
+
+
+def test_python_and_the_command_line_are_one(base, pairs, tmp_path, capfd):
+    from ardor.cli.main import main
+
+    flags = ["--max-steps", "2", "--target-modules", "q_proj", "v_proj", "--dtype", "float32"]
+    typed = tmp_path / "typed"
+    assert main(["finetune", str(base("llama")), str(pairs), "-o", str(typed), *flags]) == 0
+    called = ardor.finetune(
+        base("llama"),
+        pairs,
+        output=tmp_path / "called",
+        max_steps=2,
+        target_modules=["q_proj", "v_proj"],
+        dtype="float32",
+        progress=False,
+    )
+    assert figures(called.folder) == figures(typed)
+
+
+def test_events_are_drawn_and_the_run_stopped_from_them(base, pairs, tmp_path):
+    run = ardor.finetune_run(str(base("llama")), pairs, output=tmp_path / "run", max_steps=9)
+    for event in run.events():
+        if event["kind"] == "train" and event["step"] == 3:
+            run.trainer.stop_requested = True
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and newest.name == "checkpoint-3"
+
+
+def test_a_setting_that_there_is_none_of_is_told_with_the_nearest(base, pairs):
+    with pytest.raises(ConfigError, match=r"unknown setting 'learning_rat'; did you mean 'learn"):
+        ardor.finetune(base("llama"), pairs, learning_rat=1e-4)
+    assert ardor.finetune.__module__ == "ardor.tuning"  # and the package is still there
+
+    assert "ardor.train.config" in sys.modules
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_metrics_go_to_tensorboard_when_asked(texts, tmp_path):
+    run = tmp_path / "run"
+    ardor.train(texts, output=run, max_steps=3, report_to=("tensorboard",), progress=False, **SIZES)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pages = EventAccumulator(str(run / "tensorboard"))
+    pages.Reload()
+    sent = [(event.step, event.value) for event in pages.Scalars("train/loss")]
+    rows = [row for row in figures(run) if row["kind"] == "train"]
+    assert sent == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_hosted_trackers_get_every_row_and_are_named_when_missing(
+    texts, tmp_path, monkeypatch, name
+):
+    class Page:
+        def init(self, **given):
+            self.config, self.rows = given["config"], []
+            return self
+
+        def log(self, numbers, step):
+            self.rows.append((step, numbers))
+
+    page = Page()
+    monkeypatch.setitem(sys.modules, name, page)
+    settings = {"max_steps": 2, "report_to": (name,), "progress": False, **SIZES}
+    ardor.train(texts, output=tmp_path / "a", **settings)
+    assert [step for step, numbers in page.rows if "train/loss" in numbers] == [1, 2]
+    assert page.config["max_steps"] == 2
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=f"report_to={name} needs the package {name}"):
+        ardor.train(texts, output=tmp_path / "b", **settings)
