@@ -111,13 +111,7 @@ def prepare(config: Finetune) -> Run:
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
-            f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
-            f"{config.master_dtype if config.method == 'full' else 'float32'}",
-            *frozen,
-            *_template_note(model, config, first),
-            *choose_attention(model, config.attn_implementation),
-            *_experts_note(model, config),
+            *_model_notes(model, config, first, frozen),
             *(() if packed is None else packed.lines()),
             *(() if preference is None else (preference.note,)),
             *pad,
@@ -126,6 +120,20 @@ def prepare(config: Finetune) -> Run:
     )
     run.opening = _opening(first[0], config)
     return run
+
+
+def _model_notes(
+    model: Model, config: Finetune, first: list[Row], frozen: tuple[str, ...]
+) -> tuple[str, ...]:
+    masters = config.master_dtype if config.method == "full" else "float32"
+    return (
+        f"model: {_described(model, config)}",
+        f"compute: {model.decoder.compute} ({model.precision.why}), trained in {masters}",
+        *frozen,
+        *_template_note(model, config, first),
+        *choose_attention(model, config.attn_implementation),
+        *_experts_note(model, config),
+    )
 
 
 def _evaluated(
