@@ -63,6 +63,77 @@ def chunked_next_token_loss(
     return LossSum(nats, torch.tensor(len(kept), device=targets.device))
 
 
+def chunked_token_logprobs(
+    hidden: Float[Tensor, "B T D"],
+    targets: Int[Tensor, "B T"],
+    head: Head,
+    parameters: tuple[Tensor, ...],
+    *,
+    chunk: int | None = None,
+) -> Float[Tensor, "N"]:
+    """log p of each target that is not IGNORE, in order, in nats; never holds [tokens, vocab].
+
+    For losses that weigh tokens differently: how much each counts is known in the backward pass
+    only, so logits are computed in both, `chunk` rows at a time. Double backward is not supported.
+    """
+    kept = (targets != IGNORE).flatten().nonzero().squeeze(-1)
+    rows, wanted = hidden.flatten(0, 1)[kept], targets.flatten()[kept]
+    return _ChunkedLogprobs.apply(head, chunk, rows, wanted, *parameters)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head,
+        chunk: int | None,
+        rows: Float[Tensor, "N D"],
+        targets: Int[Tensor, "N"],
+        *parameters: Tensor,
+    ) -> Float[Tensor, "N"]:
+        cast = [p.detach().to(rows.dtype) for p in parameters]
+        found, start = [torch.zeros(0, device=rows.device)], 0
+        while start < len(rows):
+            stop = start + (chunk or 1)  # one row only when nobody said otherwise: it tells V
+            log_p = head(rows[start:stop], *cast).float().log_softmax(-1)
+            found.append(log_p.gather(-1, targets[start:stop, None])[:, 0])
+            chunk = chunk or max(1, CHUNK_BYTES // (4 * log_p.shape[-1]))
+            start = stop
+        ctx.head, ctx.chunk = head, chunk
+        ctx.save_for_backward(rows, targets, *parameters)
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = upstream
+        rows, targets, *parameters = ctx.saved_tensors
+        wants_rows, wants = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
+        leaves = [
+            p.detach().to(rows.dtype).requires_grad_(wanted)
+            for p, wanted in zip(parameters, wants, strict=True)
+        ]
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        d_rows = torch.empty_like(rows) if wants_rows else None
+        sums = [torch.zeros_like(p) for p, wanted in zip(parameters, wants, strict=True) if wanted]
+        for start in range(0, len(rows), ctx.chunk or 1):
+            piece = slice(start, start + ctx.chunk)
+            with torch.enable_grad():
+                part = rows[piece].detach().requires_grad_(wants_rows)
+                logits = ctx.head(part, *leaves)
+            index, weight = targets[piece, None], weights[piece, None].float()
+            # d log p / d logits = onehot(target) - softmax
+            slope = logits.detach().float().softmax(-1).mul_(-weight)
+            slope = slope.scatter_add_(-1, index, weight)
+            inputs = [part, *trained] if wants_rows else trained
+            found = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
+            if d_rows is not None:
+                d_rows[piece] = found.pop(0)
+            for sum_, gradient in zip(sums, found, strict=True):
+                sum_ += gradient
+        left = iter(sums)
+        return (None, None, d_rows, None, *(next(left) if wanted else None for wanted in wants))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(

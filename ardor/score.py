@@ -6,8 +6,11 @@ Axes: B batch rows, T positions, D model width.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing
@@ -15,7 +18,7 @@ from ardor.arch.layout import Packed
 from ardor.data.batches import Batch
 from ardor.errors import ShapeError
 from ardor.load import Model, tokenizer_of
-from ardor.loss import LossSum, chunked_next_token_loss
+from ardor.loss import IGNORE, LossSum, chunked_next_token_loss, chunked_token_logprobs
 
 CHUNK = 256  # positions whose logits are held at a time
 
@@ -85,6 +88,29 @@ def document_loss(
     tokens, layout = batch.tokens.to(device), Packed((batch.lengths,))
     hidden = decoder.hidden(tokens, layout, routings=routings)
     return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.loss_parts())
+
+
+class DocumentLogprobs(NamedTuple):
+    sums: Float[Tensor, "documents"]  # nats, of the targets of each document together
+    targets: Int[Tensor, "documents"]
+
+
+def document_logprobs(
+    decoder: CausalLM, batch: Batch, routings: list[Routing] | None = None
+) -> DocumentLogprobs:
+    """The log-probability of each document's targets; every document has one at least.
+
+    `routings` as in `document_loss`.
+    """
+    device = decoder.device
+    tokens, targets = batch.tokens.to(device), batch.targets.to(device)
+    hidden = decoder.hidden(tokens, Packed((batch.lengths,)), routings=routings)
+    found = chunked_token_logprobs(hidden, targets, *decoder.head_parts())
+    marked = (batch.targets[0] != IGNORE).split(list(batch.lengths))
+    counts = [int(part.sum()) for part in marked]
+    # Not index_add: on a GPU it adds in another order each time.
+    sums = torch.stack([part.sum() for part in found.split(counts)])
+    return DocumentLogprobs(sums, torch.tensor(counts, device=device))
 
 
 @torch.inference_mode()

@@ -115,6 +115,8 @@ class Progress:
         step: int,
         *,
         loss: float | None = None,
+        accuracy: float | None = None,
+        margin: float | None = None,
         tokens_per_second: float | None = None,
         mfu: float | None = None,
         memory: int | None = None,
@@ -126,6 +128,8 @@ class Progress:
         facts = "  ".join(
             [
                 *([] if loss is None else [f"loss {loss:.3f}"]),
+                *([] if accuracy is None else [f"accuracy {accuracy:.0%}"]),
+                *([] if margin is None else [f"margin {margin:.3f}"]),
                 *([] if tokens_per_second is None else [f"{tokens_per_second:,.0f} tokens/s"]),
                 *([] if mfu is None else [f"MFU {mfu:.0%}"]),
                 *([] if memory is None else [f"{memory / 2**30:.1f} GiB"]),

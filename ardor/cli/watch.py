@@ -46,11 +46,7 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
                 case "train":
                     # Smoothed, as single batches of few examples jump.
                     loss = event["loss"] if loss is None else 0.9 * loss + 0.1 * event["loss"]
-                    rate = event["tokens_per_second"]
-                    use, memory = event.get("mfu"), event.get("memory")
-                    progress.update(
-                        event["step"], loss=loss, tokens_per_second=rate, mfu=use, memory=memory
-                    )
+                    progress.update(event["step"], loss=loss, **_shown(event))
                 case "eval":
                     evaluations.append(event)
                     progress.note(f"step {event['step']}: {evaluation_line(event)}")
@@ -73,6 +69,17 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     return evaluations
 
 
+def _shown(event: Mapping[str, Any]) -> dict[str, Any]:
+    """What the live line says of a step beside its loss."""
+    return {
+        "accuracy": event.get("rewards/accuracies"),
+        "margin": event.get("rewards/margins"),
+        "tokens_per_second": event["tokens_per_second"],
+        "mfu": event.get("mfu"),
+        "memory": event.get("memory"),
+    }
+
+
 def stopped_line(trainer: Trainer) -> str:
     """Why a run ended before its last step."""
     found = trainer.progress
@@ -90,7 +97,12 @@ def memory_line(event: Mapping[str, Any]) -> str:
 
 def evaluation_line(event: Mapping[str, Any]) -> str:
     """Held-out figures on one line."""
-    line = f"held-out loss {event['loss']:.3f} nats, perplexity {event['perplexity']:,.1f}"
+    if "perplexity" in event:
+        line = f"held-out loss {event['loss']:.3f} nats, perplexity {event['perplexity']:,.1f}"
+    else:
+        line = f"held-out loss {event['loss']:.4f}, accuracy {event['rewards/accuracies']:.0%}"
+        if "rewards/margins" in event:
+            line += f", margin of rewards {event['rewards/margins']:.3f}"
     if "stop_rate" in event:
         line += f", stop rate {event['stop_rate']:.0%}"
     return line

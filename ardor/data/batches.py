@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Batch:
     tokens: Int[Tensor, "1 N"]
     targets: Int[Tensor, "1 N"]  # the token that follows in the same document, or IGNORE
     lengths: tuple[int, ...]  # of the documents, in order; they sum to N
-    examples: tuple[int, ...]  # index of each document in its dataset
+    examples: tuple[int, ...]  # in its dataset, the index of the example that each document is of
 
     def to(self, device: torch.device | str) -> "Batch":
         tokens, targets = self.tokens.to(device), self.targets.to(device)
@@ -171,12 +172,15 @@ class BatchPlan:
     def batch(self, indices: tuple[int, ...]) -> Batch:
         """The micro-batch that holds these examples, in this order."""
         spans = [self.dataset.span(index) for index in indices]
-        lengths = tuple(span.stop - span.start for span in spans)
+        documents = [self.dataset.documents(index) for index in indices]
+        lengths = tuple(chain.from_iterable(documents))
+        pairs = zip(indices, documents, strict=True)
+        examples = tuple(index for index, parts in pairs for _ in parts)
         tokens = np.concatenate([self.dataset.tokens[span] for span in spans]).astype(np.int64)
         supervised = np.concatenate([self.dataset.supervised[span] for span in spans])
         row = torch.from_numpy(tokens)
         targets = shift(row, torch.from_numpy(supervised), lengths)
-        return Batch(row[None], targets[None], lengths, tuple(indices))
+        return Batch(row[None], targets[None], lengths, examples)
 
     def stream(
         self, start_epoch: int = 0, start_index: int = 0

@@ -56,7 +56,7 @@ def shift(
     return targets
 
 
-_WORDS = {"unended": "without their end"}
+_WORDS = {"unended": "without their end", "alike": "with two equal answers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,7 @@ class Census:
     unended: int = 0  # of these, those whose last answer has lost its end, and so its stop token
     cut: int = 0  # documents kept as several examples, every token still predicted once
     empty: int = 0  # left out because they held no target, or rows that held no answer
+    alike: int = 0  # pairs left out because both answers are the same
     longest: int = 0  # tokens of the longest example before the limit was applied
     formats: tuple[tuple[str, int], ...] = ()  # rows read in each format
     unread: tuple[str, ...] = ()  # columns that no format reads
@@ -81,7 +82,7 @@ class Census:
         kinds = ", ".join(name for name, _ in self.formats)
         line = f"{self.rows:,} rows{f' ({kinds})' if kinds else ''}: {self.examples:,} examples"
         line += f", {self.tokens:,} tokens, {self.targets:,} targets"
-        for name in ("dropped", "truncated", "unended", "cut", "empty"):
+        for name in ("dropped", "truncated", "unended", "cut", "empty", "alike"):
             if count := getattr(self, name):
                 line += f", {count:,} {_WORDS.get(name, name)}"
         return line
@@ -102,6 +103,8 @@ class Census:
             ("documents cut", f"{self.cut:,}"),
             ("left out, no targets", f"{self.empty:,}"),
         ]
+        if self.alike:
+            lines.append(("left out, two equal answers", f"{self.alike:,}"))
         if self.unread:
             lines.append(("columns not read", ", ".join(self.unread)))
         return tuple(lines)
@@ -173,7 +176,7 @@ class Dataset:
             builder.begin_row(item)
             for example in item.examples:
                 if vocab is not None:
-                    _check_ids(example, vocab, item.row, tokenizer)
+                    check_ids(example, vocab, item.row, tokenizer)
                 builder.add(example, item)
             if progress:
                 progress(builder.counts["rows"])
@@ -222,6 +225,11 @@ class Dataset:
             raise IndexError(f"example {index} of {len(self)}")
         which = index if self.chosen is None else int(self.chosen[index])
         return slice(int(self.starts[which]), int(self.starts[which + 1]))
+
+    def documents(self, index: int) -> tuple[int, ...]:
+        """Tokens of each document of an example: it is one, except where answers are compared."""
+        span = self.span(index)
+        return (span.stop - span.start,)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -315,7 +323,7 @@ def permutation(count: int, *seeds: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def _check_ids(example: Marked, vocab: int, row: Row, tokenizer: Tokenizer) -> None:
+def check_ids(example: Marked, vocab: int, row: Row, tokenizer: Tokenizer) -> None:
     if (high := int(example.tokens.max(initial=0))) >= vocab:
         raise DataError(
             f"{row.where} holds token {tokenizer.token(high)!r}, id {high}, but the "

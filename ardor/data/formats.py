@@ -191,6 +191,23 @@ def encoded(
             raise DataError("a preference is two contents; encode its chosen or its rejected one")
 
 
+def preference_sides(
+    row: Row, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[list[Example]]:
+    """The examples of the chosen and of the rejected side; none where the answer is blank.
+
+    Raises: DataError naming the row, also where it is no preference.
+    """
+    try:
+        content = read_preference(row.values)
+    except DataError as error:
+        raise DataError(f"{row.where} (preference): {error}") from error
+    try:
+        return [encoded(side, tokenizer, template) for side in (content.chosen, content.rejected)]
+    except (DataError, TextError) as error:
+        raise DataError(f"{row.where} (preference): {error}") from error
+
+
 def preference_pair(
     row: Row, tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> tuple[Example, Example] | None:
@@ -201,14 +218,7 @@ def preference_pair(
 
     Raises: DataError naming the row, also where it is no preference.
     """
-    try:
-        content = read_preference(row.values)
-    except DataError as error:
-        raise DataError(f"{row.where} (preference): {error}") from error
-    try:
-        sides = [encoded(side, tokenizer, template) for side in (content.chosen, content.rejected)]
-    except (DataError, TextError) as error:
-        raise DataError(f"{row.where} (preference): {error}") from error
+    sides = preference_sides(row, tokenizer, template)
     if not all(sides) or sides[0] == sides[1]:
         return None
     return sides[0][-1], sides[1][-1]

@@ -66,6 +66,11 @@ _RANGES: dict[str, _Range] = {
     "early_stopping_threshold": _NOT_NEGATIVE,
     "neftune_noise_alpha": _NOT_NEGATIVE,
     "max_loss_zscore": _NOT_NEGATIVE,
+    "beta": _POSITIVE,
+    "simpo_gamma": _NOT_NEGATIVE,
+    "desirable_weight": _POSITIVE,
+    "undesirable_weight": _POSITIVE,
+    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
     "warmup_ratio": _SHARE,
     "lr_decay_ratio": _SHARE,
     "sgd_momentum": _BELOW_1,
@@ -300,6 +305,43 @@ def _check_updates(config: Optimisation) -> None:
         )
 
 
+Objective = Literal["sft", "dpo", "cdpo", "ipo", "hinge", "simpo", "orpo", "kto"]
+# Setting of preference tuning -> the objectives that it is for.
+_OF_OBJECTIVES = {
+    "beta": ("dpo", "cdpo", "ipo", "hinge", "simpo", "orpo", "kto"),
+    "label_smoothing": ("dpo", "cdpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "precompute_ref_log_probs": ("dpo", "cdpo", "ipo", "hinge", "kto"),
+}
+
+
+def _check_objective(config: "Finetune") -> None:
+    """Raises: ConfigError for settings that the objective does not have."""
+    for name, objectives in _OF_OBJECTIVES.items():
+        if getattr(config, name) is not None and config.objective not in objectives:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} is for objective {', '.join(objectives)}, and "
+                f"objective is {config.objective}; leave it out, or choose one of those"
+            )
+    if config.objective != "sft" and config.preferences != "refuse":
+        raise ConfigError(
+            f"preferences={config.preferences} trains on the chosen answers alone, and objective "
+            f"{config.objective} compares both; leave one of them out"
+        )
+    if config.objective == "kto" and config.neftune_noise_alpha > 0:
+        raise ConfigError(
+            f"neftune_noise_alpha={config.neftune_noise_alpha:g} has no place in objective kto; "
+            "leave it out"
+        )
+    if config.method == "full" and config.precompute_ref_log_probs is False:
+        raise ConfigError(
+            "precompute_ref_log_probs=False: method full changes the weights that are the "
+            "reference; leave it out, or choose lora"
+        )
+
+
 ADAPTER_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
     *("init_lora_weights", "eva_batches", "exclude_modules", "modules_to_save"),
@@ -317,6 +359,25 @@ class Finetune(Optimisation):
     data: Datasets
     """jsonl, json, csv, parquet, text files, a folder, or a hub dataset id; format recognised.
     Several are read one after the other, or mixed: a.jsonl,weight=3 b,split=train,weight=1"""
+    objective: Objective = "sft"
+    """What is learnt: sft (to give the answers of the data); which of two answers is better, from
+    rows with chosen and rejected: dpo, cdpo, ipo, hinge, simpo or orpo; or which answers are good,
+    from rows with prompt, completion and label: kto (docs/PREFERENCES.md)."""
+    beta: float | None = None
+    """How closely preference tuning stays at the model it began with; of orpo the weight of the
+    odds ratio. Default: 0.1, for simpo 2."""
+    label_smoothing: float | None = None
+    """Share of pairs expected to be the wrong way round; dpo with it is cdpo. Default: 0, for cdpo
+    0.1."""
+    simpo_gamma: float | None = None
+    """By how much simpo wants the chosen answer's reward to be higher. Default: 1."""
+    desirable_weight: float | None = None
+    """Weight of kto's good answers. Default: 1."""
+    undesirable_weight: float | None = None
+    """Weight of kto's bad answers. Default: 1."""
+    precompute_ref_log_probs: bool | None = None
+    """Ask the model about all answers before the first step, and keep what it says; or, with an
+    adapter, ask the base under it in every step. Default: the former for method full."""
     method: Literal["lora", "qlora", "full"] = "lora"
     """Train adapters on 16-bit weights, adapters on 4-bit weights, or every weight."""
     quantization: str = "nf4"
@@ -392,8 +453,14 @@ class Finetune(Optimisation):
     stop_rate_samples: int = 0
     """Held-out prompts answered at every evaluation to measure how many answers end."""
 
+    @property
+    def answer_read(self) -> Preferences:
+        """What of two answers says which kind of data a run has: text, or conversations."""
+        return self.preferences if self.objective == "sft" else "chosen"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_objective(self)
         if not self.target_modules and not self.modules_to_save:
             raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
         for name in ("rank_pattern", "alpha_pattern"):

@@ -3,11 +3,15 @@
 import math
 from typing import Any
 
+import torch
+
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
+from ardor.data.preferences import Judged
 from ardor.generate.text import Settings, chat_prompt, generate
 from ardor.load import Model, tokenizer_of
 from ardor.score import heldout_loss
+from ardor.train.preference import LabelObjective, PairObjective
 
 TOKENS = 8192  # of a batch; the result does not depend on it
 ANSWERS = 64  # decoded side by side
@@ -29,6 +33,24 @@ def evaluate(model: Model, heldout: Dataset, *, answers: int = 0) -> dict[str, A
     if answers:
         row["stop_rate"] = stop_rate(model, heldout, answers)
     return row
+
+
+def evaluate_preference(
+    model: Model, heldout: Judged, objective: PairObjective | LabelObjective
+) -> dict[str, Any]:
+    """{"loss": per pair (or labelled answer), "examples"} with rewards, accuracy and margins.
+
+    `objective` must be that of the held-out data. The result does not depend on batches.
+    """
+    budget = max(TOKENS, int(heldout.lengths.max()))
+    plan = BatchPlan(heldout, tokens_per_batch=budget, shuffle=False)
+    batches = [plan.batch(members) for members in plan.epoch(0)]
+    model.decoder.eval()
+    with torch.no_grad():
+        count = objective.begin(model.decoder, batches)
+        losses = [float(objective.loss(model.decoder, batch, None).nats) for batch in batches]
+    loss = sum(losses) / count
+    return {"kind": "eval", "loss": loss, "examples": count, **objective.tally.means()}
 
 
 def stop_rate(model: Model, heldout: Dataset, count: int) -> float:

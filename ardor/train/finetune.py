@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from ardor.data.formats import (
     Text,
 )
 from ardor.data.mixture import Mixture
+from ardor.data.preferences import Judged, build_judged
 from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Training
 from ardor.doctor.finding import Finding
@@ -30,9 +32,11 @@ from ardor.text.chat import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
-from ardor.train.evaluate import evaluate, samples
+from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
 from ardor.train.peak import check_finetune
+from ardor.train.prefer import Preference, check_judged, prefer
+from ardor.train.preference import kind_of
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
@@ -55,6 +59,7 @@ from ardor.train.tokens import (
 from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+PREFERENCE_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
 
 
 def prepare(config: Finetune) -> Run:
@@ -64,11 +69,13 @@ def prepare(config: Finetune) -> Run:
     """
     Ranks.take_device()
     if config.learning_rate is None:
-        config = replace(config, learning_rate=LEARNING_RATES[config.method])
+        rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
+        config = replace(config, learning_rate=rates[config.method])
     folder = output_folder(config, "finetune")
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
+    check_judged(first, config.objective)
     checkpoint = resumed_from(config)
     check_finetune(config, default_device())
     findings = () if checkpoint else _looked_at(config, rows, apart, first)
@@ -87,36 +94,57 @@ def prepare(config: Finetune) -> Run:
     else:
         _require_grad(config, model)
     frozen = choose_trained(model.decoder, config, aliases(model))
+    preference = None
+    if isinstance(train, Judged):
+        config, preference = prefer(config, model, folder, (train, heldout), checkpoint)
     run = begin(
         config,
         folder,
         model,
         (train, heldout),
         evaluate=lambda: [
-            *(
-                []
-                if heldout is None
-                else [evaluate(model, heldout, answers=config.stop_rate_samples)]
-            ),
+            *([] if heldout is None else [_evaluated(model, heldout, config, preference)]),
             *samples(model, config.sample_prompts, config.sample_tokens),
         ],
+        objective=None if preference is None else preference.train,
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
-            f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
-            f"{config.master_dtype if config.method == 'full' else 'float32'}",
-            *frozen,
-            *_template_note(model, config, first),
-            *choose_attention(model, config.attn_implementation),
-            *_experts_note(model, config),
+            *_model_notes(model, config, first, frozen),
             *packed,
+            *(() if preference is None else (preference.note,)),
             *pad,
             *told(findings, config.allow),
         ),
     )
     run.opening = _opening(first[0], config)
     return run
+
+
+def _model_notes(
+    model: Model, config: Finetune, first: list[Row], frozen: tuple[str, ...]
+) -> tuple[str, ...]:
+    masters = config.master_dtype if config.method == "full" else "float32"
+    return (
+        f"model: {_described(model, config)}",
+        f"compute: {model.decoder.compute} ({model.precision.why}), trained in {masters}",
+        *frozen,
+        *_template_note(model, config, first),
+        *choose_attention(model, config.attn_implementation),
+        *_experts_note(model, config),
+    )
+
+
+def _evaluated(
+    model: Model, heldout: Dataset, config: Finetune, preference: Preference | None
+) -> dict[str, Any]:
+    if preference is None or preference.heldout is None:
+        return evaluate(model, heldout, answers=config.stop_rate_samples)
+    assert isinstance(heldout, Judged)
+    row = evaluate_preference(model, heldout, preference.heldout)
+    if config.stop_rate_samples:
+        row["stop_rate"] = stop_rate(model, heldout, config.stop_rate_samples)
+    return row
 
 
 def _looked_at(
@@ -129,7 +157,7 @@ def _looked_at(
 
     def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
         return template_for(
-            config.chat_template, tokenizer, own, lambda: chats(first, config.preferences)
+            config.chat_template, tokenizer, own, lambda: chats(first, config.answer_read)
         )
 
     rows_are_trained = {"yes": True, "no": False}
@@ -145,7 +173,7 @@ def _looked_at(
         heldout=heldout or (),
         template=template,
         training=training,
-        choices=(config.preferences, config.train_on),
+        choices=(config.answer_read, config.train_on),
         max_length=config.max_length,
         allow=config.allow,
         revision=config.revision,
@@ -155,13 +183,24 @@ def _looked_at(
 
 def _opening(row: Row, config: Finetune) -> str | None:
     """The first words of a text that the model learns to continue; None if it learns to chat."""
-    match content_of(row, config.preferences):
+    match content_of(row, config.answer_read):
         case Text(text) | Completion(text) | Segments(((text, _), *_)):
             return " ".join(text.split()[:8]) or "The"
     return None
 
 
 def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
+    if config.objective != "sft":
+        judged = build_judged(
+            rows,
+            tokenizer_of(model),
+            model.template,
+            kind_of(config.objective),
+            max_length=limit,
+            over_length=config.over_length,
+            vocab=model.decoder.facts.vocab,
+        )
+        return Encoding(judged)
     return encode(
         rows,
         tokenizer_of(model),
@@ -259,7 +298,7 @@ def _described(model: Model, config: Finetune) -> str:
 
 def _template_note(model: Model, config: Finetune, first: list[Row]) -> tuple[str, ...]:
     """Which template conversations were rendered by, and which of their answers are trained on."""
-    if model.template is None or not chats(first, config.preferences):
+    if model.template is None or not chats(first, config.answer_read):
         return ()
     which = "every answer" if config.train_on == "all" else "the last answer"
     return (f"chat template: {model.template.name}; {which} of a conversation is trained on",)

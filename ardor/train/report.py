@@ -72,15 +72,17 @@ def render(name: str, rows: Sequence[Row], settings: Row) -> str:
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
     samples = [row for row in rows if row["kind"] == "sample"]
+    judged = bool(_series(train, "rewards/accuracies"))
     curves = [
         chart(
-            "Loss, nats per token",
+            "Loss, per pair or answer" if judged else "Loss, nats per token",
             [
                 *_noisy(_series(train, "loss"), ("each step", "smoothed")),
                 Curve("held-out", "eval", _series(evals, "loss")),
             ],
             wide=True,
         ),
+        *(_compared(title, key, train, evals) for title, key in JUDGED),
         chart("Learning rate", [Curve("", "train", thinned(_series(train, "learning_rate")))]),
         chart("Tokens per second", _noisy(_series(train, "tokens_per_second"))),
         chart("Gradient norm", _noisy(_series(train, "grad_norm"))),
@@ -97,6 +99,20 @@ def render(name: str, rows: Sequence[Row], settings: Row) -> str:
         _settings(settings),
     ]
     return PAGE.format(title=escape(name), style=STYLE, body="\n".join(filter(None, body)))
+
+
+JUDGED = (
+    ("Accuracy: the better answer has the higher reward", "rewards/accuracies"),
+    ("Margin of rewards", "rewards/margins"),
+    ("Reward of good answers", "rewards/chosen"),
+    ("Reward of bad answers", "rewards/rejected"),
+    ("Log-probability of good answers, nats", "logps/chosen"),
+)
+
+
+def _compared(title: str, key: str, train: Sequence[Row], evals: Sequence[Row]) -> str:
+    held_out = Curve("held-out", "eval", _series(evals, key))
+    return chart(title, [*_noisy(_series(train, key), ("each step", "smoothed")), held_out])
 
 
 def chart(title: str, curves: Iterable[Curve], *, wide: bool = False) -> str:
@@ -230,7 +246,10 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
     held_out = _series(evals, "loss")
     if held_out:
         facts.append(("held-out loss", f"{held_out[-1][1]:.3f}"))
-        facts.append(("perplexity", f"{math.exp(min(held_out[-1][1], 700.0)):,.4g}"))
+        if accuracy := _series(evals, "rewards/accuracies"):
+            facts.append(("held-out accuracy", f"{accuracy[-1][1]:.0%}"))
+        else:
+            facts.append(("perplexity", f"{math.exp(min(held_out[-1][1], 700.0)):,.4g}"))
         step, best = min(held_out, key=lambda point: point[1])
         if best < held_out[-1][1]:
             facts.append((f"best, step {step:,.0f}", f"{best:.3f}"))

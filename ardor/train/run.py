@@ -31,7 +31,7 @@ from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
 from ardor.train.ranks import Ranks
 from ardor.train.report import REPORT, write_report
-from ardor.train.trainer import Event, Hooks, Trainer
+from ardor.train.trainer import Event, Hooks, Objective, Trainer
 
 SPLIT_FROM = 10  # examples
 
@@ -182,6 +182,7 @@ def begin(
     mixture: Mixture,
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
+    objective: Objective | None = None,
 ) -> Run:
     """Write the resolved settings, build the trainer, and take up the newest checkpoint.
 
@@ -205,7 +206,7 @@ def begin(
     found = predicted(model, plan, heldout, config)
     if found is not None:
         notes = (*notes, note(found))
-    trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks)
+    trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks, objective)
     resumed = config.resume and trainer.resume()
     if other_model:
         more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""

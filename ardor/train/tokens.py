@@ -48,7 +48,7 @@ def prepare_tokens(config: Finetune, model: Model, first: list[Row]) -> Tokens:
             config.chat_template,
             tokenizer_of(model),
             before,
-            lambda: chats(first, config.preferences),
+            lambda: chats(first, config.answer_read),
         )
     align(model)
     return Tokens(model.template is not before, frozenset({special.bos, special.eos}))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from ardor.train.peak import measured
 from ardor.train.ranks import ALONE, Ranks
 from ardor.train.recompute import recompute
 from ardor.train.schedule import rate_share
+from ardor.train.tally import Tally
 from ardor.train.throughput import counter, device_peak
 from ardor.train.trackers import trackers
 from ardor.train.watchdog import Diverged
@@ -68,6 +69,37 @@ class Hooks:
     names: Mapping[str, str] = field(default_factory=dict)  # of parameters, in the checkpoint
 
 
+@runtime_checkable
+class Objective(Protocol):
+    """What a run minimises: sums over a step's micro-batches, divided once by what `begin` says."""
+
+    in_nats: bool  # per token: then a loss can be compared with that of guessing
+
+    def begin(self, decoder: CausalLM, batches: list[Batch]) -> int:
+        """Called before each step with all of its micro-batches; how many things they hold."""
+        ...
+
+    def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum: ...
+
+    @property
+    def tally(self) -> Tally:
+        """What else is reported of the losses since `begin`."""
+        ...
+
+
+class NextToken:
+    """Nats per target: pre-training and supervised fine-tuning."""
+
+    in_nats = True
+    tally = Tally()
+
+    def begin(self, decoder: CausalLM, batches: list[Batch]) -> int:
+        return sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+
+    def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum:
+        return document_loss(decoder, batch, routings)
+
+
 class Trainer:
     """A run in a folder. Build it, then iterate `events()` to the end."""
 
@@ -79,6 +111,7 @@ class Trainer:
         run: Path,
         hooks: Hooks,
         ranks: Ranks = ALONE,
+        objective: Objective | None = None,
     ):
         if config.learning_rate is None or config.gradient_accumulation_steps < 1:
             raise ConfigError("a run needs a learning_rate and gradient_accumulation_steps >= 1")
@@ -91,7 +124,7 @@ class Trainer:
                 f"all; give {ranks.count} or more"
             )
         self.decoder, self.plan, self.config, self.run = decoder, plan, config, run
-        self.hooks, self.ranks = hooks, ranks
+        self.hooks, self.ranks, self.objective = hooks, ranks, objective or NextToken()
         self.parameters = trainable(decoder)
         self.optimizer = Optimizer(
             self.parameters,
@@ -268,16 +301,17 @@ class Trainer:
         rate = self._set_rate()
         self.decoder.train()
         targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
-        nats = self._backward(batches, targets)
+        count = self.objective.begin(self.decoder, batches)
+        loss = self._backward(batches, count) / count
         norm = self._clip()
-        self._check(nats / targets, norm, batches)
+        self._check(loss, norm, batches)
         self._note = self._without_gradient() if self._fresh else None
         self._fresh = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(batch.tokens.numel() for batch in batches)
         seconds = time.perf_counter() - began
-        loss, before = nats / targets, self.progress
+        before = self.progress
         self.progress = replace(
             before,
             step=before.step + 1,
@@ -299,18 +333,19 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            **self.objective.tally.means(self.ranks.sum),
             **self._utilisation(batches, seconds),
         }
 
-    def _backward(self, batches: list[Batch], targets: int) -> float:
-        """Gradients of the mean over all targets of the step; its summed nats."""
+    def _backward(self, batches: list[Batch], count: int) -> float:
+        """Gradients of the mean over all targets (or pairs) of the step; its summed loss."""
         nats = 0.0
         for batch in self.ranks.share(batches):
             routings: list[Routing] = []
             if self.noise is not None:
                 self.noise.lengths = batch.lengths
-            loss = document_loss(self.decoder, batch, routings)
-            (self._minimised(loss, routings) / targets).backward()
+            loss = self.objective.loss(self.decoder, batch, routings)
+            (self._minimised(loss, routings) / count).backward()
             nats += float(loss.nats.detach())
         self.ranks.sum_gradients(self.parameters.values())
         return self.ranks.sum(nats)
@@ -330,6 +365,8 @@ class Trainer:
                 f"trained ({', '.join([*self.parameters][:3])}, ...) has no part in the loss; look "
                 "at freeze, train_only and target_modules"
             )
+        if not self.objective.in_nats:  # single batches of pairs say little
+            return
         vocab = self.decoder.facts.vocab
         if watchdog.diverging(loss, before.recent, before.first_loss, vocab):
             raise self._diverged(

@@ -1,0 +1,274 @@
+"""Answers that people have judged: pairs of which one is better, or answers that are liked or not.
+
+An example holds two documents end to end. Of a pair they are the chosen and the rejected answer,
+each after the prompt; of a labelled answer they are the answer, and the prompt with the answer to
+another one, by which KTO measures how far the model has moved.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+
+from ardor.data.choices import OverLength
+from ardor.data.dataset import Census, Dataset, check_ids
+from ardor.data.encode import marked
+from ardor.data.formats import Conversation, encoded, explained, preference_sides, read
+from ardor.data.lengths import Marked, keep_start, policy_of
+from ardor.data.readers import Row
+from ardor.data.store import MemoryStore
+from ardor.errors import DataError, TextError
+from ardor.text.chat import ChatTemplate
+from ardor.text.tokenizer import Tokenizer
+
+Kind = Literal["pairs", "labels"]
+PAIR = ("chosen", "rejected")
+LABEL = "label"
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, eq=False)
+class Judged(Dataset):
+    """Examples of two documents each, and whether their first one is liked."""
+
+    firsts: np.ndarray | None = None  # int64: tokens of the first document of each
+    liked: np.ndarray | None = None  # bool; of a pair always
+
+    def documents(self, index: int) -> tuple[int, ...]:
+        span, which = self.span(index), index if self.chosen is None else int(self.chosen[index])
+        assert self.firsts is not None
+        first = int(self.firsts[which])
+        return first, span.stop - span.start - first
+
+    def likes(self, index: int) -> bool:
+        assert self.liked is not None
+        return bool(self.liked[index if self.chosen is None else self.chosen[index]])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the tokens, with the borders within examples and the labels."""
+        assert self.firsts is not None and self.liked is not None
+        text = hashlib.sha256(super().fingerprint.encode())
+        text.update(self._pick(self.firsts).astype("<i8").tobytes())
+        text.update(self._pick(self.liked).astype("|b1").tobytes())
+        return text.hexdigest()
+
+
+def check_columns(row: Row, kind: Kind) -> None:
+    """Raises: DataError for a row that holds no judgement of the kind."""
+    found = ", ".join(row.values) or "(none)"
+    if all(column in row.values for column in PAIR):
+        return
+    if kind == "pairs":
+        other = (
+            "for single answers with a label choose --objective kto"
+            if LABEL in row.values
+            else "to train on single answers leave --objective out"
+        )
+        raise DataError(
+            f"{row.where}: found the columns {found}; expected chosen and rejected (and prompt), "
+            f"two answers of which the first is better; {other}"
+        )
+    if LABEL not in row.values:
+        raise DataError(
+            f"{row.where}: found the columns {found}; expected prompt, completion and label (true: "
+            "a good answer, false: a bad one), or chosen and rejected; to train on answers without "
+            "labels leave --objective out"
+        )
+
+
+def build_judged(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    kind: Kind,
+    *,
+    max_length: int,
+    over_length: OverLength = "truncate_left",
+    vocab: int | None = None,
+) -> Judged:
+    """The judged answers of `rows`, each document at most `max_length` tokens.
+
+    For labels a pair counts as two answers, one liked and one not. `truncate_left` takes the same
+    tokens from the start of both prompts of a pair, never from an answer; `truncate_right` takes
+    the ends of answers. Pairs with two equal answers, and rows with a blank answer, are left out
+    and counted.
+
+    Raises: DataError naming the row that cannot be read, or if nothing is left.
+    """
+    builder = _Builder(tokenizer, template, kind, max_length, over_length, vocab)
+    for row in rows:
+        builder.take(row)
+    return builder.finish()
+
+
+class _Builder:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        kind: Kind,
+        limit: int,
+        over_length: OverLength,
+        vocab: int | None,
+    ) -> None:
+        self.tokenizer, self.template, self.kind = tokenizer, template, kind
+        self.limit, self.policy, self.vocab = limit, policy_of(over_length), vocab
+        self.counts: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.bounds: list[int] = []
+        self.kept: list[tuple[Marked, Marked | None, int, bool, bool]] = []
+
+    def take(self, row: Row) -> None:
+        check_columns(row, self.kind)
+        while len(self.bounds) <= row.part:
+            self.bounds.append(self.counts["rows"])
+        self.counts["rows"] += 1
+        if all(column in row.values for column in PAIR):
+            self._take_pair(row)
+        else:
+            self._take_answer(row)
+
+    def _take_pair(self, row: Row) -> None:
+        self.formats["preference"] += 1
+        sides = preference_sides(row, self.tokenizer, self.template)
+        if not all(sides):
+            self.counts["empty"] += 1
+            return
+        better, worse = (marked(side[-1]) for side in sides)
+        if self._alike(better, worse):
+            return
+        if self.kind == "labels":
+            for side, liked in ((better, True), (worse, False)):
+                if found := self._fitted(row, side):
+                    self._keep(found[0][0], None, liked, found[1])
+        elif found := self._fitted(row, better, worse):
+            (better, worse), unended = found
+            if not self._alike(better, worse):
+                self._keep(better, worse, True, unended)
+
+    def _alike(self, better: Marked, worse: Marked) -> bool:
+        same = np.array_equal(better.tokens, worse.tokens)
+        self.counts["alike"] += same
+        return same
+
+    def _take_answer(self, row: Row) -> None:
+        format, content = read(row)
+        self.formats[f"{format.name} with labels"] += 1
+        value = row.values[LABEL]
+        liked = value if isinstance(value, bool) else _LABELS.get(str(value).strip().lower())
+        if liked is None:
+            raise DataError(f"{row.where}: label is {value!r}; expected true or false")
+        # Of a conversation the last answer is what was judged.
+        given = isinstance(content, Conversation) and content.given
+        try:
+            examples = encoded(content, self.tokenizer, self.template, "all" if given else "last")
+        except (DataError, TextError) as error:
+            raise explained(row, format, error) from error
+        if not examples:
+            self.counts["empty"] += 1
+        elif found := self._fitted(row, marked(examples[-1])):
+            self._keep(found[0][0], None, liked, found[1])
+
+    def _fitted(self, row: Row, *sides: Marked) -> tuple[list[Marked], bool] | None:
+        """The documents as the limit leaves them, and whether an end is lost; None: dropped."""
+        if self.vocab is not None:
+            for side in sides:
+                check_ids(side, self.vocab, row, self.tokenizer)
+        longest = max(len(side.tokens) for side in sides)
+        self.counts["longest"] = max(self.counts["longest"], longest)
+        if not all(side.targets for side in sides):
+            self.counts["empty"] += 1
+            return None
+        if longest <= self.limit:
+            return [*sides], False
+        if self.policy == "error":
+            raise DataError(
+                f"{row.where} makes a document of {longest} tokens, longer than max_length="
+                f"{self.limit}; raise max_length, or choose over_length drop, truncate_left or "
+                "truncate_right"
+            )
+        found = None
+        if self.policy == "truncate_left":
+            found = _without_start(sides, longest - self.limit, self.tokenizer.special.bos)
+        elif self.policy == "truncate_right":
+            found = _without_end(sides, self.limit)
+        self.counts["truncated" if found else "dropped"] += 1
+        self.counts["unended"] += found is not None and found[1]
+        return found
+
+    def _keep(self, first: Marked, second: Marked | None, liked: bool, unended: bool) -> None:
+        self.kept.append((first, second, self.counts["rows"] - 1, liked, unended))
+
+    def finish(self) -> Judged:
+        if not self.kept:
+            raise DataError(
+                f"nothing is left to learn from {self.counts['rows']:,} rows: "
+                f"{self.counts['dropped']:,} too long, {self.counts['empty']:,} without an answer, "
+                f"{self.counts['alike']:,} with two equal answers"
+            )
+        store, firsts = MemoryStore(), []
+        for index, (first, second, row, _, unended) in enumerate(self.kept):
+            second = second or self._elsewhere(index)
+            firsts.append(len(first.tokens))
+            tokens = np.concatenate([first.tokens, second.tokens])
+            supervised = np.concatenate([first.supervised, second.supervised])
+            store.append(tokens, supervised, row=row, unended=unended)
+            self.counts["tokens"] += len(tokens)
+            self.counts["targets"] += first.targets + second.targets
+        arrays = store.finish()
+        counts: dict[str, Any] = dict(self.counts)
+        census = Census(**counts, examples=len(self.kept), formats=tuple(self.formats.items()))
+        return Judged(
+            arrays.tokens,
+            arrays.supervised,
+            np.array([0, *accumulate(arrays.lengths.tolist())]),
+            arrays.rows,
+            arrays.unended,
+            census,
+            tuple(self.bounds),
+            firsts=np.array(firsts),
+            liked=np.array([one[3] for one in self.kept]),
+        )
+
+    def _elsewhere(self, index: int) -> Marked:
+        """The prompt of an answer, followed by the answer to another prompt."""
+        own = self.kept[index][0]
+        # From the other half of the data, as neighbours may answer the same prompt.
+        other = self.kept[(index + max(1, len(self.kept) // 2)) % len(self.kept)][0]
+        at, start = (int(np.argmax(one.supervised)) for one in (own, other))
+        tokens = np.concatenate([own.tokens[:at], other.tokens[start:]])
+        supervised = np.concatenate([own.supervised[:at], other.supervised[start:]])
+        return Marked(tokens, supervised).part(0, max(self.limit, at + 1))
+
+
+def _without_start(
+    sides: tuple[Marked, ...], cut: int, bos: int | None
+) -> tuple[list[Marked], bool] | None:
+    """`cut` tokens less of the prompt of each side, after a BOS; None if no prompt were left."""
+    head = 1 if bos is not None and sides[0].tokens[0] == bos else 0
+    if any(int(np.argmax(side.supervised)) <= head + cut for side in sides):
+        return None
+    gone = slice(head, head + cut)
+    return [
+        Marked(np.delete(side.tokens, gone), np.delete(side.supervised, gone)) for side in sides
+    ], False
+
+
+def _without_end(sides: tuple[Marked, ...], limit: int) -> tuple[list[Marked], bool] | None:
+    found = list(_starts(sides, limit))
+    if len(found) < len(sides):
+        return None
+    return [side for side, _ in found], any(unended for _, unended in found)
+
+
+def _starts(sides: tuple[Marked, ...], limit: int) -> Iterator[tuple[Marked, bool]]:
+    for side in sides:
+        short = (side, False) if len(side.tokens) <= limit else keep_start(side, limit)
+        if short:
+            yield short

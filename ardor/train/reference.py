@@ -1,0 +1,82 @@
+"""The model that preferences are measured against: this one, as it was before the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ardor.adapters.lora import lora_modules
+from ardor.adapters.off import without_adapter
+from ardor.arch.causal import CausalLM
+from ardor.data.batches import Batch, BatchPlan
+from ardor.data.dataset import Dataset
+from ardor.errors import CheckpointError
+from ardor.files.atomic import explained
+from ardor.files.weights import read_tensors, write_tensors
+from ardor.score import document_logprobs
+
+FILE = "reference.safetensors"  # in the folder of a run
+TOKENS = 8192  # of a batch; the result does not depend on it
+
+
+@torch.no_grad()
+def under_the_adapter(decoder: CausalLM, batch: Batch) -> Float[Tensor, "documents"]:
+    """The base's own log-probabilities; the adapter is taken off for as long as it takes."""
+    training = decoder.training
+    decoder.eval()
+    with without_adapter(decoder):
+        found = document_logprobs(decoder, batch).sums
+    decoder.train(training)
+    return found
+
+
+class Table:
+    """Log-probabilities that were computed once, of every document of a dataset."""
+
+    def __init__(self, values: Float[Tensor, "examples 2"]):
+        self.values = values
+
+    def __call__(self, decoder: CausalLM, batch: Batch) -> Float[Tensor, "documents"]:
+        return self.values[list(batch.examples[::2])].flatten().to(decoder.device)
+
+
+@torch.no_grad()
+def table(decoder: CausalLM, data: Dataset) -> Table:
+    """Of the model as it stands."""
+    decoder.eval()
+    plan = BatchPlan(data, tokens_per_batch=max(TOKENS, int(data.lengths.max())), shuffle=False)
+    values = torch.empty(len(data), 2)
+    for members in plan.epoch(0):
+        batch = plan.batch(members)
+        values[list(members)] = document_logprobs(decoder, batch).sums.float().cpu().view(-1, 2)
+    return Table(values)
+
+
+def tables(
+    folder: Path, decoder: CausalLM, data: Sequence[Dataset], *, resumed: bool
+) -> list[Table]:
+    """One for each dataset: computed and kept in the folder of the run, or as they were kept.
+
+    Raises: CheckpointError if a resumed run has none, or has those of other data.
+    """
+    path, names = folder / FILE, [one.fingerprint for one in data]
+    if resumed:
+        found = read_tensors(path)
+        if found.keys() != {*names}:
+            raise CheckpointError(
+                f"{path} holds the reference of other data; resume with the data the run began "
+                "with, or choose another output folder"
+            )
+        return [Table(found[name]) for name in names]
+    made = [table(decoder, one) for one in data]
+    with explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {name: one.values for name, one in zip(names, made, strict=True)})
+    return made
+
+
+def begins_as_its_base(decoder: CausalLM) -> bool:
+    """Whether the adapter, as it stands, changes nothing: then the base is the reference."""
+    return all(not bool(module.lora_B.any()) for _, module in lora_modules(decoder))
