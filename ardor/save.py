@@ -124,7 +124,8 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = with_older_keys(model.config) | changed
+    own = isinstance(form, Native)
+    config = (with_older_keys(model.config) if own else model.config) | changed
     if isinstance(form, Native):
         compute = model.precision.compute
         config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)
