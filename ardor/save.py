@@ -90,7 +90,7 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
-        if model.adapter is not None:
+        if model.adapter is not None and model.tokenizer is not None:
             align(model)  # what was merged may have brought a template and tokens
         _write_weights(model, directory, max_shard_bytes)
     if model.generation_config:
