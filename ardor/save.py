@@ -90,7 +90,7 @@ def write_files(model: Model, directory: Path, max_shard_bytes: int = MAX_SHARD_
         needs = {"needs_trust_remote_code": True} if model.form.needs_trust else {}
         write_json(directory / ORIGIN, origin | needs)
     else:
-        if model.adapter is not None:
+        if model.adapter is not None and model.tokenizer is not None:
             align(model)  # what was merged may have brought a template and tokens
         _write_weights(model, directory, max_shard_bytes)
     if model.generation_config:
@@ -124,7 +124,8 @@ def _write_weights(model: Model, directory: Path, max_shard_bytes: int) -> None:
         )
     changed = model.form.write(model.decoder, directory, max_shard_bytes)
     dtype = str(next(model.decoder.parameters()).dtype).removeprefix("torch.")
-    config = with_older_keys(model.config) | changed
+    own = isinstance(form, Native)
+    config = (with_older_keys(model.config) if own else model.config) | changed
     if isinstance(form, Native):
         compute = model.precision.compute
         config = saved_config(config, form.rules, model.decoder, model.quantizing, compute)

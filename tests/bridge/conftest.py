@@ -238,6 +238,7 @@ def greedy(model: Any, ids: list[int], count: int, known: int) -> list[int]:
         use_cache=False,
         eos_token_id=None,
         pad_token_id=0,
-        suppress_tokens=list(range(known, model.config.vocab_size)),
+        # Nor is the padding token ever generated, the second of the last four.
+        suppress_tokens=[known - 3, *range(known, model.config.vocab_size)],
     )
     return found[0, len(ids) :].tolist()

@@ -69,7 +69,8 @@ def test_greedy_continuations_are_theirs_alone_and_in_a_ragged_batch(lm, peer):
 def test_a_score_is_their_log_probability(lm, peer):
     found = lm.score(PROMPTS[2])
     with torch.no_grad():
-        logprobs = peer(torch.tensor([found.tokens])).logits.log_softmax(-1)[0, :-1]
+        logits = peer(torch.tensor([found.tokens])).logits[..., : lm.tokenizer.vocab_rows]
+        logprobs = logits.log_softmax(-1)[0, :-1]  # of ids that have a token
     wanted = logprobs.gather(-1, torch.tensor(found.tokens)[1:, None])[:, 0]
     same(torch.tensor(found.logprobs), wanted)
 

@@ -376,7 +376,7 @@ def test_a_tuning_is_taken_up_again_from_its_saved_settings(world, say, tmp_path
     shutil.rmtree(run / "checkpoint-3")
     said = say("finetune", "--config", run / "config.yaml", "--resume")
     assert said.code == 0 and "resumed at step 2 of 3" in said.err
-    assert "before:" not in said.err  # the model as it was before was not seen this time
+    assert "\nbefore:" not in said.err  # the model as it was before was not seen this time
     for file in newest(run).glob("*.safetensors"):
         assert file.read_bytes() == (newest(tmp_path / "whole") / file.name).read_bytes()
 
