@@ -54,7 +54,9 @@ class _Adapted(nn.Module):
     def begin(self, a: Tensor, b: Tensor, *, offset: bool) -> None:
         """Take A and B; with `offset` their product is taken off again, for good."""
         device = _device(self.base)
-        self.lora_A, self.lora_B = (nn.Parameter(t.float().to(device)) for t in (a, b))
+        # Contiguous: fused optimizers walk through memory, and singular vectors come transposed.
+        a, b = (t.float().to(device).contiguous() for t in (a, b))
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
         held = (t.detach().clone() if offset else None for t in (self.lora_A, self.lora_B))
         for name, tensor in zip(("offset_A", "offset_B"), held, strict=True):
             self.register_buffer(name, tensor, persistent=False)

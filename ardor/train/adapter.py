@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ardor.adapters.config import ALL_LINEAR, LoraConfig
 from ardor.adapters.initial import Sources, dense_weight, principal_inputs
-from ardor.adapters.lora import add_lora, is_experts, select
+from ardor.adapters.lora import add_lora, is_experts, select, select_saved
 from ardor.arch.layout import Packed
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
@@ -59,6 +60,10 @@ def add_adapter(
     def names(name: str) -> str:
         return disk[name].name if name in disk else name
 
+    saved = select_saved(model.decoder, adapter, names)
+    left = {name: ids for name, ids in adapter.token_rows.items() if name not in saved}
+    if left != adapter.token_rows:  # rows of what is trained in full need no training of their own
+        adapter = replace(adapter, trainable_token_indices=left)
     targets = select(model.decoder, adapter, names)
     _require_places(targets, disk.keys())
     sources = Sources()

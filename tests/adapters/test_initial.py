@@ -121,3 +121,11 @@ def test_bfloat16_bases_keep_the_product_to_their_rounding():
     x = torch.randn(5, 64).bfloat16()
     torch.testing.assert_close(module(x), base(x), rtol=8e-3, atol=1e-3)
     assert (module.scale * module.lora_B @ module.lora_A).norm() > 0.4 * base.weight.norm()
+
+
+@pytest.mark.parametrize("kind", ["default", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_parameters_are_contiguous_as_fused_optimizers_take_them_to_be(llama, kind):
+    decoder = llama.ours()
+    add_lora(decoder, LoraConfig(r=4, init_lora_weights=kind))
+    for _, module in lora_modules(decoder):
+        assert module.lora_A.is_contiguous() and module.lora_B.is_contiguous()
