@@ -88,9 +88,9 @@ def main() -> None:
             run = finetune.prepare(replace(plain, output=output, seed=seed, **settings))  # type: ignore[arg-type]
             found.append(last_losses(run.events()))
         before, after = (tuple(zip(*found, strict=True))[i] for i in (0, -1))
-        print(
-            f"{name:12} {mean(before):.4f} -> {mean(after):.4f} +- {stdev(after):.4f}", flush=True
-        )
+        gains = [one - two for one, two in zip(before, after, strict=True)]
+        ends = f"{mean(before):.4f} -> {mean(after):.4f}"
+        print(f"{name:12} {ends}, gain {mean(gains):.4f} +- {stdev(gains):.4f}", flush=True)
 
 
 if __name__ == "__main__":
