@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TextError,
     )
     from ardor.lm import LM, clone_chat_template, load, save, setup_chat_format
+    from ardor.merge import merge
     from ardor.preview import preview
     from ardor.quantize import quantize
     from ardor.tuning import finetune, finetune_run, train, train_run
@@ -32,6 +33,7 @@ PUBLIC = {
     "doctor": "ardor.doctor",
     "preview": "ardor.preview",
     "quantize": "ardor.quantize",
+    "merge": "ardor.merge",
     "train": "ardor.tuning",
     "train_run": "ardor.tuning",
     "finetune": "ardor.tuning",
@@ -57,6 +59,7 @@ __all__ = [
     "finetune",
     "finetune_run",
     "load",
+    "merge",
     "preview",
     "quantize",
     "save",

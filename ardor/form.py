@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ardor.adapters.peft_files import DiskLinear
+from ardor.adapters.peft_layout import DiskLinear
 from ardor.arch import spec as specs
 from ardor.arch.causal import CausalLM
 from ardor.arch.decoder import Decoder

@@ -1,9 +1,11 @@
 """The surface: a loaded model with everything one does with it."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ardor import chat_format
+from ardor.adapters.merge import Merged
+from ardor.adapters.registry import Adapters, How
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
+from ardor.files.runs import newest_checkpoint
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, stops_of, tokenizer_of
@@ -59,20 +64,100 @@ class LM:
         with torch.set_grad_enabled(any(p.requires_grad for p in decoder.parameters())):
             return decoder.logits(decoder.hidden(ids))
 
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The model's adapters by name; the one that it was loaded with is "default".
+
+        Raises: ConfigError for a model that is spread over devices, whose parts cannot change.
+        """
+        model = self.model
+        if model.placement is not None:
+            raise ConfigError(
+                "adapters cannot be changed on a model that is spread over devices; load it on one "
+                "(device_map='cpu' or 'cuda'), or with the adapter that it shall have"
+            )
+        return Adapters(model.decoder, model.form.disk_linears(), model.adapter)
+
+    def load_adapter(self, directory: str | Path, name: str) -> None:
+        """Read another adapter of this base from a PEFT directory or run, without using it yet."""
+        self.adapters.load(newest_checkpoint(Path(directory)) or directory, name)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Have the adapter of that name do its work from now on; None: the base as it is."""
+        self.adapters.use(name)
+        self.model.adapter = None if name is None else self.adapters[name]
+
+    def combine_adapters(
+        self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
+    ) -> None:
+        """Make an adapter from a weighted sum of others; see `Adapters.combine`."""
+        self.adapters.combine(name, weights, how=how, rank=rank)
+
+    def merge(self) -> Merged:
+        """Fold the adapter in use into the weights, in 16 bits where they were; what it cost."""
+        return self.adapters.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        self.adapters.unmerge()
+
+    @contextmanager
+    def _adapter_of(self, settings: dict[str, Any], *, hold: bool = False) -> Iterator[None]:
+        """For one request, the adapter that its settings name ("adapter"; None: the base)."""
+        if "adapter" not in settings:
+            yield
+            return
+        with self.adapters.using(settings.pop("adapter"), hold=hold):
+            yield
+
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
         """Continue a prompt, or each of several; a Generation, or a list of them.
 
-        Settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed.
+        Settings: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, seed;
+        adapter: the name of one for this request (None: the base), or a list of one for each
+        prompt, of which those with the same are generated together.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        ids = [self.tokenizer.encode(p) for p in prompts]
-        found = generate(self.model, ids, _settings(settings), continues=True)
+        prompts = [prompt] if isinstance(prompt, str) else [*prompt]
+        if isinstance(adapters := settings.get("adapter"), list | tuple):
+            return self._generate_mixed(prompts, adapters, settings)
+        with self._adapter_of(settings):
+            ids = [self.tokenizer.encode(p) for p in prompts]
+            found = generate(self.model, ids, _settings(settings), continues=True)
         return found[0] if isinstance(prompt, str) else found
+
+    def _generate_mixed(
+        self, prompts: list[str], adapters: Sequence[str | None], settings: dict[str, Any]
+    ) -> list[Generation]:
+        if len(adapters) != len(prompts):
+            raise ConfigError(
+                f"found {len(adapters)} adapters for {len(prompts)} prompts; give one for each"
+            )
+        found: dict[int, Generation] = {}
+        for name in dict.fromkeys(adapters):
+            places = [i for i, own in enumerate(adapters) if own == name]
+            made = self.generate([prompts[i] for i in places], **settings | {"adapter": name})
+            found |= dict(zip(places, made, strict=True))
+        return [found[i] for i in range(len(prompts))]
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[Piece]:
         """Continue a prompt piece by piece; the last piece has the Generation in `.done`."""
         ids = self.tokenizer.encode(prompt)
-        return stream(self.model, ids, _settings(settings), continues=True)
+        return self._held_stream(
+            settings, lambda s: stream(self.model, ids, _settings(s), continues=True)
+        )
+
+    def _held_stream(
+        self, settings: dict[str, Any], begin: Callable[[dict[str, Any]], Iterator[Piece]]
+    ) -> Iterator[Piece]:
+        """A stream that has its adapter until it has been read to the end."""
+        if "adapter" not in settings:
+            return begin(settings)
+
+        def pieces() -> Iterator[Piece]:
+            with self._adapter_of(settings, hold=True):
+                yield from begin(settings)
+
+        return pieces()
 
     def chat(
         self,
@@ -92,7 +177,8 @@ class LM:
         """
         variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
         prompt = chat_prompt(self.model, messages, **variables)
-        return generate(self.model, [prompt], _settings(settings))[0]
+        with self._adapter_of(settings):
+            return generate(self.model, [prompt], _settings(settings))[0]
 
     def stream_chat(
         self,
@@ -107,7 +193,7 @@ class LM:
         """`chat`, piece by piece."""
         variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
         prompt = chat_prompt(self.model, messages, **variables)
-        return stream(self.model, prompt, _settings(settings))
+        return self._held_stream(settings, lambda s: stream(self.model, prompt, _settings(s)))
 
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, and what follows from it."""

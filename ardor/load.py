@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ardor.adapters.lora import LoraConfig
-from ardor.adapters.peft_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    load_adapter,
-)
+from ardor.adapters.peft_files import load_adapter
+from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM

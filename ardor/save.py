@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ardor.adapters.lora import lora_parameters
-from ardor.adapters.peft_files import save_adapter
+from ardor.adapters.peft_save import save_adapter
 from ardor.errors import CheckpointError, ConfigError
 from ardor.families.hf_config import HFConfig
 from ardor.families.older import with_older_keys

@@ -13,7 +13,7 @@ LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
 LAYER_3 = ("bridge", "place", "packing", "form", "load", "save", "data", "outline")
 LAYER_3 += ("vocabulary", "chat_format")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
-LAYER_5 = ("serve", "lm", "quantize", "quickstart", "plan", "preview", "tuning")
+LAYER_5 = ("serve", "lm", "quantize", "merge", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
 BELOW_4 = BELOW_3 + LAYER_3
 BELOW_5 = BELOW_4 + LAYER_4
@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "text": (*LAYER_0, "files"),
     "families": (*LAYER_0, "arch.spec"),
     "quant": (*LAYER_0, "arch.linear", "kernels"),
-    "adapters": (*LAYER_0, "arch.linear", "kernels", "files"),
+    "adapters": (*LAYER_0, "arch.linear", "arch.experts", "kernels", "files"),
     "parallel": (*LAYER_0, "arch.linear", "kernels"),
     # Not layer 4: a decoder's size is asked for before it is loaded, and by whoever trains it.
     "memory": ("errors", "arch.spec"),
@@ -53,6 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "serve": tuple(unit for unit in BELOW_5 if unit != "train"),
     "lm": tuple(unit for unit in BELOW_5 if unit != "train"),
     "quantize": tuple(unit for unit in BELOW_5 if unit != "train"),
+    "merge": (*(unit for unit in BELOW_5 if unit != "train"), "quantize"),
     "quickstart": (*BELOW_5, "lm"),
     "tuning": (*BELOW_5, "lm"),
     "plan": BELOW_5,  # presets are train's

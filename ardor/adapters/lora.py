@@ -1,78 +1,37 @@
-"""Low-rank adapters on linear maps, and trainable rows of the embedding and the head.
+"""Low-rank adapters on linear maps: which are wrapped, and what they compute.
 
-Axes: R adapter rank, D model width, V vocabulary, n trainable tokens.
+Axes: R adapter rank, E experts.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from ardor.adapters.config import ALL_LINEAR, LoraConfig, ends_with, scale_of
+from ardor.adapters.embedding import (
+    AdaptedHead,
+    LoraEmbedding,
+    SavedModule,
+    TrainableHead,
+    TrainableTokens,
+)
+from ardor.adapters.initial import Sources, Start, dense_weight, starts
 from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
 
-ALL_LINEAR = "all-linear"
-TOKEN_OWNERS = ("embed_tokens", "lm_head")  # modules whose rows can be trained one by one
 
+class _Adapted(nn.Module):
+    """What an adapted linear and adapted experts share."""
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """What to adapt and how strongly; the names are PEFT's.
-
-    `target_modules` is "all-linear" (every linear of the layers, never the head) or endings of
-    module names, ours or the checkpoint's: "q_proj", "mixer.q_proj", "c_attn". Rows of
-    `trainable_token_indices` are trained in full: ids for the embedding (and the head tied to it),
-    or {"embed_tokens": ids, "lm_head": ids}.
-    """
-
-    r: int = 16
-    lora_alpha: int | float = 32
-    lora_dropout: int | float = 0.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    use_rslora: bool = False  # scale by alpha / sqrt(r); Kalajdzievski 2023, arXiv:2312.03732
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"lora_r={self.r} is no rank; set 1 or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout} is outside [0, 1)")
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            raise ConfigError(
-                f"target_modules={self.target_modules!r} is neither {ALL_LINEAR!r} nor a list of "
-                f"names; write ({self.target_modules!r},) for a single one"
-            )
-
-    @property
-    def token_rows(self) -> dict[str, tuple[int, ...]]:
-        """The trainable ids of each module that has some."""
-        asked = self.trainable_token_indices
-        rows = asked if isinstance(asked, Mapping) else {"embed_tokens": tuple(asked)}
-        if unknown := set(rows) - set(TOKEN_OWNERS):
-            raise ConfigError(
-                f"trainable_token_indices names {sorted(unknown)}; rows can be trained in "
-                f"{' and '.join(TOKEN_OWNERS)}"
-            )
-        return {name: tuple(ids) for name, ids in rows.items() if ids}
-
-
-class LoraLinear(nn.Module):
-    """y = base(x) + scale * B(A(dropout(x))), with A and B in float32, computed in x.dtype.
-
-    A is uniform in +-1/sqrt(in) and B zero, so that a fresh adapter changes nothing. `base` is any
-    linear module with `inputs`, `outputs` and a forward, and is frozen.
-
-    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; the initialisation is PEFT's.
-    """
-
-    lora_A: nn.Parameter  # (R, in)
-    lora_B: nn.Parameter  # (out, R)
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    offset_A: Tensor | None
+    offset_B: Tensor | None
 
     def __init__(
         self,
@@ -82,115 +41,180 @@ class LoraLinear(nn.Module):
         dropout: int | float = 0.0,
         *,
         rslora: bool = False,
-        generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.inputs, self.outputs = size_of(base)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
-        # Drawn where the generator lives, so that a seed means the same on every device.
-        place = "cpu" if generator is None else generator.device
-        bound = 1 / math.sqrt(self.inputs)  # Kaiming-uniform with a = sqrt(5)
-        a = torch.empty(r, self.inputs, dtype=torch.float32, device=place)
-        a.uniform_(-bound, bound, generator=generator)
-        device = _device(base)
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.outputs, r, dtype=torch.float32, device=device))
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return scale_of(self.r, self.alpha, rslora=self.rslora)
+
+    def begin(self, a: Tensor, b: Tensor, *, offset: bool) -> None:
+        """Take A and B; with `offset` their product is taken off again, for good."""
+        device = _device(self.base)
+        self.lora_A, self.lora_B = (nn.Parameter(t.float().to(device)) for t in (a, b))
+        held = (t.detach().clone() if offset else None for t in (self.lora_A, self.lora_B))
+        for name, tensor in zip(("offset_A", "offset_B"), held, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A and B with what is taken off beside them, as a plain adapter of the same scale."""
+        if self.offset_A is None or self.offset_B is None:
+            return self.lora_A, self.lora_B
+        a = torch.cat([self.lora_A, self.offset_A], -2)
+        return a, torch.cat([self.lora_B, -self.offset_B], -1)
+
+    def delta(self) -> Float32[Tensor, "... out in"]:
+        """scale * B A, what the adapter adds to the weight (before DoRA's magnitudes)."""
+        a, b = self.whole
+        return self.scale * (b @ a)
+
+    def merged(self, weight: Float32[Tensor, "... out in"]) -> Float32[Tensor, "... out in"]:
+        """What the adapter makes of a weight, unrounded."""
+        return weight + self.delta()
+
+    def extra_repr(self) -> str:
+        taken = "" if self.offset_A is None else ", what it began with is taken off"
+        return (
+            f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}, "
+            f"rslora={self.rslora}{taken}"
+        )
+
+
+class LoraLinear(_Adapted):
+    """y = base(x) + scale * B(A(dropout(x))), with A and B in float32, computed in x.dtype.
+
+    A is uniform in +-1/sqrt(in) and B zero unless `start` says otherwise, so that a fresh adapter
+    changes nothing. With `dora` each output of the sum (without its bias) is brought to a trained
+    magnitude: times m / |row of the adapted weight|, the norm taken for a constant. `base` is any
+    linear module with `inputs`, `outputs` and a forward, and is frozen.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353,
+    equations 5 and 6, and section 4.3 for the constant; the initialisation is PEFT's.
+    """
+
+    lora_magnitude_vector: nn.Parameter | None  # (out,)
+    squares: Tensor | None  # (out,): of the norms of the base's rows
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: int | float,
+        dropout: int | float = 0.0,
+        *,
+        rslora: bool = False,
+        dora: bool = False,
+        start: Start | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(base, r, alpha, dropout, rslora=rslora)
+        if start is None:
+            start = starts("", base, r, self.scale, LoraConfig(), Sources())(generator)[0]
+        self.begin(start.a, start.b, offset=start.offset)
+        self._norms: tuple[tuple[int, int], Tensor] | None = None
+        self.register_buffer("squares", None, persistent=False)
+        self.lora_magnitude_vector = None
+        if dora:
+            self.squares = dense_weight(base).square().sum(1)
+            self.lora_magnitude_vector = nn.Parameter(self.norms().clone())
+
+    @torch.no_grad()
+    def norms(self) -> Float32[Tensor, "out"]:
+        """Of the rows of the adapted weight W + D, which is never formed: |W|^2 + 2 W.D + |D|^2."""
+        versions = (self.lora_A._version, self.lora_B._version)
+        if not self.training and self._norms is not None and self._norms[0] == versions:
+            return self._norms[1]
+        assert self.squares is not None
+        a, b = self.whole
+        across = F.linear(dense_weight(self.base), a)  # (out, R)
+        mixed = 2 * across + self.scale * (b @ (a @ a.T))
+        found = (self.squares + self.scale * (b * mixed).sum(1)).clamp(min=0).sqrt()
+        self._norms = (versions, found)
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraLinear":
+        self._norms = None  # it may lie on another device now
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> "LoraLinear":
+        self._norms = None  # an optimizer may change what counts no versions
+        return super().train(mode)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         y = self.base(x)
+        b = self.lora_B
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        low = low.reshape(-1, self.r)
+        if self.offset_A is not None and self.offset_B is not None:
+            low = torch.cat([low, F.linear(x, self.offset_A.to(x.dtype))], -1)
+            b = torch.cat([b, -self.offset_B], 1)
         # One pass over y, and one rounding, for the product, the scale and the sum.
         flat = torch.addmm(
-            y.reshape(-1, self.outputs), low, self.lora_B.to(x.dtype).T, alpha=self.scale
+            y.reshape(-1, self.outputs),
+            low.reshape(-1, b.shape[1]),
+            b.to(x.dtype).T,
+            alpha=self.scale,
         )
+        if self.lora_magnitude_vector is not None:
+            gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
+            bias = getattr(self.base, "bias", None)
+            shift = None if bias is None else bias.to(x.dtype)
+            flat = flat * gain if shift is None else (flat - shift) * gain + shift
         return flat.view(y.shape)
 
-    def delta(self) -> Float32[Tensor, "out in"]:
-        """scale * B A, what the adapter adds to the weight."""
-        return self.scale * (self.lora_B @ self.lora_A)
+    def merged(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        found = super().merged(weight)
+        if self.lora_magnitude_vector is None:
+            return found
+        return found * (self.lora_magnitude_vector / self.norms())[:, None]
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}, rslora={self.rslora}"
+        dora = "" if self.lora_magnitude_vector is None else ", dora"
+        return super().extra_repr() + dora
 
 
-class TrainableTokens(nn.Module):
-    """An embedding, or a head, of which the rows of a few tokens are replaced by trained ones.
+class LoraExperts(_Adapted):
+    """An adapter of its own on the same linear map of every expert: A (E, R, in), B (E, out, R).
 
-    Rows, not differences, are kept in float32 and rounded to the dtype of the base: a base that
-    was resized and filled with other random rows then gives the same model.
-
-    Source: PEFT 0.21, TrainableTokensLayer.
+    `base` is any module with `count`, `inputs`, `outputs` and the map `of(expert, x)`.
     """
 
-    trainable_tokens_delta: nn.Parameter  # (n, D); PEFT's name for the new rows
-    token_ids: Tensor  # (n,)
-    slots: Tensor  # (V,): the row of each token here, or -1
-
-    def __init__(self, base: nn.Module, ids: tuple[int, ...]):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        weight = base.get_parameter("weight")
-        wrong = [i for i in ids if not 0 <= i < len(weight)]
-        if wrong or len(set(ids)) < len(ids):
-            raise ConfigError(
-                f"trainable_token_indices {wrong or list(ids)} must be different ids below the "
-                f"{len(weight)} rows of the embedding"
-            )
-        index = torch.tensor(ids, device=weight.device)
-        slots = torch.full((len(weight),), -1, dtype=torch.int32, device=weight.device)
-        slots[index] = torch.arange(len(ids), dtype=torch.int32, device=weight.device)
-        self.register_buffer("token_ids", index, persistent=False)
-        self.register_buffer("slots", slots, persistent=False)
-        self.trainable_tokens_delta = nn.Parameter(weight.detach()[index].float())
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: int | float,
+        dropout: int | float = 0.0,
+        *,
+        rslora: bool = False,
+        start: list[Start],
+    ):
+        super().__init__(base, r, alpha, dropout, rslora=rslora)
+        a, b = (torch.stack(parts) for parts in zip(*((s.a, s.b) for s in start), strict=True))
+        self.begin(a, b, offset=start[0].offset)
+        self.count = len(start)
+        self._base: Any = base
 
     @property
-    def rows(self) -> Float[Tensor, "n D"]:
-        """The trained rows as the model uses them, in the dtype of the base."""
-        return self.trainable_tokens_delta.to(self.base_weight.dtype)
+    def bias(self) -> nn.Parameter | None:
+        return getattr(self.base, "bias", None)
 
-    @property
-    def base_weight(self) -> Float[Tensor, "V D"]:
-        """The weight without its trained rows."""
-        # Not get_parameter: the chunked loss puts a plain tensor in its place.
-        return cast(Tensor, self.base.weight)
-
-    @property
-    def weight(self) -> Float[Tensor, "V D"]:
-        """The weight with its trained rows: a copy, differentiable in those rows only."""
-        return self.base_weight.index_copy(0, self.token_ids, self.rows)
-
-    def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        slot = self.slots[ids]
-        trained = F.embedding(slot.clamp(min=0), self.rows)
-        return torch.where((slot >= 0)[..., None], trained, self.base(ids))
+    def of(self, expert: int, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
+        y = self._base.of(expert, x)
+        b = self.lora_B[expert]
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A[expert].to(x.dtype))
+        if self.offset_A is not None and self.offset_B is not None:
+            low = torch.cat([low, F.linear(x, self.offset_A[expert].to(x.dtype))], -1)
+            b = torch.cat([b, -self.offset_B[expert]], 1)
+        return torch.addmm(y, low, b.to(x.dtype).T, alpha=self.scale)
 
 
-class TrainableHead(nn.Module):
-    """Logits from the weight of a TrainableTokens, without a copy of that weight.
-
-    A tied decoder gets one as its `lm_head` while rows of its embedding are trained: the head then
-    uses the same rows, and no gradient of the whole embedding is ever formed.
-    """
-
-    def __init__(self, tokens: TrainableTokens):
-        super().__init__()
-        self.tokens = tokens
-
-    @property
-    def weight(self) -> Float[Tensor, "V D"]:
-        return self.tokens.weight
-
-    def forward(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        frozen = self.tokens.base_weight.to(hidden.dtype)
-        logits = F.linear(hidden, frozen)
-        trained = F.linear(hidden, self.tokens.rows.to(hidden.dtype))
-        return logits.index_copy_(-1, self.tokens.token_ids, trained)
+Wrapper = LoraLinear | LoraExperts | LoraEmbedding | TrainableTokens | SavedModule
+LowRank = LoraLinear | LoraExperts | LoraEmbedding
 
 
 def add_lora(
@@ -199,34 +223,119 @@ def add_lora(
     *,
     names: Callable[[str], str] = str,
     generator: torch.Generator | None = None,
+    sources: Sources | None = None,
 ) -> tuple[str, ...]:
-    """Freeze `decoder` and wrap the linears that `config` targets; their names, in order.
+    """Freeze `decoder` and wrap the modules that `config` targets; their names, in order.
 
-    `names` gives the name that the checkpoint has for a linear of ours; targets may use either.
+    `names` gives the name that the checkpoint has for a module of ours; targets may use either.
     Weights are drawn in the order of the names, so one generator state gives one adapter.
 
-    Raises: ConfigError for a target that matches nothing (with the nearest names), for token ids
-        that are no rows, and for a decoder that already has adapters.
+    Raises: ConfigError for a target that matches nothing (with the nearest names), a rank above
+        the sides of a matrix, a beginning that cannot be had, token ids that are no rows, and a
+        decoder that already has adapters; before anything is changed.
     """
-    if any(True for _ in lora_modules(decoder)):
+    if any(True for _ in wrapped_modules(decoder)):
         raise ConfigError("this model already has an adapter; merge it before adding another")
-    targets = select(decoder, config.target_modules, names)
+    targets = select(decoder, config, names)
     rows = config.token_rows  # checked before anything is changed
-    if "lm_head" in rows and "lm_head" in targets:
-        raise ConfigError("lm_head is in target_modules and in trainable_token_indices; drop one")
+    saved = select_saved(decoder, config, names)
+    for name in rows:
+        if name in targets or name in saved:
+            raise ConfigError(
+                f"{name} is in trainable_token_indices and in "
+                f"{'target_modules' if name in targets else 'modules_to_save'}; drop one"
+            )
+    ranks = {name: config.rank((name, names(name))) for name in targets}
+    _check_ranks(decoder, ranks)
+    if not targets and not rows and not saved:
+        raise ConfigError("no module would be trained: target_modules leaves none")
+    draws = _draws(decoder, config, ranks, names, sources or Sources())
     decoder.requires_grad_(False)
     add_token_rows(decoder, rows)
-    for name in targets:
-        wrapped = LoraLinear(
-            decoder.get_submodule(name),
-            config.r,
-            config.lora_alpha,
-            config.lora_dropout,
-            rslora=config.use_rslora,
-            generator=generator,
-        )
-        replace(decoder, name, wrapped)
+    for name, draw in draws.items():
+        wrap(decoder, name, draw(generator))
+    for name in saved:
+        wrap(decoder, name, SavedModule(decoder.get_submodule(name)))
     return targets
+
+
+def wrap(decoder: nn.Module, name: str, module: nn.Module) -> None:
+    """Put an adapted module in its place, and with an embedding the head that is tied to it."""
+    replace(decoder, name, module)
+    if isinstance(module, LoraEmbedding) and getattr(decoder, "lm_head", None) is None:
+        replace(decoder, "lm_head", AdaptedHead(module))
+
+
+def _draws(
+    decoder: nn.Module,
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    names: Callable[[str], str],
+    sources: Sources,
+) -> dict[str, Callable[[torch.Generator | None], LowRank]]:
+    """What makes each adapted module; everything that can be refused is refused here."""
+    found: dict[str, Callable[[torch.Generator | None], LowRank]] = {}
+    for name, r in ranks.items():
+        base, alpha = decoder.get_submodule(name), config.alpha((name, names(name)))
+        if name == "embed_tokens":
+            found[name] = _embedding_draw(base, r, alpha, config)
+            continue
+        if config.use_dora and is_experts(base):
+            raise ConfigError(
+                f"use_dora cannot adapt {name}: PEFT has no magnitudes for experts; leave them out "
+                "(exclude_modules='.*experts.*'), or train without use_dora"
+            )
+        scale = scale_of(r, alpha, rslora=config.use_rslora)
+        draw = starts(name, base, r, scale, config, sources)
+        kept = {"dropout": config.lora_dropout, "rslora": config.use_rslora}
+
+        def made(
+            generator: torch.Generator | None,
+            base: nn.Module = base,
+            r: int = r,
+            alpha: int | float = alpha,
+            draw: Callable[..., list[Start]] = draw,
+            kept: dict[str, Any] = kept,
+        ) -> LowRank:
+            start = draw(generator)
+            if is_experts(base):
+                return LoraExperts(base, r, alpha, start=start, **kept)
+            return LoraLinear(base, r, alpha, start=start[0], dora=config.use_dora, **kept)
+
+        found[name] = made
+    return found
+
+
+def _embedding_draw(
+    base: nn.Module, r: int, alpha: int | float, config: LoraConfig
+) -> Callable[[torch.Generator | None], LowRank]:
+    if config.use_dora or config.init_lora_weights not in ("default", "gaussian", "eva"):
+        what = "use_dora" if config.use_dora else f"init_lora_weights={config.init_lora_weights}"
+        raise ConfigError(
+            f"{what} is for linear maps, and embed_tokens is a table; leave embed_tokens out of "
+            "target_modules (modules_to_save trains it in full)"
+        )
+    return lambda generator: LoraEmbedding(
+        base, r, alpha, rslora=config.use_rslora, generator=generator
+    )
+
+
+def _check_ranks(decoder: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Raises: ConfigError for a rank above the smaller side of its matrix."""
+    wrong = {}
+    for name, r in ranks.items():
+        module = decoder.get_submodule(name)
+        sides = module.get_parameter("weight").shape if name == "embed_tokens" else size_of(module)
+        if r > min(sides):
+            wrong[name] = f"{name} ({' x '.join(map(str, sides))}, rank {r})"
+    if wrong:
+        shown = ", ".join([*wrong.values()][:3]) + (" and more" if len(wrong) > 3 else "")
+        leaf = next(iter(wrong)).rpartition(".")[2]
+        raise ConfigError(
+            f"the rank is larger than the matrix in {len(wrong)} of {len(ranks)} modules: {shown}; "
+            f"set a lower lora_r, or one for these: rank_pattern {{{leaf!r}: N}}, or leave them "
+            "out with exclude_modules"
+        )
 
 
 def add_token_rows(decoder: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> None:
@@ -257,39 +366,106 @@ def add_token_rows(decoder: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> N
         replace(decoder, "lm_head", TrainableHead(wrapped["lm_head"]))
 
 
-def select(
-    decoder: nn.Module, targets: str | tuple[str, ...], names: Callable[[str], str]
-) -> tuple[str, ...]:
-    """The linears of `decoder` that `targets` means, by our names, in the decoder's order."""
-    linears = linear_names(decoder)
-    if isinstance(targets, str):
-        found = tuple(name for name in linears if place_of(decoder, name) == "layers")
-        if not found:
+def select(decoder: nn.Module, config: LoraConfig, names: Callable[[str], str]) -> tuple[str, ...]:
+    """The modules of `decoder` that are adapted, by our names, in the decoder's order.
+
+    Raises: ConfigError for a target that matches nothing, with what there is.
+    """
+    linears, targets = linear_names(decoder), config.target_modules
+    both = {name: (name, names(name)) for name in linears}
+    if hasattr(decoder, "embed_tokens"):
+        both = {"embed_tokens": ("embed_tokens", names("embed_tokens"))} | both
+    if targets == ALL_LINEAR:
+        found = tuple(
+            name
+            for name in linears
+            if place_of(decoder, name) == "layers"
+            and min(size_of(decoder.get_submodule(name))) > 1  # a gate of one output has no rank
+            and not any(config.excludes(full) for full in both[name])
+        )
+        if not found and not config.modules_to_save:
             raise ConfigError("this model has no linear maps in its layers that could be adapted")
         return found
-    both = {name: (name, names(name)) for name in linears}
-    for target in targets:
-        if not any(ends_with(full, target) for pair in both.values() for full in pair):
-            known = sorted({end for pair in both.values() for end in _endings(pair)})
-            near = difflib.get_close_matches(target, known, n=3, cutoff=0.5) or known[:8]
-            raise ConfigError(
-                f"target module {target!r} matches no linear of this model; "
-                f"did you mean {', '.join(near)}? {ALL_LINEAR!r} takes every linear of the layers"
-            )
+    if targets or not (config.modules_to_save or config.token_rows):
+        _check_targets(decoder, config, both)
     return tuple(
         name
         for name, pair in both.items()
-        if any(ends_with(full, target) for full in pair for target in targets)
+        if any(config.targets(full) for full in pair)
+        and not any(config.excludes(full) for full in pair)
     )
 
 
-def ends_with(name: str, ending: str) -> bool:
-    """Whether the last dotted parts of `name` are `ending`: PEFT's rule for lists of targets."""
-    return name == ending or name.endswith(f".{ending}")
+def _check_targets(
+    decoder: nn.Module, config: LoraConfig, both: Mapping[str, tuple[str, str]]
+) -> None:
+    known = sorted({end for pair in both.values() for end in _endings(pair)})
+    rest = f"{ALL_LINEAR!r} takes every linear of the layers"
+    if isinstance(config.target_modules, str):
+        if not any(config.targets(full) for pair in both.values() for full in pair):
+            raise ConfigError(
+                f"target_modules={config.target_modules!r} as a regular expression for whole names "
+                f"matches no linear of this model, such as "
+                f"{', '.join(pair[1] for pair in [*both.values()][1:4])}; {rest}"
+            )
+        return
+    for target in config.target_modules:
+        if any(ends_with(full, target) for pair in both.values() for full in pair):
+            continue
+        if target == "lm_head" and hasattr(decoder, "lm_head"):
+            raise ConfigError(
+                "target module 'lm_head': this model's head is its embedding; target embed_tokens, "
+                "and both follow"
+            )
+        near = difflib.get_close_matches(target, known, n=3, cutoff=0.5) or known[:8]
+        raise ConfigError(
+            f"target module {target!r} matches no linear of this model; "
+            f"did you mean {', '.join(near)}? {rest}"
+        )
+    if not any(config.targets(full) for pair in both.values() for full in pair):
+        raise ConfigError(
+            f"target_modules={list(config.target_modules)} match, but layers_to_transform="
+            f"{list(config.layers_to_transform)} and exclude_modules leave none of them"
+        )
+
+
+def select_saved(
+    decoder: nn.Module, config: LoraConfig, names: Callable[[str], str]
+) -> tuple[str, ...]:
+    """The modules that are trained in full, by our names.
+
+    Raises: ConfigError for an entry that matches no module with a weight of its own.
+    """
+    both = {
+        name: (name, names(name))
+        for name, module in decoder.named_modules()
+        if name
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and getattr(module, "count", None) is None
+    }
+    for entry in config.modules_to_save:
+        if any(ends_with(full, entry) for pair in both.values() for full in pair):
+            continue
+        if entry == "lm_head" and getattr(decoder, "lm_head", ...) is None:
+            raise ConfigError(
+                "modules_to_save names lm_head, but this model's head is its embedding; name "
+                "embed_tokens, and both are trained"
+            )
+        known = sorted({end for pair in both.values() for end in _endings(pair)})
+        near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) or known[:8]
+        raise ConfigError(
+            f"modules_to_save: {entry!r} matches no module with a full weight of its own; did you "
+            f"mean {', '.join(near)}?"
+        )
+    return tuple(
+        name
+        for name, pair in both.items()
+        if any(ends_with(full, entry) for full in pair for entry in config.modules_to_save)
+    )
 
 
 def linear_names(decoder: nn.Module) -> list[str]:
-    """The linears of the layers and the head, adapted or not; not what is inside an adapter."""
+    """The linears of the layers, experts' too, and the head, adapted or not; nothing inside one."""
     found: list[str] = []
     for name, module in decoder.named_modules():
         inside = bool(found) and name.startswith(f"{found[-1]}.")
@@ -303,22 +479,41 @@ def linear_names(decoder: nn.Module) -> list[str]:
     return found
 
 
-def lora_modules(decoder: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """The adapted linears with their names."""
+def is_tied(decoder: nn.Module) -> bool:
+    """Whether the head of `decoder` is its embedding, adapted or not."""
+    head = getattr(decoder, "lm_head", ...)
+    return head is None or isinstance(head, AdaptedHead)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is the same linear map of several experts."""
+    return getattr(module, "count", None) is not None and hasattr(module, "of")
+
+
+def wrapped_modules(decoder: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Everything an adapter put in front of a module, with its name; heads follow embeddings."""
     for name, module in decoder.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, Wrapper):
+            yield name.removesuffix(".tokens"), module  # of a head's rows
+
+
+def lora_modules(decoder: nn.Module) -> Iterator[tuple[str, LoraLinear | LoraExperts]]:
+    """The adapted linears, experts' too, with their names."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLinear | LoraExperts):
             yield name, module
 
 
 def lora_parameters(decoder: nn.Module) -> list[nn.Parameter]:
-    """What an adapter trains: A and B of every adapted linear, and the trainable token rows."""
-    found = []
+    """What an adapter trains: A, B, magnitudes, trainable token rows and modules in full."""
+    found = {}
     for module in decoder.modules():
-        if isinstance(module, LoraLinear):
-            found += [module.lora_A, module.lora_B]
-        if isinstance(module, TrainableTokens):
-            found.append(module.trainable_tokens_delta)
-    return found
+        if isinstance(module, SavedModule):
+            found |= {id(p): p for p in module.copy.parameters()}
+        elif isinstance(module, Wrapper):
+            own = module.named_parameters(recurse=False)
+            found |= {id(parameter): parameter for _, parameter in own}
+    return list(found.values())
 
 
 def replace(decoder: nn.Module, name: str, module: nn.Module | None) -> None:

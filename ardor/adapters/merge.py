@@ -1,70 +1,208 @@
-"""Adapters folded into the weights they adapt."""
+"""Adapters taken off a model and put back on, and folded into the weights they adapt."""
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ardor.adapters.lora import LoraLinear, TrainableHead, TrainableTokens, lora_modules, replace
+from ardor.adapters.embedding import (
+    AdaptedHead,
+    LoraEmbedding,
+    SavedModule,
+    TrainableHead,
+    TrainableTokens,
+)
+from ardor.adapters.initial import dense_weight
+from ardor.adapters.lora import LoraExperts, LoraLinear, replace, wrapped_modules
+from ardor.arch.experts import ExpertLinear
 from ardor.arch.linear import Linear
 from ardor.errors import ConfigError
 
+Attached = dict[str, nn.Module]
+"""The modules that make an adapter, by the places they stand in; each holds what it adapts."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What is lost of one map's change D = (adapted - trained base), as shares of |D|."""
+
+    name: str
+    change: float  # |D| / |W|
+    rounding: float  # |stored - (W + D)|: one rounding to 16 bits, or the packing, of the sum
+    base: float | None = None  # |W - the base that was trained on|, if they differ
+    requantized: float | None = None  # what packing the sum again costs, if it was packed
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was merged, and what `unmerge` needs to undo it exactly."""
+
+    names: tuple[str, ...]
+    kept: Attached
+    residuals: tuple[Residual, ...] = ()
+
+
+def detach(decoder: nn.Module) -> Attached:
+    """Take an adapter off: every module is what it was before. `attach` puts it back on."""
+    found: Attached = {}
+    head = getattr(decoder, "lm_head", None)
+    if isinstance(head, AdaptedHead | TrainableHead):
+        found["lm_head"] = head
+        tied = isinstance(head, AdaptedHead) or head.tokens is decoder.get_submodule("embed_tokens")
+        base = None if tied or not isinstance(head, TrainableHead) else head.tokens.base
+        replace(decoder, "lm_head", base)
+    for name, module in [*wrapped_modules(decoder)]:
+        found[name] = module
+        replace(decoder, name, module.base)
+    return found
+
+
+def attach(decoder: nn.Module, adapter: Attached) -> None:
+    """Put an adapter on that was taken off this decoder."""
+    for name, module in adapter.items():
+        replace(decoder, name, module)
+
 
 @torch.no_grad()
-def merge(decoder: nn.Module, dtype: torch.dtype | None = None) -> tuple[str, ...]:
-    """Replace every adapted module by a plain one with W + scale * B A; their names.
+def merge(
+    decoder: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    trained: Callable[[str], Tensor] | None = None,
+    packed: Callable[[Tensor], Tensor] | None = None,
+    keep: bool = True,
+) -> Merged:
+    """Replace every adapted module by a plain one with W + scale * B A.
 
     The sum is float32, rounded once to the dtype of W. A quantized W is expanded and stays so, in
     `dtype` or else what it was before quantization: quantizing the sum again would erase most of
     the adapter. Trained token rows are written into a copy of their embedding or head. One weight
-    is merged at a time, and weights that a file is mapped to are not written to.
+    is merged at a time, and weights that a file is mapped to are not written to. `trained` gives
+    the base that a map was trained on, where it is another than here, and `packed` what packing a
+    weight again makes of it: both for the residuals alone, which are only computed with `keep`.
 
-    Raises: ConfigError if a merged weight leaves the range of its dtype.
+    Raises: ConfigError if a merged weight leaves the range of its dtype; the model is as it was.
     """
-    adapted = list(lora_modules(decoder))
-    for name, module in adapted:
-        replace(decoder, name, _merged(name, module, dtype))
-    return (*(name for name, _ in adapted), *_merge_rows(decoder))
+    kept = detach(decoder)
+    residuals: list[Residual] = []
+    plain: dict[str, nn.Module] = {}
+    try:
+        for name, module in kept.items():
+            if isinstance(module, LoraLinear | LoraExperts):
+                plain[name], residual = _merged(name, module, dtype, trained, packed, tell=keep)
+                residuals += [residual] if residual is not None else []
+            else:
+                plain |= _merged_other(name, module)
+    except ConfigError:
+        attach(decoder, kept)
+        raise
+    for name, module in plain.items():
+        replace(decoder, name, module)
+    order = [name for name in _ordered(decoder) if name in plain]
+    return Merged(tuple(order), kept if keep else {}, tuple(residuals))
 
 
-def _merged(name: str, adapted: LoraLinear, dtype: torch.dtype | None) -> Linear:
+def unmerge(decoder: nn.Module, merged: Merged) -> None:
+    """Put back what `merge` replaced, bit for bit: the base weights were kept, not recomputed."""
+    if not merged.kept:
+        raise ConfigError("the base was not kept when this adapter was merged; load it again")
+    attach(decoder, merged.kept)
+
+
+def _ordered(decoder: nn.Module) -> list[str]:
+    outside = ("embed_tokens", "lm_head")
+    names = [name for name, _ in decoder.named_modules()]
+    return [n for n in names if n not in outside] + [n for n in outside if n in names]
+
+
+def _merged(
+    name: str,
+    adapted: LoraLinear | LoraExperts,
+    dtype: torch.dtype | None,
+    trained: Callable[[str], Tensor] | None,
+    packed: Callable[[Tensor], Tensor] | None,
+    *,
+    tell: bool,
+) -> tuple[nn.Module, Residual | None]:
     base = adapted.base
-    dequantized = getattr(base, "dequantized", None)  # a quantized linear, of whatever format
-    if dequantized is None and not isinstance(base, Linear | nn.Linear):
+    if hasattr(base, "blocks"):
+        raise ConfigError(
+            f"{name} is held in MXFP4, whose files have no place for a merged map; load a bfloat16 "
+            "checkpoint of this model and merge into that, or leave experts out (exclude_modules)"
+        )
+    if not hasattr(base, "dequantized") and not isinstance(base, Linear | nn.Linear | ExpertLinear):
         raise ConfigError(f"{name} is a {type(base).__name__}, into which nothing can be merged")
-    if dequantized is None:
-        weight = base.get_parameter("weight")
-        exact, target = weight.float(), weight.dtype
-    else:
-        exact = dequantized(torch.float32)
-        target = dtype or cast(torch.dtype, getattr(base, "original_dtype", torch.float32))
-    merged = torch.addmm(exact, adapted.lora_B, adapted.lora_A, alpha=adapted.scale).to(target)
-    if not merged.isfinite().all():
+    exact = dense_weight(base)
+    target = dtype
+    if not hasattr(base, "dequantized"):
+        target = base.get_parameter("weight").dtype
+    elif target is None:
+        target = cast(torch.dtype, getattr(base, "original_dtype", torch.bfloat16))
+    total = adapted.merged(exact)
+    stored = total.to(target)
+    if not stored.isfinite().all():
         raise ConfigError(
             f"{name} with its adapter leaves the range of {target}; load the base with "
             "dtype=bfloat16 or float32 and merge again, or look for NaN in the adapter"
         )
+    residual = _residual(name, exact, total, stored, trained, packed) if tell else None
     with torch.device("meta"):
-        linear = Linear(adapted.inputs, adapted.outputs)
-    linear.weight = nn.Parameter(merged, requires_grad=False)
-    linear.bias = cast(nn.Parameter | None, getattr(base, "bias", None))
-    return linear
+        if isinstance(adapted, LoraExperts):
+            made: Linear | ExpertLinear = ExpertLinear(
+                adapted.count, adapted.inputs, adapted.outputs, bias=False
+            )
+        else:
+            made = Linear(adapted.inputs, adapted.outputs)
+    made.weight = nn.Parameter(stored, requires_grad=False)
+    made.bias = cast(nn.Parameter | None, getattr(base, "bias", None))
+    return made, residual
 
 
-def _merge_rows(decoder: nn.Module) -> list[str]:
-    names = []
-    embedding, head = (getattr(decoder, name, None) for name in ("embed_tokens", "lm_head"))
-    if isinstance(head, TrainableHead):
-        tied = head.tokens is embedding
-        replace(decoder, "lm_head", None if tied else _with_rows(head.tokens))
-        names += [] if tied else ["lm_head"]
-    if isinstance(embedding, TrainableTokens):
-        replace(decoder, "embed_tokens", _with_rows(embedding))
-        names.insert(0, "embed_tokens")
-    return names
+def _residual(
+    name: str,
+    exact: Tensor,
+    total: Tensor,
+    stored: Tensor,
+    trained: Callable[[str], Tensor] | None,
+    packed: Callable[[Tensor], Tensor] | None,
+) -> Residual:
+    change = float((total - exact).norm())
+    share = max(change, torch.finfo(torch.float32).tiny)
+    base = None if trained is None else float((exact - trained(name)).norm()) / share
+    again = None
+    if packed is not None and total.ndim == 2:
+        again = float((packed(total) - total).norm()) / share
+    rounding = float((stored.float() - total).norm()) / share
+    return Residual(name, change / float(exact.norm()), rounding, base, again)
 
 
-def _with_rows(tokens: TrainableTokens) -> nn.Module:
-    weight: Tensor = tokens.weight
-    tokens.base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    return tokens.base
+def _merged_other(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """What stands in a place of the embedding or head, or of a module trained in full."""
+    match module:
+        case TrainableTokens() | LoraEmbedding():
+            made = _with(module.base, {"weight": module.weight})
+            return {name: made}
+        case TrainableHead() if name == "lm_head" and not _is_embedding(module):
+            return {name: _with(module.tokens.base, {"weight": module.tokens.weight})}
+        case SavedModule():
+            dtypes = {leaf: p.dtype for leaf, p in module.base.named_parameters()}
+            parameters = dict(module.copy.named_parameters())
+            return {name: _with(module.base, {n: p.to(dtypes[n]) for n, p in parameters.items()})}
+    return {}  # a head that follows its embedding
+
+
+def _is_embedding(head: TrainableHead) -> bool:
+    """Whether the rows are those of an embedding, which merges itself."""
+    return not hasattr(head.tokens.base, "inputs")
+
+
+def _with(module: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
+    """The module with other parameters of its own; the original keeps its."""
+    made = copy.copy(module)
+    made._parameters = dict(module._parameters)
+    for name, tensor in parameters.items():
+        made.register_parameter(name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
+    return made

@@ -1,151 +1,95 @@
-"""PEFT's files: adapter_config.json and adapter_model.safetensors, written and read.
-
-A file names the modules that transformers builds. Where one of its linears holds several of ours
-(GPT-2's c_attn is q, k and v), its adapter is split or joined so that both compute the same:
-
-    PEFT:  y = B A x        B (3D, R)        ours:  q = B_q A_q x,  k = B_k A_k x,  v = B_v A_v x
+"""PEFT's files read: adapter_config.json and adapter_model.safetensors.
 
 Source: peft 0.21, utils/save_and_load.py and tuners/lora/model.py.
 """
 
+import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from ardor.adapters.config import ALL_LINEAR, LoraConfig, by_pattern, ends_with, is_init, scale_of
+from ardor.adapters.embedding import LoraEmbedding, SavedModule, TrainableHead, TrainableTokens
+from ardor.adapters.initial import OFF_BASE, Start, begin_at
 from ardor.adapters.lora import (
-    ALL_LINEAR,
-    LoraConfig,
+    LoraExperts,
     LoraLinear,
-    TrainableHead,
-    TrainableTokens,
+    Wrapper,
     add_token_rows,
-    ends_with,
-    linear_names,
-    lora_modules,
-    replace,
-    size_of,
+    is_tied,
+    wrap,
+    wrapped_modules,
 )
-from ardor.errors import CheckpointError, ConfigError
-from ardor.files.atomic import write_atomic
-from ardor.files.json import read_object, write_json
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-_PREFIX = "base_model.model."
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+from ardor.adapters.lora import replace as put
+from ardor.adapters.peft_layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    NOTE,
+    PREFIX,
+    TOKENS,
+    DiskLinear,
+    Factors,
+    Group,
+    disk_name,
+    from_file,
+    groups_of,
+    plain,
+    scaled_alpha,
+    split,
+    tensor_key,
+)
+from ardor.errors import CheckpointError
+from ardor.files.json import read_object
 
 # Keys of adapter_config.json that are read here.
 _READ = {
     *("peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "trainable_token_indices"),
-    *("rank_pattern", "alpha_pattern"),
+    *("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "layers_pattern"),
+    *("target_parameters", "ensure_weight_tying"),
 }
 # Keys that change nothing about an adapter that has been trained.
 _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config"),
-    *("ensure_weight_tying", "eva_config", "runtime_config"),
+    *("eva_config", "runtime_config"),
 }
-# Ways to start that leave the base weights as they are; others (PiSSA, OLoRA, ...) change them.
+# Ways to start that leave the base weights as they are; others (LoftQ, CorDA, ...) change them.
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-@runtime_checkable
-class DiskLinear(Protocol):
-    """Where transformers has a linear of ours."""
-
-    @property
-    def name(self) -> str: ...  # of the module, such as "transformer.h.0.attn.c_attn"
-    @property
-    def part(self) -> int: ...  # which of its `parts` blocks of outputs
-    @property
-    def parts(self) -> int: ...
-    @property
-    def transposed(self) -> bool: ...  # Conv1D: PEFT calls it fan_in_fan_out
-    @property
-    def groups(self) -> int: ...  # the blocks follow each other so many times over: one per head
-
-
 @dataclass(frozen=True)
-class _Group:
-    """A linear on disk and the linears of ours in it, by part."""
+class _Files:
+    """An adapter's directory as read; tensors are taken out as they find their places."""
 
-    disk: str
-    names: tuple[str, ...]
-    inputs: int
-    sizes: tuple[int, ...]  # outputs of each part
-    transposed: bool
-    groups: int
+    config: Path
+    raw: dict[str, Any]
+    tensors: dict[str, Tensor]
+    note: dict[str, Any]
 
-    def rows(self) -> Iterator[tuple[str, Tensor]]:
-        """The indices of each part's outputs among those of the linear on disk."""
-        grouped = torch.arange(sum(self.sizes)).unflatten(0, (self.groups, -1))
-        parts = grouped.split([size // self.groups for size in self.sizes], 1)
-        for name, part in zip(self.names, parts, strict=True):
-            yield name, part.flatten()
+    @property
+    def weights(self) -> Path:
+        return self.config.with_name(ADAPTER_WEIGHTS)
 
+    @property
+    def halves(self) -> int:
+        """2 where half of each rank is what training began with, taken off."""
+        return LoraConfig(init_lora_weights=self.note.get("init", "default")).saves_rank
 
-@dataclass(frozen=True)
-class _Adapter:
-    """One adapter as it is on disk."""
+    @property
+    def rslora(self) -> bool:
+        return bool(self.raw.get("use_rslora"))
 
-    a: Tensor  # (R, in)
-    b: Tensor  # (out, R)
-    alpha: int | float
-
-
-def save_adapter(
-    directory: str | Path,
-    decoder: nn.Module,
-    config: LoraConfig,
-    *,
-    disk_names: Mapping[str, DiskLinear],
-    base_model: str,
-    revision: str | None = None,
-) -> None:
-    """Write the adapter of `decoder` so that PEFT and `load_adapter` compute the same with it.
-
-    Linears that share a disk linear are joined: one A if their A are equal, else a block-diagonal
-    adapter whose rank is the sum of theirs, with the same scale. Each file appears whole or not at
-    all, the weights first; other files of the directory stay.
-
-    Raises: ConfigError if there is nothing to save, or `disk_names` lacks a module.
-    """
-    adapted = dict(lora_modules(decoder))
-    groups = _groups(decoder, disk_names)
-    joined = {
-        group.disk: _join(group, adapted, config.use_rslora)
-        for group in groups
-        if any(name in adapted for name in group.names)
-    }
-    rows = dict(_token_modules(decoder))
-    if not joined and not rows:
-        raise ConfigError("this model has no adapter to save; save the model instead")
-    if lost := adapted.keys() - {name for group in groups for name in group.names}:
-        raise ConfigError(f"no name on disk is known for the adapted {sorted(lost)}")
-    tensors = {}
-    for disk, adapter in joined.items():
-        tensors[f"{_PREFIX}{disk}.lora_A.weight"] = adapter.a
-        tensors[f"{_PREFIX}{disk}.lora_B.weight"] = adapter.b
-    for name, tokens in rows.items():
-        key = f"{_PREFIX}{_disk(disk_names, name)}{_TOKENS}"
-        tensors[key] = tokens.trainable_tokens_delta
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    known = list(dict.fromkeys(place.name for place in disk_names.values()))
-    written = _config(config, joined, known, any(g.transposed for g in groups))
-    written |= {"base_model_name_or_path": base_model, "revision": revision}
-    written["trainable_token_indices"] = _token_indices(rows, disk_names)
-    write_atomic(Path(directory) / ADAPTER_WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_json(Path(directory) / ADAPTER_CONFIG, written)
+    def setting(self, key: str, disk: str, pattern: str, default: Any = 8) -> Any:
+        """The rank or alpha of a module of theirs."""
+        return by_pattern(self.raw.get(pattern) or {}, [disk], self.raw.get(key, default))
 
 
 def load_adapter(
@@ -158,222 +102,38 @@ def load_adapter(
     place, so that an optimizer keeps its parameters.
 
     Raises: CheckpointError for a file that is missing or damaged, a setting that would change
-        results and is not supported, and tensors that are missing, left over or of another shape.
+        results and is not supported, an adapter for another base (naming the tensors), and tensors
+        that are missing or left over.
     """
     path = Path(directory) / ADAPTER_CONFIG
     raw = read_object(path)
+    tensors, note = _read_tensors(path.with_name(ADAPTER_WEIGHTS))
+    files = _Files(path, raw, tensors, note)
     _check_settings(raw, path)
-    tensors = _read_tensors(Path(directory) / ADAPTER_WEIGHTS)
-    groups = _groups(decoder, disk_names)
-    present = dict(lora_modules(decoder))
-    chosen = _targeted(raw, groups, path)
-    adapted = {group for group in groups if any(name in present for name in group.names)}
-    if present and adapted != set(chosen):
-        differ = sorted(group.disk for group in adapted ^ set(chosen))
-        raise CheckpointError(
-            f"{path} adapts other modules than this model does: they differ in {_some(differ)}"
-        )
-    on_disk = {group: _take(group, tensors, raw, path) for group in chosen}
-    indices = _read_indices(raw, disk_names, path)
-    rows = {name: tensors.pop(_row_key(disk_names, name), None) for name in indices}
-    if missing := [name for name, tensor in rows.items() if tensor is None]:
-        raise CheckpointError(f"{directory} lacks the trained token rows of {missing}")
+    groups = groups_of(decoder, disk_names)
+    present = dict(wrapped_modules(decoder))
+    chosen = _targeted(raw, groups, path, embedding=disk_name(disk_names, "embed_tokens"))
+    _check_present(present, groups, chosen, path)
+    names = {group.disk for group in chosen}
+    on_disk = {group: _take(group, files, tensor_key(group, names)) for group in chosen}
+    _check_base(on_disk, files)
+    others = _take_others(decoder, files, disk_names)
     if tensors:
         raise CheckpointError(
-            f"{Path(directory) / ADAPTER_WEIGHTS} holds tensors that {ADAPTER_CONFIG} or this "
-            f"model gives no place: {_some(tensors)}; check that this is the adapter's base model"
+            f"{files.weights} holds tensors that {ADAPTER_CONFIG} or this model gives no place: "
+            f"{_some(tensors)}; check that this is the adapter's base model"
         )
-    config = _read_config(raw, chosen, indices)
+    _check_others(present, others, path)
+    config = _read_config(files, chosen, others, disk_names)
+    starts = {g: _offset(decoder, g, f, files) for g, f in on_disk.items() if present == {}}
     if not present:
         decoder.requires_grad_(False)
-    for group, adapter in on_disk.items():
-        _place(decoder, group, adapter, config, present)
-    _place_rows(decoder, indices, rows, path)
+    for group, factors in on_disk.items():
+        rank = files.note.get("ranks", {}).get(group.disk, config.rank((group.disk,)))
+        _place_group(decoder, group, factors, config, rank, present, starts.get(group))
+    for name, tensor in others.items():
+        _place_other(decoder, name, tensor, config, files, disk_names, present)
     return config
-
-
-# --- between their linears and ours ---
-
-
-def _groups(decoder: nn.Module, disk_names: Mapping[str, DiskLinear]) -> list[_Group]:
-    """Our linears by the disk linear they belong to, in the order of the decoder."""
-    groups: dict[str, dict[int, str]] = {}
-    for name in linear_names(decoder):
-        if name in disk_names:
-            place = disk_names[name]
-            groups.setdefault(place.name, {})[place.part] = name
-    found = []
-    for disk, parts in groups.items():
-        names = tuple(parts[part] for part in sorted(parts))
-        place = disk_names[names[0]]
-        assert len(names) == place.parts, f"{disk} is not whole in {names}"
-        sizes = [size_of(decoder.get_submodule(name)) for name in names]
-        outputs = tuple(size[1] for size in sizes)
-        found.append(_Group(disk, names, sizes[0][0], outputs, place.transposed, place.groups))
-    return found
-
-
-def _join(group: _Group, adapted: Mapping[str, LoraLinear], rslora: bool) -> _Adapter:
-    members = [(adapted[name], rows) for name, rows in group.rows() if name in adapted]
-    first = members[0][0]
-    if len(group.names) == 1:
-        return _Adapter(first.lora_A, first.lora_B, first.alpha)
-    shared = len(members) == len(group.names) and all(
-        module.scale == first.scale and torch.equal(module.lora_A, first.lora_A)
-        for module, _ in members
-    )
-    if shared:
-        b = first.lora_B.new_empty(sum(group.sizes), first.r)
-        for module, rows in members:
-            b[rows] = module.lora_B
-        return _Adapter(first.lora_A, b, first.alpha)
-    a = torch.cat([module.lora_A for module, _ in members])
-    b = a.new_zeros(sum(group.sizes), len(a))
-    start = 0
-    for module, rows in members:
-        # One scale serves the whole group; nothing is multiplied where they are equal already.
-        same = module.scale == first.scale
-        block = module.lora_B if same else module.lora_B * (module.scale / first.scale)
-        b[rows, start : start + module.r] = block
-        start += module.r
-    return _Adapter(a, b, _alpha(first.alpha, first.r, len(a), rslora))
-
-
-def _split(
-    group: _Group, adapter: _Adapter, members: list[str], rank: int
-) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """A and B of each member, or None if the parts that are no members are adapted too.
-
-    What `_join` made block-diagonal (its rank says so) comes apart into the same blocks again.
-    """
-    places = dict(group.rows())
-    if any(adapter.b[rows].any() for name, rows in places.items() if name not in members):
-        return None
-    if len(adapter.a) == rank * len(members):
-        blocks = {m: slice(i * rank, (i + 1) * rank) for i, m in enumerate(members)}
-        rest = adapter.b.clone()
-        for name, columns in blocks.items():
-            rest[places[name], columns] = 0
-        if not rest.any():
-            return {m: (adapter.a[c], adapter.b[places[m], c]) for m, c in blocks.items()}
-    return {name: (adapter.a, adapter.b[places[name]]) for name in members}
-
-
-def _place(
-    decoder: nn.Module,
-    group: _Group,
-    adapter: _Adapter,
-    config: LoraConfig,
-    present: Mapping[str, LoraLinear],
-) -> None:
-    members = [name for name in group.names if name in present or not present]
-    rank = present[members[0]].r if present else config.r
-    split = _split(group, adapter, members, rank)
-    if split is None:
-        raise CheckpointError(f"the adapter of {group.disk} reaches beyond the adapted {members}")
-    for name, (a, b) in split.items():
-        alpha = _alpha(adapter.alpha, len(adapter.a), len(a), config.use_rslora)
-        if math.isclose(alpha, config.lora_alpha, rel_tol=1e-12):
-            alpha = config.lora_alpha  # square roots there and back
-        module = present.get(name)
-        if module is None:
-            module = LoraLinear(
-                decoder.get_submodule(name),
-                len(a),
-                alpha,
-                config.lora_dropout,
-                rslora=config.use_rslora,
-            )
-            replace(decoder, name, module)
-        if (module.r, module.alpha, module.rslora) != (len(a), alpha, config.use_rslora):
-            raise CheckpointError(
-                f"the saved adapter of {name} has rank {len(a)} and alpha {alpha:g}, but the "
-                f"model's has rank {module.r} and alpha {module.alpha:g}"
-            )
-        with torch.no_grad():
-            module.lora_A.copy_(a)
-            module.lora_B.copy_(b)
-
-
-def _token_modules(decoder: nn.Module) -> Iterator[tuple[str, TrainableTokens]]:
-    embedding, head = (getattr(decoder, name, None) for name in ("embed_tokens", "lm_head"))
-    if isinstance(embedding, TrainableTokens):
-        yield "embed_tokens", embedding
-    if isinstance(head, TrainableHead) and head.tokens is not embedding:
-        yield "lm_head", head.tokens
-
-
-def _place_rows(
-    decoder: nn.Module,
-    indices: Mapping[str, tuple[int, ...]],
-    rows: Mapping[str, Tensor | None],
-    path: Path,
-) -> None:
-    present = dict(_token_modules(decoder))
-    if not present:
-        add_token_rows(decoder, indices)
-        present = dict(_token_modules(decoder))
-    if {name: tuple(m.token_ids.tolist()) for name, m in present.items()} != dict(indices):
-        raise CheckpointError(f"{path} and this model train the rows of different tokens")
-    for name, module in present.items():
-        trained = rows[name]
-        assert trained is not None
-        if trained.shape != module.trainable_tokens_delta.shape:
-            raise CheckpointError(
-                f"{path}: the trained rows of {name} have the shape {list(trained.shape)}, "
-                f"but this model needs {list(module.trainable_tokens_delta.shape)}"
-            )
-        with torch.no_grad():
-            module.trainable_tokens_delta.copy_(trained)
-
-
-# --- adapter_config.json ---
-
-
-def _config(
-    config: LoraConfig, joined: Mapping[str, _Adapter], linears: list[str], transposed: bool
-) -> dict[str, Any]:
-    ranks = {disk: len(adapter.a) for disk, adapter in joined.items()}
-    alphas = {disk: adapter.alpha for disk, adapter in joined.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "bias": "none",
-        "r": config.r,
-        "lora_alpha": _plain(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": _shortest(set(joined), linears),
-        "rank_pattern": {disk: rank for disk, rank in ranks.items() if rank != config.r},
-        "alpha_pattern": {d: _plain(a) for d, a in alphas.items() if a != config.lora_alpha},
-        "fan_in_fan_out": transposed,
-        "init_lora_weights": True,
-    }
-
-
-def _shortest(chosen: set[str], linears: list[str]) -> list[str]:
-    """The shortest endings that match the chosen names and no other linear."""
-    endings = set()
-    for name in chosen:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if {other for other in linears if ends_with(other, ending)} <= chosen:
-                endings.add(ending)
-                break
-    return sorted(endings)
-
-
-def _token_indices(
-    rows: Mapping[str, TrainableTokens], disk_names: Mapping[str, DiskLinear]
-) -> list[int] | dict[str, list[int]] | None:
-    if not rows:
-        return None
-    if rows.keys() == {"embed_tokens"}:
-        return rows["embed_tokens"].token_ids.tolist()  # PEFT finds the embedding by itself
-    named = {_disk(disk_names, name).split(".")[-1]: module for name, module in rows.items()}
-    return {name: module.token_ids.tolist() for name, module in named.items()}
 
 
 def _check_settings(raw: Mapping[str, Any], path: Path) -> None:
@@ -384,10 +144,11 @@ def _check_settings(raw: Mapping[str, Any], path: Path) -> None:
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{path}: bias={raw['bias']!r} is not supported, only 'none'")
     start = raw.get("init_lora_weights", True)
-    if start not in _KEEPS_BASE:
+    if start not in (*_KEEPS_BASE, *OFF_BASE):
         raise CheckpointError(
-            f"{path}: init_lora_weights={start!r} changes the base weights; convert the adapter "
-            "with peft (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            f"{path}: init_lora_weights={start!r} changes the base weights in a way that cannot be "
+            "done again; convert the adapter with peft (save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...))"
         )
     for key, value in raw.items():
         if key not in _READ | _HARMLESS and value:
@@ -397,19 +158,39 @@ def _check_settings(raw: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _targeted(raw: Mapping[str, Any], groups: list[_Group], path: Path) -> list[_Group]:
+def _check_present(
+    present: Mapping[str, Wrapper], groups: list[Group], chosen: list[Group], path: Path
+) -> None:
+    """Raises: CheckpointError if an adapter that is there adapts other modules than the file's."""
+    adapted = {group for group in groups if any(name in present for name in group.names)}
+    if present and adapted != set(chosen):
+        differ = sorted(group.disk for group in adapted ^ set(chosen))
+        raise CheckpointError(
+            f"{path} adapts other modules than this model does: they differ in {_some(differ)}"
+        )
+
+
+def _targeted(
+    raw: Mapping[str, Any], groups: list[Group], path: Path, *, embedding: str
+) -> list[Group]:
     """The disk linears that PEFT adapts with this config."""
-    targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
-    layers = raw.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    chosen = [
-        group
-        for group in groups
-        if _named(group.disk, targets)
-        and not (excluded and _named(group.disk, excluded))
-        and (not layers or isinstance(targets, str) or _layer(group.disk) in layers)
-    ]
-    if not chosen and targets:
+    config = _as_config(raw)
+    parameters = raw.get("target_parameters") or ()
+    chosen = []
+    for group in groups:
+        if group.experts:
+            found = any(
+                group.disk == entry or group.disk.endswith(f".{entry}") for entry in parameters
+            )
+        elif config.target_modules == ALL_LINEAR:
+            head = group.disk.split(".")[-1] == "lm_head"
+            found = not head and not config.excludes(group.disk)
+        else:
+            found = config.targets(group.disk)
+        if found:
+            chosen.append(group)
+    targets = raw.get("target_modules")
+    if not chosen and targets and not config.targets(embedding):
         raise CheckpointError(
             f"{path}: target_modules {targets} matches no linear of this model, "
             f"which has {_some(group.disk for group in groups)}"
@@ -417,33 +198,307 @@ def _targeted(raw: Mapping[str, Any], groups: list[_Group], path: Path) -> list[
     return chosen
 
 
-def _named(disk: str, targets: str | list[str] | None) -> bool:
-    if isinstance(targets, str):
-        if targets == ALL_LINEAR:
-            return disk.split(".")[-1] != "lm_head"
-        return re.fullmatch(targets, disk) is not None
-    return any(ends_with(disk, target) for target in targets or ())
+def _as_config(raw: Mapping[str, Any]) -> LoraConfig:
+    """Of PEFT's config what says which modules it means."""
+
+    def several(key: str) -> tuple[Any, ...]:
+        value = raw.get(key)
+        return () if value is None else (value,) if isinstance(value, str | int) else tuple(value)
+
+    def names(key: str) -> str | tuple[str, ...]:
+        value = raw.get(key)
+        return value if isinstance(value, str) else several(key)
+
+    targets = names("target_modules")
+    layers = () if isinstance(targets, str) else several("layers_to_transform")
+    return LoraConfig(
+        target_modules=ALL_LINEAR if str(targets).lower() == ALL_LINEAR else targets,
+        exclude_modules=names("exclude_modules"),
+        modules_to_save=several("modules_to_save"),
+        layers_to_transform=layers,
+        layers_pattern=tuple(p for p in several("layers_pattern") if p) if layers else (),
+    )
 
 
-def _layer(disk: str) -> int | None:
-    match = re.match(r".*?\.[^.]*\.(\d+)\.", disk)
-    return int(match[1]) if match else None
+def _take(group: Group, files: _Files, key: str) -> Factors:
+    """Remove the tensors of a disk linear from those of the files, as they are."""
+    keys = [f"{key}.lora_{letter}.weight" for letter in "AB"]
+    if files.raw.get("use_dora"):
+        keys.append(f"{key}.lora_magnitude_vector")
+    if missing := [name for name in keys if name not in files.tensors]:
+        raise CheckpointError(
+            f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for"
+        )
+    a, b, *rest = (files.tensors.pop(name).float() for name in keys)
+    files.tensors.pop(f"{key}.base_layer.weight", None)  # a head's, which PEFT saves again
+    alpha = files.setting("lora_alpha", group.disk, "alpha_pattern")
+    return Factors(a, b, alpha, rest[0] if rest else None)
+
+
+def _check_base(on_disk: dict[Group, Factors], files: _Files) -> None:
+    """Put experts' tensors into their shapes.
+
+    Raises: CheckpointError naming those that do not have the shapes of this base.
+    """
+    wrong = []
+    for group, factors in [*on_disk.items()]:
+        rank = files.setting("r", group.disk, "rank_pattern") * max(1, group.experts)
+        expected = [rank, group.inputs], [sum(group.sizes), rank]
+        found = list(factors.a.shape), list(factors.b.shape)
+        if found != expected:
+            wrong.append(
+                f"{group.disk} has A {found[0]} and B {found[1]}, expected {expected[0]} and "
+                f"{expected[1]}"
+            )
+            continue
+        a, b = from_file(group, factors.a, factors.b)
+        on_disk[group] = replace(factors, a=a, b=b)
+    if wrong:
+        base = files.raw.get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{files.weights} is for another base than this model ({len(wrong)} of {len(on_disk)} "
+            f"modules): {_some(wrong, 3)}; it was trained on {base or 'a base it does not name'}"
+        )
+
+
+def _offset(decoder: nn.Module, group: Group, factors: Factors, files: _Files) -> Start | None:
+    """What PEFT took off the base when it began, from the base itself: the same every time."""
+    kind = files.raw.get("init_lora_weights")
+    if kind not in OFF_BASE:
+        return None
+    if group.experts:
+        raise CheckpointError(f"{files.config}: init_lora_weights={kind!r} of experts")
+    scale = scale_of(factors.rank, factors.alpha, rslora=files.rslora)
+    return begin_at(kind, group.weight(decoder), factors.rank, scale)
+
+
+def _place_group(
+    decoder: nn.Module,
+    group: Group,
+    factors: Factors,
+    config: LoraConfig,
+    rank: int,
+    present: Mapping[str, Wrapper],
+    began: Start | None,
+) -> None:
+    members = [name for name in group.names if name in present or not present]
+    doubled = config.saves_rank if began is None else 1
+    ranks = {name: module.r for name, module in present.items() if hasattr(module, "r")}
+    rank = cast(int, ranks.get(members[0], rank))
+    parts = split(group, factors, members, rank * doubled)
+    if parts is None:
+        raise CheckpointError(f"the adapter of {group.disk} reaches beyond the adapted {members}")
+    rows = dict(group.rows())
+    for name, (a, b) in parts.items():
+        r = a.shape[-2] // doubled
+        alpha = scaled_alpha(factors.alpha, factors.rank, r, rslora=config.use_rslora)
+        for known in (config.alpha((name, group.disk)), config.lora_alpha):
+            alpha = known if math.isclose(alpha, known, rel_tol=1e-12) else alpha  # of square roots
+        start = Start(a, b)
+        offset = None if began is None else (began.a, began.b[rows[name]])
+        if doubled == 2:
+            start = Start(a[..., :r, :], b[..., :r])
+            offset = a[..., r:, :], -b[..., r:]
+        module = present.get(name)
+        if module is None:
+            module = _made(decoder.get_submodule(name), start, alpha, config)
+            put(decoder, name, module)
+        assert isinstance(module, LoraLinear | LoraExperts)
+        if (module.r, module.alpha, module.rslora) != (r, alpha, config.use_rslora):
+            raise CheckpointError(
+                f"the saved adapter of {name} has rank {r} and alpha {alpha:g}, but the "
+                f"model's has rank {module.r} and alpha {module.alpha:g}"
+            )
+        _fill(module, start, offset, factors.magnitude, rows[name])
+
+
+def _made(base: nn.Module, start: Start, alpha: int | float, config: LoraConfig) -> nn.Module:
+    kept: dict[str, Any] = {"dropout": config.lora_dropout, "rslora": config.use_rslora}
+    if start.a.ndim == 3:
+        each = [Start(a, b) for a, b in zip(start.a, start.b, strict=True)]
+        return LoraExperts(base, start.a.shape[1], alpha, start=each, **kept)
+    return LoraLinear(base, len(start.a), alpha, start=start, dora=config.use_dora, **kept)
+
+
+@torch.no_grad()
+def _fill(
+    module: LoraLinear | LoraExperts,
+    start: Start,
+    offset: tuple[Tensor, Tensor] | None,
+    magnitude: Tensor | None,
+    rows: Tensor,
+) -> None:
+    """Overwrite in place what an adapter trains, and set what it began with."""
+    module.lora_A.copy_(start.a)
+    module.lora_B.copy_(start.b)
+    if offset is not None:
+        device = module.lora_A.device
+        module.offset_A, module.offset_B = (t.float().to(device).contiguous() for t in offset)
+    if magnitude is not None and isinstance(module, LoraLinear):
+        assert module.lora_magnitude_vector is not None
+        module.lora_magnitude_vector.copy_(magnitude[rows])
+
+
+def _take_others(
+    decoder: nn.Module, files: _Files, disk_names: Mapping[str, DiskLinear]
+) -> dict[str, Any]:
+    """What is not an adapter of a linear, by our names: rows, modules in full, an embedding."""
+    found: dict[str, Any] = {}
+    tensors, raw = files.tensors, files.raw
+    tied = is_tied(decoder)
+    indices = _read_indices(raw, disk_names, files.config)
+    for name, ids in indices.items():
+        rows = tensors.pop(f"{PREFIX}{disk_name(disk_names, name)}{TOKENS}", None)
+        if rows is None:
+            raise CheckpointError(
+                f"{files.config.parent} lacks the trained token rows of {sorted(indices)}"
+            )
+        found[name] = (ids, rows)
+    for name, place in disk_names.items():
+        key, head = f"{PREFIX}{place.name}", f"{PREFIX}lm_head"
+        if f"{key}.lora_embedding_A" in tensors:
+            parts = [tensors.pop(f"{key}.lora_embedding_{letter}") for letter in "AB"]
+            tensors.pop(f"{key}.base_layer.weight", None)  # the base's, which PEFT saves again
+            _require_tie(files, tied=tied, name=name)
+            if tied:
+                for leaf in ("lora_A.weight", "lora_B.weight", "base_layer.weight"):
+                    tensors.pop(f"{head}.{leaf}", None)
+            found[name] = parts
+        elif f"{key}.weight" in tensors and place.parts == 1 and raw.get("modules_to_save"):
+            leaves = {leaf: tensors.pop(f"{key}.{leaf}", None) for leaf in ("weight", "bias")}
+            if name == "embed_tokens":
+                _require_tie(files, tied=tied, name=name)
+                if tied:
+                    tensors.pop(f"{head}.weight", None)
+            weight = leaves["weight"]
+            assert weight is not None
+            if place.transposed:
+                leaves["weight"] = weight.T
+            found[name] = {leaf: tensor for leaf, tensor in leaves.items() if tensor is not None}
+    for entry in raw.get("modules_to_save") or ():
+        saved = (n for n, value in found.items() if isinstance(value, dict))
+        follows = tied and entry == "lm_head" and "embed_tokens" in found
+        if not follows and not any(ends_with(disk_name(disk_names, n), entry) for n in saved):
+            raise CheckpointError(f"{files.weights} lacks the weights of {entry} (modules_to_save)")
+    return found
+
+
+def _check_others(present: Mapping[str, Wrapper], others: Mapping[str, Any], path: Path) -> None:
+    """Raises: CheckpointError if the model trains other modules beside linears than the file's."""
+    held = {name for name, m in present.items() if not isinstance(m, LoraLinear | LoraExperts)}
+    if present and held != others.keys():
+        rows = any(isinstance(present.get(name), TrainableTokens) for name in held ^ others.keys())
+        what = "the rows of different tokens" if rows else f"different modules: {held ^ {*others}}"
+        raise CheckpointError(f"{path} and this model train {what}")
+
+
+def _require_tie(files: _Files, *, tied: bool, name: str) -> None:
+    if tied and name == "embed_tokens" and not files.raw.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"{files.config}: it trained the embedding of a model whose head is tied to it, and "
+            "left the head as it was (ensure_weight_tying is false); train it again with "
+            "ensure_weight_tying=True, or merge it with peft on an untied copy of the base"
+        )
+
+
+def _place_other(
+    decoder: nn.Module,
+    name: str,
+    value: Any,
+    config: LoraConfig,
+    files: _Files,
+    disk_names: Mapping[str, DiskLinear],
+    present: Mapping[str, Wrapper],
+) -> None:
+    module = present.get(name)
+    if isinstance(value, tuple):
+        _place_rows(decoder, name, value, files.config, present)
+        return
+    if isinstance(value, list):
+        disk = disk_name(disk_names, name)
+        if module is None:
+            r = files.setting("r", disk, "rank_pattern")
+            alpha = files.setting("lora_alpha", disk, "alpha_pattern")
+            base = decoder.get_submodule(name)
+            module = LoraEmbedding(base, r, alpha, rslora=config.use_rslora)
+            wrap(decoder, name, module)
+        assert isinstance(module, LoraEmbedding)
+        targets = {"A": module.lora_embedding_A, "B": module.lora_embedding_B}
+        values = {"A": value[0], "B": value[1]}
+    else:
+        if module is None:
+            module = SavedModule(decoder.get_submodule(name))
+            wrap(decoder, name, module)
+        assert isinstance(module, SavedModule)
+        targets, values = dict(module.copy.named_parameters()), value
+    for leaf, target in targets.items():
+        tensor = values.get(leaf)
+        if tensor is None or tensor.shape != target.shape:
+            has = "none" if tensor is None else list(tensor.shape)
+            raise CheckpointError(
+                f"{files.weights} is for another base than this model: {name} has {leaf} {has}, "
+                f"expected {list(target.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+
+
+def _place_rows(
+    decoder: nn.Module,
+    name: str,
+    value: tuple[tuple[int, ...], Tensor],
+    path: Path,
+    present: Mapping[str, Wrapper],
+) -> None:
+    ids, trained = value
+    if not present:
+        add_token_rows(decoder, {name: ids})
+    held = decoder.get_submodule(name)
+    module = held.tokens if isinstance(held, TrainableHead) else held
+    if not isinstance(module, TrainableTokens) or tuple(module.token_ids.tolist()) != ids:
+        raise CheckpointError(f"{path} and this model train the rows of different tokens")
+    if trained.shape != module.trainable_tokens_delta.shape:
+        raise CheckpointError(
+            f"{path}: the trained rows of {name} have the shape {list(trained.shape)}, "
+            f"but this model needs {list(module.trainable_tokens_delta.shape)}"
+        )
+    with torch.no_grad():
+        module.trainable_tokens_delta.copy_(trained)
 
 
 def _read_config(
-    raw: Mapping[str, Any], chosen: list[_Group], indices: dict[str, tuple[int, ...]]
+    files: _Files,
+    chosen: list[Group],
+    others: Mapping[str, Any],
+    disk_names: Mapping[str, DiskLinear],
 ) -> LoraConfig:
-    targets = raw.get("target_modules") or ()
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        targets = [group.disk for group in chosen]
+    raw, said = files.raw, _as_config(files.raw)
+    init = files.note.get("init", raw.get("init_lora_weights"))
+    r, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+    doubled = files.halves
+    targets = said.target_modules
+    if targets != ALL_LINEAR and (isinstance(targets, str) or raw.get("target_parameters")):
+        targets = tuple(group.disk for group in chosen)
+    indices = {name: value[0] for name, value in others.items() if isinstance(value, tuple)}
     only_embedding = indices.keys() <= {"embed_tokens"}
-    return LoraConfig(
-        r=raw.get("r", 8),
-        lora_alpha=raw.get("lora_alpha", 8),
-        lora_dropout=raw.get("lora_dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=bool(raw.get("use_rslora")),
+    ranks, alphas = (raw.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    return replace(
+        said,
+        r=r // doubled,
+        lora_alpha=plain(scaled_alpha(alpha, r, r // doubled, rslora=files.rslora)),
+        lora_dropout=files.note.get("dropout", raw.get("lora_dropout", 0.0)),
+        target_modules=targets,
+        use_rslora=files.rslora,
+        use_dora=bool(raw.get("use_dora")),
+        init_lora_weights=init if isinstance(init, str) and is_init(init) else "default",
+        modules_to_save=tuple(
+            disk_name(disk_names, name) for name, value in others.items() if isinstance(value, dict)
+        ),
         trainable_token_indices=indices.get("embed_tokens", ()) if only_embedding else indices,
+        rank_pattern={key: rank // doubled for key, rank in ranks.items()},
+        alpha_pattern={
+            key: scaled_alpha(a, doubled, 1, rslora=files.rslora) for key, a in alphas.items()
+        },
     )
 
 
@@ -452,12 +507,12 @@ def _read_indices(
 ) -> dict[str, tuple[int, ...]]:
     asked = raw.get("trainable_token_indices") or {}
     if not isinstance(asked, dict):
-        return {"embed_tokens": tuple(asked)}
+        return {"embed_tokens": tuple(asked)} if asked else {}
     ours = {
         name: tuple(ids)
         for target, ids in asked.items()
         for name in ("embed_tokens", "lm_head")
-        if name in disk_names and ends_with(disk_names[name].name, target)
+        if name in disk_names and f".{disk_names[name].name}".endswith(f".{target}")
     }
     if len(ours) < len(asked):
         raise CheckpointError(
@@ -467,70 +522,25 @@ def _read_indices(
     return ours
 
 
-# --- tensors ---
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what Ardor noted beside them."""
     try:
-        return load(path.read_bytes())
+        data = path.read_bytes()
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, json.loads(header.get("__metadata__", {}).get(NOTE, "{}"))
     except FileNotFoundError:
-        pickled = path.with_suffix(".bin").exists()
-        remedy = "load and save it with peft, which then writes safetensors" if pickled else ""
-        raise CheckpointError(
-            f"{path} does not exist; {remedy or 'the adapter is not complete'}"
-        ) from None
-    except (OSError, SafetensorError) as error:
+        pickled = path.with_suffix(".bin")
+        remedy = (
+            f"{pickled.name} beside it is a pickle, which can run code and is not read; if you "
+            "trust it, load it with peft and save it again (PeftModel.save_pretrained), which "
+            "then writes safetensors"
+            if pickled.exists()
+            else "the adapter is not complete"
+        )
+        raise CheckpointError(f"{path} does not exist; {remedy}") from None
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-
-
-def _take(
-    group: _Group, tensors: dict[str, Tensor], raw: Mapping[str, Any], path: Path
-) -> _Adapter:
-    """Remove the two tensors of a disk linear from `tensors`, checked against the config."""
-    keys = [f"{_PREFIX}{group.disk}.lora_{letter}.weight" for letter in "AB"]
-    if missing := [key for key in keys if key not in tensors]:
-        raise CheckpointError(
-            f"{path.with_name(ADAPTER_WEIGHTS)} lacks {', '.join(missing)}, "
-            f"which {ADAPTER_CONFIG} calls for"
-        )
-    a, b = (tensors.pop(key).float() for key in keys)
-    rank = _pattern(raw.get("rank_pattern") or {}, group.disk, raw.get("r", 8))
-    alpha = _pattern(raw.get("alpha_pattern") or {}, group.disk, raw.get("lora_alpha", 8))
-    expected = [rank, group.inputs], [sum(group.sizes), rank]
-    if (list(a.shape), list(b.shape)) != expected:
-        raise CheckpointError(
-            f"{path.with_name(ADAPTER_WEIGHTS)}: {group.disk} has A {list(a.shape)} and "
-            f"B {list(b.shape)}, expected {expected[0]} and {expected[1]}"
-        )
-    return _Adapter(a, b, alpha)
-
-
-def _pattern(patterns: Mapping[str, Any], disk: str, default: Any) -> Any:
-    """The value whose key is a regular expression for the end of the name; the first one wins."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", disk):
-            return value
-    return default
-
-
-def _row_key(disk_names: Mapping[str, DiskLinear], name: str) -> str:
-    return f"{_PREFIX}{_disk(disk_names, name)}{_TOKENS}"
-
-
-def _disk(disk_names: Mapping[str, DiskLinear], name: str) -> str:
-    if name not in disk_names:
-        raise ConfigError(f"no name on disk is known for {name}, whose token rows are trained")
-    return disk_names[name].name
-
-
-def _alpha(alpha: int | float, rank: int, other: int, rslora: bool) -> int | float:
-    """The alpha that gives the rank `other` the scale that `alpha` gives `rank`."""
-    return alpha * math.sqrt(other) / math.sqrt(rank) if rslora else alpha * other / rank
-
-
-def _plain(number: int | float) -> int | float:
-    """32 rather than 32.0, as PEFT writes it."""
-    return int(number) if float(number).is_integer() else number
 
 
 def _some(names: Iterable[str], most: int = 6) -> str:

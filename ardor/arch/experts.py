@@ -93,6 +93,7 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, count: int, inputs: int, outputs: int, *, bias: bool):
         super().__init__()
+        self.count, self.inputs, self.outputs = count, inputs, outputs
         self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(count, outputs)) if bias else None
 

@@ -27,7 +27,10 @@ class Embedding(nn.Module):
 
 def scaled(x: Tensor, scale: float, table: Embedding) -> Tensor:
     """x * scale, rounded as the weights of the table are: what such models were trained with."""
-    return x * torch.tensor(scale, dtype=table.weight.dtype, device=x.device).to(x.dtype)
+    # An adapted table makes its whole weight when asked for it; what it was has the dtype too.
+    held = getattr(table, "base_weight", None)
+    dtype = table.weight.dtype if held is None else held.dtype
+    return x * torch.tensor(scale, dtype=dtype, device=x.device).to(x.dtype)
 
 
 class TokenInputs(nn.Module):

@@ -32,6 +32,7 @@ VERBS = {
     "score": ("ardor.cli.score", "loss, perplexity and bits per byte of a text"),
     "plan": ("ardor.cli.plan", "what a model takes in memory, whether it fits, and what would"),
     "quantize": ("ardor.cli.quantize", "write a checkpoint in 4 or 8 bits, and what that costs"),
+    "merge": ("ardor.cli.merge", "fold a run's adapter into its base, and what that costs"),
     "doctor": ("ardor.cli.doctor", "what is wrong with a checkpoint, and what to do about it"),
 }
 

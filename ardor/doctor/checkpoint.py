@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.arch import spec as specs
 from ardor.doctor.data import Sample
 from ardor.doctor.finding import Finding

@@ -340,20 +340,38 @@ class DiskPart(NamedTuple):
     parts: int
     transposed: bool
     groups: int = 1  # the blocks follow each other so many times over
+    experts: bool = False  # a bare parameter of all experts, [E, out, in]
 
 
 def disk_linears(rules: Rules) -> dict[str, DiskPart]:
-    """What an adapter can name, by names in memory: the linear maps and the embedding."""
-    return {
-        name.removesuffix(".weight"): DiskPart(
-            rule.disk.removesuffix(".weight"), part, len(rule.memory), rule.transposed, rule.groups
-        )
-        for rule in rules.plain
-        if isinstance(rule, Rule) and rule.axis == 0
-        for part, name in enumerate(rule.memory)
-        if name.endswith(("_proj.weight", "shared_gate.weight"))
-        or name in ("lm_head.weight", "embed_tokens.weight")
-    }
+    """What an adapter can name, by names in memory: linear maps, experts, and what has a weight.
+
+    Experts are named as transformers has them in memory, all in one parameter, however files hold
+    them. Those of which it expects inputs and outputs in the order that ours do not have (Llama 4)
+    have no place.
+    """
+    found = {}
+    for rule in rules.plain:
+        if not isinstance(rule, Rule) or rule.axis or not rule.disk.endswith(".weight"):
+            continue
+        for part, name in enumerate(rule.memory):
+            found[name.removesuffix(".weight")] = _disk_part(rule, part)
+    for choice in rules.rules:
+        ways = choice.ways if isinstance(choice, Either) else ((choice,),)
+        for rule in (rule for way in ways for rule in way if isinstance(rule, Rule)):
+            known = rule.disk.endswith(_EXPERTS) and "feed_forward." not in rule.disk
+            if rule.axis and known:
+                for part, name in enumerate(rule.memory):
+                    found[name.removesuffix(".weight")] = _disk_part(rule, part)
+    return found
+
+
+_EXPERTS = (".experts.gate_up_proj", ".experts.up_proj", ".experts.down_proj")
+
+
+def _disk_part(rule: Rule, part: int) -> DiskPart:
+    name = rule.disk.removesuffix(".weight")
+    return DiskPart(name, part, len(rule.memory), rule.transposed, rule.groups, bool(rule.axis))
 
 
 def weight(

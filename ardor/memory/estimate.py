@@ -195,7 +195,8 @@ class Held:
             linear = name.removesuffix(".weight")
             chosen = is_linear(name, shape) if use.adapted is None else linear in use.adapted
             if chosen and name.endswith(".weight"):
-                found[linear] = use.rank * sum(shape)
+                experts = math.prod(shape[:-2])
+                found[linear] = experts * use.rank * sum(shape[-2:])
         return found
 
     @property

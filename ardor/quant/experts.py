@@ -25,6 +25,7 @@ class QuantizedExperts(KeepsDtypes):
         super().__init__()
         first = weights[0]
         self.joined, self.count = joined, len(weights)
+        self.outputs, self.inputs = first.shape
         self.register_parameter("bias", bias)
         self._kind: Any = type(first)
         self._facts = {n: part for n, part in first.parts.items() if not isinstance(part, Tensor)}
@@ -40,6 +41,10 @@ class QuantizedExperts(KeepsDtypes):
         """x W~^T + b of one expert, in the dtype of x."""
         bias = None if self.bias is None else self.bias[expert].to(x.dtype)
         return self.weight(expert).product(x, bias)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Float[Tensor, "E out in"]:
+        """All maps as a new tensor, rounded once to `dtype` (None: what was quantized)."""
+        return torch.stack([self.weight(e).dequantize(dtype) for e in range(self.count)])
 
     def extra_repr(self) -> str:
         outputs, inputs = self.weight(0).shape

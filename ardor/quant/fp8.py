@@ -79,6 +79,7 @@ class FP8Experts(KeepsDtypes):
 
     def __init__(self, count: int, inputs: int, outputs: int, block: Block, *, bias: bool):
         super().__init__()
+        self.count, self.inputs, self.outputs = count, inputs, outputs
         self.block = block
         numbers = torch.empty(count, outputs, inputs, dtype=torch.float8_e4m3fn)
         self.register_buffer("packed", numbers)

@@ -48,6 +48,7 @@ class MXFP4Experts(nn.Module):
 
     def __init__(self, count: int, inputs: int, outputs: int, *, bias: bool):
         super().__init__()
+        self.count, self.inputs, self.outputs = count, inputs, outputs
         shape = (count, outputs, inputs // BLOCK)
         self.register_buffer("blocks", torch.empty(*shape, BLOCK // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(shape, dtype=torch.uint8))
@@ -58,6 +59,10 @@ class MXFP4Experts(nn.Module):
         bias = None if self.bias is None else self.bias[expert].to(x.dtype)
         weight = MXFP4Weight(self.blocks[expert], self.scales[expert])
         return DequantizedLinear.apply(x, weight, bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "E out in"]:
+        """All maps, rounded once to `dtype`."""
+        return MXFP4Weight(self.blocks, self.scales).dequantize(dtype)
 
     def extra_repr(self) -> str:
         count, outputs, blocks = self.scales.shape

@@ -48,6 +48,7 @@ _RANGES: dict[str, _Range] = {
     "num_attention_heads": _COUNT,
     "num_key_value_heads": _COUNT,
     "lora_r": _COUNT,
+    "eva_batches": _COUNT,
     "early_stopping_patience": _COUNT,
     "sample_tokens": _COUNT,
     "peak_tflops": _POSITIVE,
@@ -341,7 +342,12 @@ def _check_objective(config: "Finetune") -> None:
         )
 
 
-ADAPTER_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+ADAPTER_FIELDS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
+    *("init_lora_weights", "eva_batches", "exclude_modules", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("kbit_upcast",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,9 +390,32 @@ class Finetune(Optimisation):
     lora_dropout: float = 0.0
     """Share of the adapters' inputs dropped in training."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Which linears are adapted: names as in PEFT, or all-linear (all but the head)."""
+    """Which maps are adapted: names as in PEFT, one regular expression for whole names, or
+    all-linear: all of the layers, experts too, without the head. docs/ADAPTERS.md."""
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
+    use_dora: bool = False
+    """Train a magnitude of each output beside the adapters (DoRA)."""
+    init_lora_weights: str = "default"
+    """Where adapters begin: default (Kaiming and zero), gaussian, orthogonal, pissa, pissa_niter_N,
+    olora, eva (from the data), or with qlora loftq. docs/ADAPTERS.md says which to use when."""
+    eva_batches: int = 8
+    """Micro-batches that eva looks at before the first step."""
+    exclude_modules: tuple[str, ...] = ()
+    """Maps that are left out of target_modules, named in the same ways."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained in full beside the adapters, such as embed_tokens or lm_head."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Only these layers, counted from 0, of a list of target_modules. Default: all."""
+    layers_pattern: tuple[str, ...] = ()
+    """What stands before a layer's number in names, where layers_to_transform cannot tell."""
+    rank_pattern: tuple[str, ...] = ()
+    """Other ranks by ends of names: q_proj=8 mlp.down_proj=32; the first that matches counts."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Other lora_alpha in the same way."""
+    kbit_upcast: Literal["norms", "peft", "none"] = "norms"
+    """What of qlora's frozen 16-bit weights is made float32: norms, everything that is not packed
+    (as PEFT's prepare_model_for_kbit_training does), or nothing. A census is printed."""
     train_control_tokens: Literal["auto", "yes", "no"] = "auto"
     """Train the embedding rows of the chat's control tokens; auto: where they never were."""
     preferences: Preferences = "refuse"
@@ -432,8 +461,10 @@ class Finetune(Optimisation):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_objective(self)
-        if not self.target_modules:
+        if not self.target_modules and not self.modules_to_save:
             raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern_of(name, getattr(self, name))
         formats = {
             "chat_template": self.chat_template,
             "setup_chat_format": self.setup_chat_format or None,
@@ -458,3 +489,22 @@ class Finetune(Optimisation):
                 f"{', '.join(set_for_adapters)}: method full trains every weight and has no "
                 "adapters; leave it out, or choose lora"
             )
+
+
+def pattern_of(name: str, given: tuple[str, ...]) -> dict[str, float]:
+    """{"q_proj": 8} of ("q_proj=8",).
+
+    Raises: ConfigError for an entry of another form, and for a rank that is no whole number.
+    """
+    found: dict[str, float] = {}
+    for entry in given:
+        key, _, value = entry.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        whole = name != "rank_pattern" or number.is_integer()
+        if not key or not 0 < number < math.inf or not whole:
+            raise ConfigError(f"{name}: {entry!r} is not of the form NAME=NUMBER, as in q_proj=8")
+        found[key] = int(number) if number.is_integer() else number
+    return found

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ardor.adapters.lora import ALL_LINEAR, LoraConfig, add_lora, lora_parameters
+from ardor.adapters.kbit import prepare_kbit
+from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode
@@ -29,6 +30,7 @@ from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.text.chat import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
+from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
@@ -66,9 +68,7 @@ def prepare(config: Finetune) -> Run:
     Raises: an ArdorError before anything is written.
     """
     Ranks.take_device()
-    if config.learning_rate is None:
-        rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
-        config = replace(config, learning_rate=rates[config.method])
+    config = _with_rate(config)
     folder = output_folder(config, "finetune")
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
@@ -83,12 +83,16 @@ def prepare(config: Finetune) -> Run:
     limit = min(config.max_length, model.decoder.facts.max_positions)
     data, kept = _dataset(rows, model, config, limit)
     held = None if apart is None else _dataset(apart, model, config, limit).dataset
+    train, heldout = split(config, data, held)
+    qlora = config.method == "qlora"
+    packed = prepare_kbit(model.decoder, config.kbit_upcast) if qlora else None
     pad: tuple[str, ...] = ()
     if tokens is not None:
         pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
-        _make_trainable(config, model, tokens)
+        _make_trainable(config, model, train, tokens)
+    else:
+        _require_grad(config, model)
     frozen = choose_trained(model.decoder, config, aliases(model))
-    train, heldout = split(config, data, held)
     preference = None
     if isinstance(train, Judged):
         config, preference = prefer(config, model, folder, (train, heldout), checkpoint)
@@ -97,10 +101,7 @@ def prepare(config: Finetune) -> Run:
         folder,
         model,
         (train, heldout),
-        evaluate=lambda: [
-            *([] if heldout is None else [_evaluated(model, heldout, config, preference)]),
-            *samples(model, config.sample_prompts, config.sample_tokens),
-        ],
+        evaluate=lambda: _evaluated(model, heldout, config, preference),
         objective=None if preference is None else preference.train,
         mixture=rows,
         notes=(
@@ -113,6 +114,7 @@ def prepare(config: Finetune) -> Run:
             *choose_attention(model, config.attn_implementation),
             *_experts_note(model, config),
             *(() if preference is None else (preference.note,)),
+            *(() if packed is None else packed.lines()),
             *pad,
             *told(findings, config.allow),
         ),
@@ -121,16 +123,26 @@ def prepare(config: Finetune) -> Run:
     return run
 
 
+def _with_rate(config: Finetune) -> Finetune:
+    """With the learning rate that it trains at."""
+    if config.learning_rate is not None:
+        return config
+    rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
+    return replace(config, learning_rate=rates[config.method])
+
+
 def _evaluated(
-    model: Model, heldout: Dataset, config: Finetune, preference: Preference | None
-) -> dict[str, Any]:
-    if preference is None or preference.heldout is None:
-        return evaluate(model, heldout, answers=config.stop_rate_samples)
-    assert isinstance(heldout, Judged)
-    row = evaluate_preference(model, heldout, preference.heldout)
-    if config.stop_rate_samples:
-        row["stop_rate"] = stop_rate(model, heldout, config.stop_rate_samples)
-    return row
+    model: Model, heldout: Dataset | None, config: Finetune, preference: Preference | None
+) -> list[dict[str, Any]]:
+    """What is told of held-out data, and samples."""
+    answers, rows = config.stop_rate_samples, []
+    if isinstance(heldout, Judged) and preference is not None and preference.heldout is not None:
+        rows = [evaluate_preference(model, heldout, preference.heldout)]
+        if answers:
+            rows[0]["stop_rate"] = stop_rate(model, heldout, answers)
+    elif heldout is not None:
+        rows = [evaluate(model, heldout, answers=answers)]
+    return [*rows, *samples(model, config.sample_prompts, config.sample_tokens)]
 
 
 def _looked_at(
@@ -231,7 +243,6 @@ def _model(
     model.decoder.compute = precision.compute
     if checkpoint is None:
         return model, prepare_tokens(config, model, first)
-    _require_grad(config, model)
     return model, None
 
 
@@ -240,24 +251,9 @@ def _masters(config: Finetune, precision: Precision) -> torch.dtype:
     return torch.bfloat16 if config.master_dtype == "bfloat16" else precision.weights
 
 
-def _make_trainable(config: Finetune, model: Model, tokens: Tokens) -> None:
+def _make_trainable(config: Finetune, model: Model, train: Dataset, tokens: Tokens) -> None:
     if config.method != "full":
-        targets = config.target_modules
-        model.adapter = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
-            use_rslora=config.use_rslora,
-            trainable_token_indices=rows_to_train(config, model, tokens),
-        )
-        disk = model.form.disk_linears()
-        add_lora(
-            model.decoder,
-            model.adapter,
-            names=lambda name: disk[name].name,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
+        add_adapter(config, model, train, rows_to_train(config, model, tokens))
     torch.manual_seed(config.seed)
     _require_grad(config, model)
 
@@ -305,11 +301,10 @@ def _experts_note(model: Model, config: Finetune) -> tuple[str, ...]:
     held = [p for m in modules if isinstance(m, ExpertLinear | Router) for p in m.parameters()]
     if not held:
         return ()
-    fate = {
-        "full": "trained",
-        "lora": "frozen: an adapter has no place on weights that are stacked",
-        "qlora": "frozen and not quantized: neither has a place on weights that are stacked",
-    }[config.method]
+    adapted = sum(isinstance(module, LoraExperts) for _, module in lora_modules(model.decoder))
+    fate = "trained" if config.method == "full" else "frozen: target_modules leave them out"
+    if adapted:
+        fate = f"frozen under adapters of their own on {adapted} maps"
     millions, balance = sum(p.numel() for p in held) / 1e6, model.decoder.facts.balance
     added = f"; {balance:g} x their load-balancing loss is minimised with the rest"
     return (f"experts: {millions:.2f} M parameters, {fate}" + (added if balance else ""),)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ardor.adapters.lora import TrainableTokens, lora_modules
+from ardor.adapters.embedding import TrainableTokens
+from ardor.adapters.lora import lora_modules
 from ardor.arch import spec as specs
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset

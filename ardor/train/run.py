@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ardor import __version__
-from ardor.adapters.peft_files import ADAPTER_CONFIG
+from ardor.adapters.peft_layout import ADAPTER_CONFIG
 from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.data.batches import BatchPlan

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ardor.adapters.embedding import TrainableHead, TrainableTokens
 from ardor.adapters.lora import (
     LoraConfig,
     LoraLinear,
-    TrainableHead,
-    TrainableTokens,
     add_lora,
     lora_modules,
     lora_parameters,
@@ -134,7 +133,7 @@ def test_qlora_is_lora_on_the_dequantized_weight(llama):
 
 
 def test_all_linear_is_every_linear_of_the_layers_and_never_the_head(llama):
-    names = add_lora(llama.ours(), LoraConfig())
+    names = add_lora(llama.ours(), LoraConfig(r=4))
     assert len(names) == 2 * 7 and all(name.startswith("layers.") for name in names)
 
 
@@ -144,21 +143,21 @@ def test_all_linear_is_every_linear_of_the_layers_and_never_the_head(llama):
 )
 def test_targets_are_endings_of_our_names_or_the_checkpoints(llama, targets, count):
     decoder = llama.ours()
-    names = add_lora(decoder, LoraConfig(target_modules=targets), names=llama.name)
+    names = add_lora(decoder, LoraConfig(r=4, target_modules=targets), names=llama.name)
     assert len(names) == count
     assert [name for name, _ in lora_modules(decoder)] == list(names)
 
 
 def test_a_fused_linear_of_the_checkpoint_is_all_its_parts(gpt2):
-    names = add_lora(gpt2.ours(), LoraConfig(target_modules=("c_attn",)), names=gpt2.name)
+    names = add_lora(gpt2.ours(), LoraConfig(r=4, target_modules=("c_attn",)), names=gpt2.name)
     assert names[:3] == tuple(f"layers.0.mixer.{x}_proj" for x in "qkv") and len(names) == 6
 
 
 def test_a_target_that_matches_nothing_gets_the_nearest_names(llama, gpt2):
     with pytest.raises(ConfigError, match=r"'c_atn' matches no linear .* did you mean c_attn"):
-        add_lora(gpt2.ours(), LoraConfig(target_modules=("c_atn",)), names=gpt2.name)
+        add_lora(gpt2.ours(), LoraConfig(r=4, target_modules=("c_atn",)), names=gpt2.name)
     with pytest.raises(ConfigError, match=r"'proj' matches no linear"):  # no whole part of a name
-        add_lora(llama.ours(), LoraConfig(target_modules=("proj",)), names=llama.name)
+        add_lora(llama.ours(), LoraConfig(r=4, target_modules=("proj",)), names=llama.name)
 
 
 def test_settings_that_mean_nothing_are_refused(llama):
@@ -166,19 +165,23 @@ def test_settings_that_mean_nothing_are_refused(llama):
         LoraConfig(r=0)
     with pytest.raises(ConfigError, match=r"lora_dropout=1.0 is outside \[0, 1\)"):
         LoraConfig(lora_dropout=1.0)
-    with pytest.raises(ConfigError, match=r"write \('q_proj',\) for a single one"):
-        LoraConfig(target_modules="q_proj")
+    with pytest.raises(ConfigError, match=r"target_modules='\(' is no regular expression"):
+        LoraConfig(target_modules="(")
+    with pytest.raises(ConfigError, match="init_lora_weights='pisa' is not known"):
+        LoraConfig(init_lora_weights="pisa")
+    with pytest.raises(ConfigError, match="acts on a list of target_modules"):
+        LoraConfig(layers_to_transform=(1,))
     decoder = llama.ours()
-    add_lora(decoder, LoraConfig())
+    add_lora(decoder, LoraConfig(r=4))
     with pytest.raises(ConfigError, match="already has an adapter"):
-        add_lora(decoder, LoraConfig())
+        add_lora(decoder, LoraConfig(r=4))
 
 
 def test_fresh_token_rows_change_nothing_and_trained_ones_only_their_tokens(pair):
     decoder = pair.ours()
     before = decoder.embed_tokens.weight.detach().clone()
     logits = pair.logits(decoder)
-    add_lora(decoder, LoraConfig(trainable_token_indices=(7, 3)))
+    add_lora(decoder, LoraConfig(r=4, trainable_token_indices=(7, 3)))
     # Two products make the logits of a tied head, in another order of summation.
     torch.testing.assert_close(pair.logits(decoder), logits, rtol=1e-6, atol=1e-6)
     tokens = decoder.embed_tokens
@@ -193,7 +196,7 @@ def test_fresh_token_rows_change_nothing_and_trained_ones_only_their_tokens(pair
 
 def test_a_tied_head_uses_the_trained_rows_and_sends_its_gradient_there(gpt2):
     decoder = gpt2.ours()
-    add_lora(decoder, LoraConfig(trainable_token_indices=(7, 3)))
+    add_lora(decoder, LoraConfig(r=4, trainable_token_indices=(7, 3)))
     tokens = decoder.embed_tokens
     assert isinstance(tokens, TrainableTokens) and isinstance(decoder.lm_head, TrainableHead)
     gpt2.randomise(lora_parameters(decoder))
@@ -208,7 +211,7 @@ def test_a_tied_head_uses_the_trained_rows_and_sends_its_gradient_there(gpt2):
 
 def test_the_chunked_loss_reaches_the_rows_of_a_tied_head(gpt2):
     decoder = gpt2.ours()
-    add_lora(decoder, LoraConfig(trainable_token_indices=(7, 3)))
+    add_lora(decoder, LoraConfig(r=4, trainable_token_indices=(7, 3)))
     gpt2.randomise(lora_parameters(decoder))
     rows = decoder.embed_tokens.get_parameter("trainable_tokens_delta")
     hidden, targets = torch.randn(1, 9, 24), torch.randint(0, 61, (1, 9))
@@ -224,7 +227,7 @@ def test_rows_of_an_untied_head_are_trained_by_name(llama):
     decoder = llama.ours()
     rows = {"embed_tokens": (1, 2), "lm_head": (2,)}
     before = llama.logits(decoder)
-    add_lora(decoder, LoraConfig(trainable_token_indices=rows))
+    add_lora(decoder, LoraConfig(r=4, trainable_token_indices=rows))
     head = decoder.lm_head
     assert isinstance(head, TrainableHead)
     llama.randomise([head.tokens.trainable_tokens_delta])
@@ -241,7 +244,7 @@ def test_wrong_token_ids_are_refused_before_anything_changes(llama, gpt2):
         ({"wte": (1,)}, r"names \['wte'\]; rows can be trained in embed_tokens and lm_head"),
     ):
         with pytest.raises(ConfigError, match=message):
-            add_lora(decoder, LoraConfig(trainable_token_indices=ids))
+            add_lora(decoder, LoraConfig(r=4, trainable_token_indices=ids))
     assert str(decoder) == str(reference)
     with pytest.raises(ConfigError, match="this model's head is its embedding"):
-        add_lora(gpt2.ours(), LoraConfig(trainable_token_indices={"lm_head": (1,)}))
+        add_lora(gpt2.ours(), LoraConfig(r=4, trainable_token_indices={"lm_head": (1,)}))

@@ -88,6 +88,7 @@ def test_adapters_have_no_place_on_stacked_experts():
     assert {*named} == {
         "embed_tokens",
         *(f"layers.0.mixer.{part}_proj" for part in ("q", "k", "v", "o")),
+        *("norm", "layers.0.mixer_norm", "layers.0.ffn_norm", "layers.0.ffn.router"),
     }
 
 

@@ -55,7 +55,7 @@ def test_help_and_the_guide_list_every_preset():
     text = field_help(Train)["model"]
     listed = re.search(r"Presets: (.*?)\. Default", text)
     assert listed is not None and listed[1].split(", ") == [*PRESETS]
-    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \|", DOC.read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `", DOC.read_text(), flags=re.MULTILINE)
     counts = {name: int(count.replace(",", "")) for name, count in rows}
     assert counts == {name: preset.parameters for name, preset in PRESETS.items()}
 

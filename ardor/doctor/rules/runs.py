@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from ardor.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.doctor.checkpoint import TOKENIZER, Checkpoint, Findings, Registry
 from ardor.doctor.finding import Finding, listed, many
 from ardor.errors import ArdorError
