@@ -106,15 +106,9 @@ def prepare(config: Finetune) -> Run:
         mixture=rows,
         notes=(
             *data_note(data, train, heldout, limit, kept),
-            f"model: {_described(model, config)}",
-            f"compute: {model.decoder.compute} ({model.precision.why}), trained in "
-            f"{config.master_dtype if config.method == 'full' else 'float32'}",
-            *frozen,
-            *_template_note(model, config, first),
-            *choose_attention(model, config.attn_implementation),
-            *_experts_note(model, config),
-            *(() if preference is None else (preference.note,)),
+            *_model_notes(model, config, first, frozen),
             *(() if packed is None else packed.lines()),
+            *(() if preference is None else (preference.note,)),
             *pad,
             *told(findings, config.allow),
         ),
@@ -129,6 +123,20 @@ def _with_rate(config: Finetune) -> Finetune:
         return config
     rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
     return replace(config, learning_rate=rates[config.method])
+
+
+def _model_notes(
+    model: Model, config: Finetune, first: list[Row], frozen: tuple[str, ...]
+) -> tuple[str, ...]:
+    masters = config.master_dtype if config.method == "full" else "float32"
+    return (
+        f"model: {_described(model, config)}",
+        f"compute: {model.decoder.compute} ({model.precision.why}), trained in {masters}",
+        *frozen,
+        *_template_note(model, config, first),
+        *choose_attention(model, config.attn_implementation),
+        *_experts_note(model, config),
+    )
 
 
 def _evaluated(
