@@ -68,9 +68,7 @@ def prepare(config: Finetune) -> Run:
     Raises: an ArdorError before anything is written.
     """
     Ranks.take_device()
-    if config.learning_rate is None:
-        rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
-        config = replace(config, learning_rate=rates[config.method])
+    config = _with_rate(config)
     folder = output_folder(config, "finetune")
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
@@ -102,10 +100,7 @@ def prepare(config: Finetune) -> Run:
         folder,
         model,
         (train, heldout),
-        evaluate=lambda: [
-            *([] if heldout is None else [_evaluated(model, heldout, config, preference)]),
-            *samples(model, config.sample_prompts, config.sample_tokens),
-        ],
+        evaluate=lambda: _evaluated(model, heldout, config, preference),
         objective=None if preference is None else preference.train,
         mixture=rows,
         notes=(
@@ -119,6 +114,14 @@ def prepare(config: Finetune) -> Run:
     )
     run.opening = _opening(first[0], config)
     return run
+
+
+def _with_rate(config: Finetune) -> Finetune:
+    """With the learning rate that it trains at."""
+    if config.learning_rate is not None:
+        return config
+    rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
+    return replace(config, learning_rate=rates[config.method])
 
 
 def _model_notes(
@@ -136,15 +139,17 @@ def _model_notes(
 
 
 def _evaluated(
-    model: Model, heldout: Dataset, config: Finetune, preference: Preference | None
-) -> dict[str, Any]:
-    if preference is None or preference.heldout is None:
-        return evaluate(model, heldout, answers=config.stop_rate_samples)
-    assert isinstance(heldout, Judged)
-    row = evaluate_preference(model, heldout, preference.heldout)
-    if config.stop_rate_samples:
-        row["stop_rate"] = stop_rate(model, heldout, config.stop_rate_samples)
-    return row
+    model: Model, heldout: Dataset | None, config: Finetune, preference: Preference | None
+) -> list[dict[str, Any]]:
+    """What is told of held-out data, and samples."""
+    answers, rows = config.stop_rate_samples, []
+    if isinstance(heldout, Judged) and preference is not None and preference.heldout is not None:
+        rows = [evaluate_preference(model, heldout, preference.heldout)]
+        if answers:
+            rows[0]["stop_rate"] = stop_rate(model, heldout, answers)
+    elif heldout is not None:
+        rows = [evaluate(model, heldout, answers=answers)]
+    return [*rows, *samples(model, config.sample_prompts, config.sample_tokens)]
 
 
 def _looked_at(

@@ -295,6 +295,17 @@ def test_asked_once_or_in_every_step_the_run_is_the_same(settings, tmp_path):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_an_adapter_that_does_not_begin_empty_is_measured_against_its_own_beginning(
+    settings, tmp_path, init
+):
+    method = "qlora" if init == "loftq" else "lora"
+    events = finish(finetune.prepare(settings(init_lora_weights=init, method=method)))
+    first = next(event for event in events if event["kind"] == "eval")
+    assert (tmp_path / "run" / FILE).exists()
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)
+
+
 # --- runs ---
 
 
