@@ -44,7 +44,14 @@ def test_an_interrupted_download_says_that_it_can_go_on_and_does(tmp_path, hub):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ardor", "download", "owner/model", "-o", str(out)]
     env = environment(hub.url, tmp_path)
-    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores it, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert hub.stalled.wait(60)
         wait_for(lambda: [*out.rglob("*.incomplete")], size=CHUNK)
         process.send_signal(signal.SIGINT)
