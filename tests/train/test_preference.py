@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ardor.adapters.off import without_adapter
+from ardor.cli import console
 from ardor.cli.main import main
 from ardor.data.batches import BatchPlan
 from ardor.data.preferences import Judged, build_judged
@@ -17,7 +18,7 @@ from ardor.data.readers import Row
 from ardor.errors import CheckpointError, ConfigError, DataError
 from ardor.load import load_model, tokenizer_of
 from ardor.loss import IGNORE, chunked_token_logprobs
-from ardor.score import document_logprobs
+from ardor.score import document_logprobs, document_loss
 from ardor.train import finetune
 from ardor.train.config import Finetune
 from ardor.train.preference import PAIR_LOSSES, Pairs, Strength, half, kto
@@ -171,6 +172,22 @@ def test_token_logprobs_in_chunks_are_those_of_whole_logits(chunk):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_ids_that_belong_to_no_token_have_no_probability(model):
+    batch = BatchPlan(judged(model, preferences(3)), examples_per_batch=3).batch((0, 1, 2))
+    decoder = model.decoder.eval()
+    assert decoder.tokens_known is not None and decoder.tokens_known < decoder.facts.vocab
+    with torch.no_grad():
+        sums = document_logprobs(decoder, batch).sums
+        torch.testing.assert_close(-sums.sum(), document_loss(decoder, batch).nats)
+        tokens, log_p = batch.tokens[0, : batch.lengths[0]], []
+        for logits in (decoder.token_logits, decoder.logits):
+            each = logits(decoder.hidden(tokens[None]))[0].log_softmax(-1)
+            targets = batch.targets[0, : batch.lengths[0]]
+            log_p.append(each[targets != IGNORE].gather(-1, targets[targets != IGNORE, None]).sum())
+    torch.testing.assert_close(sums[0], log_p[0])
+    assert not torch.isclose(sums[0], log_p[1])  # the usual mistake
+
+
 def stepped(run, monkeypatch) -> dict:
     """The event and the gradients of a run's first step."""
     seen = {}
@@ -223,7 +240,7 @@ def naive_gradients(run) -> dict:
         for length in data.documents(index):
             ids, on = torch.tensor(tokens[start:][:length]), torch.tensor(marks[start:][:length])
             start += length
-            log_p = decoder.logits(decoder.hidden(ids[None]))[0].log_softmax(-1)
+            log_p = decoder.token_logits(decoder.hidden(ids[None]))[0].log_softmax(-1)
             each = log_p[:-1].gather(-1, ids[1:, None])[:, 0]
             sums.append(each[on[1:]].sum())
             counts.append(int(on[1:].sum()))
@@ -491,6 +508,19 @@ def test_other_data_are_refused_from_the_command_line(
 
     assert re.search(message, shown), shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_pass_of_the_reference_shows_how_far_it_is(
+    tmp_path, base, compared, capsys, monkeypatch
+):
+    args = ["finetune", str(base("llama")), str(compared), "--objective", "dpo", "--max-steps", "1"]
+    args += ["--precompute-ref-log-probs", "--eval-fraction", "0.25"]
+    assert main([*args, "-o", str(tmp_path / "short")]) == 0
+    short = capsys.readouterr().err
+    monkeypatch.setattr(console, "QUIET", 0.0)
+    assert main([*args, "-o", str(tmp_path / "long")]) == 0
+    assert "asking the reference  24/24" in capsys.readouterr().err
+    assert "asking the reference" not in short
 
 
 def test_from_the_command_line_to_a_report(tmp_path, base, compared, capsys):
