@@ -328,33 +328,43 @@ def test_an_adapter_that_does_not_begin_empty_is_measured_against_its_own_beginn
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_dpo_teaches_which_answers_are_better(settings, other, method):
+    # The base has had three steps: its head, which adapters leave alone, has small weights and
+    # bounds how far an answer's gain can go. So beta is 1, which wants smaller gains.
     config = settings(
         method=method,
         eval_data=str(other),
-        num_train_epochs=6.0,
+        num_train_epochs=12.0,
         learning_rate=2e-2 if method != "full" else 5e-3,
-        beta=0.5,
+        beta=1.0,
     )
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
     first, last = evaluations[0], evaluations[-1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)  # the model is its reference
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert last["rewards/accuracies"] > 0.95
-    assert last["rewards/margins"] > 0.5 and last["loss"] < 0.5
+    assert last["rewards/margins"] > 1 and last["loss"] < 0.3
+
+
+# orpo mostly imitates, and kto's slope is a quarter of the others', so both train every weight.
+IN_FULL = {
+    "orpo": {"beta": 1.0, "learning_rate": 5e-3},
+    "kto": {"beta": 0.5, "learning_rate": 2e-3},
+}
 
 
 @pytest.mark.parametrize("objective", ALL[1:])
 def test_each_objective_learns(settings, other, objective):
     changes = {"num_train_epochs": 6.0, "learning_rate": 2e-2}
-    if objective in ("orpo", "kto"):  # the one mostly imitates, the other has a weaker slope
-        beta = {"orpo": 1.0, "kto": 0.5}[objective]
-        changes = {"num_train_epochs": 12.0, "learning_rate": 1e-2, "beta": beta}
+    if objective in IN_FULL:
+        changes = {"num_train_epochs": 12.0, "method": "full", **IN_FULL[objective]}
     config = settings(objective=objective, eval_data=str(other), **changes)
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
     first, last = evaluations[0], evaluations[-1]
     assert last["loss"] < first["loss"]
-    assert last["rewards/accuracies"] > {"orpo": 0.85, "kto": 0.6}.get(objective, 0.95)
-    assert last["rewards/margins"] > first["rewards/margins"] + {"kto": 0.2}.get(objective, 0.05)
+    # A good answer whose gain is below the mean of the others' (z0) counts as wrong in kto: some
+    # always may be, where the other accuracies compare the two answers of a pair.
+    assert last["rewards/accuracies"] > (0.9 if objective == "kto" else 0.95)
+    assert last["rewards/margins"] > first["rewards/margins"] + {"kto": 1.0}.get(objective, 0.05)
 
 
 @pytest.mark.parametrize(
