@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ardor.cli.console import print_json, remarks, results
 from ardor.data.choices import OverLength, Preferences
@@ -10,7 +10,8 @@ from ardor.data.choices import OverLength, Preferences
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ardor.preview import Document, Preview
+    from ardor.data.shown import Document
+    from ardor.preview import Preview
 
 TRAINED, CONTROL, STOP, FAINT = "green", "cyan", "bold reverse green", "dim"
 OPEN, CLOSE, END, REAL = "⟦", "⟧", "■", "◇"  # where there is no colour
@@ -69,19 +70,10 @@ def run(config: Config) -> int:
         write_page(found, config.output)
         remarks().print(f"wrote {config.output}")
     if config.json:
-        print_json(document(found))
+        print_json(asdict(found))
     elif config.output is None:
         _show(found)
     return 0
-
-
-def document(found: "Preview") -> dict[str, Any]:
-    """The whole of it for machines, with what is computed from it."""
-    made: dict[str, Any] = asdict(found)
-    for batch, shown in zip(made["batches"], found.batches, strict=True):
-        for one, row in zip(batch["documents"], shown.documents, strict=True):
-            one |= {"trained": row.trained, "ends": row.ends}
-    return made
 
 
 def _show(found: "Preview") -> None:
@@ -116,7 +108,7 @@ def _show(found: "Preview") -> None:
 
 def heading(row: "Document") -> str:
     """Where a document comes from, how much of it is trained on, and where."""
-    part = f", example {row.part}" if row.part else ""
+    part = f", {row.part}" if row.part else ""
     spans = ", ".join(f"{a}–{b}" if a < b else f"{a}" for a, b in row.trained)
     end = "" if row.ends else "; NO STOP TOKEN IS TRAINED ON"
     return (

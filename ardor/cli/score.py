@@ -32,11 +32,16 @@ class Config(ModelFlags):
     """With a text: show every token with its log-probability."""
     max_length: int | None = None
     """Longest example in tokens; documents are cut. Default: the model's context."""
+    replay: bool = False
+    """DATA is the stopped-at-step-N.jsonl of a run that stopped: what each of its documents costs
+    this model, beside what it cost when the run stopped."""
     json: bool = False
     """Print one JSON document."""
 
 
 def run(config: Config) -> int:
+    if config.replay:
+        return _replay(config)
     if config.text or config.data == "-":
         text = sys.stdin.read() if config.data == "-" else config.data
         return _score_text(config, text)
@@ -99,6 +104,39 @@ def _score_dataset(config: Config) -> int:
     results().print(dataset.census.summary())
     _show(figures)
     return 0
+
+
+def _replay(config: Config) -> int:
+    from ardor.train.watchdog import replayed  # later: help needs no torch
+
+    if config.text or config.tokens or config.max_length is not None:
+        raise ConfigError(
+            "--replay asks about the ids of a file; leave --text, --tokens and --max-length out"
+        )
+    file = Path(config.data)
+    if not file.is_file():
+        raise DataError(
+            f"no file at {file}; give the stopped-at-step-N.jsonl in the folder of the run"
+        )
+    found = list(replayed(config.load(config.model).model.decoder, file))
+    if config.json:
+        print_json({"documents": [one._asdict() for one in found]})
+        return 0
+    results().print("     row  targets  when it stopped      now  nats per target")
+    for one in found:
+        text = " ".join((one.text or "").split())
+        results().print(
+            f"{'–' if one.row is None else one.row:>8}  {one.targets:>7}  {_nats(one.before):>15}  "
+            f"{_nats(one.now):>7}  {text}",
+            overflow="ellipsis",
+            no_wrap=True,
+            markup=False,
+        )
+    return 0
+
+
+def _nats(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _targets(dataset: Any, index: int) -> list[int]:

@@ -4,28 +4,25 @@ Nothing here makes rows: they come from the dataset, the batch plan and the shif
 uses, and what is marked as trained on is what has a target in the trainer's own batches.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ardor.data.batches import Batch, BatchPlan
 from ardor.data.choices import OverLength, Preferences
 from ardor.data.dataset import Census, Dataset
 from ardor.data.mixture import Mixture
 from ardor.data.readers import Row
+from ardor.data.shown import Document, document
 from ardor.data.sources import read_rows
 from ardor.errors import ConfigError
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
 from ardor.load import CONFIG, GENERATION, find_origin, read_texts, stops_of, text_home
-from ardor.loss import IGNORE
 from ardor.outline import outline
-from ardor.preview.visible import visible_parts
 from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.stops import StopSet
-from ardor.text.stream import StreamDecoder
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.run import split
@@ -33,7 +30,6 @@ from ardor.train.tokens import chats, template_for
 
 PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
 PATTERNS += ("tokenizer.model", "merges.txt")  # no weights
-Kind = Literal["text", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,53 +59,6 @@ class Settings:
     """Of the order; for --shuffle."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One token, or several that make one character."""
-
-    ids: tuple[int, ...]
-    text: str
-    position: int  # of the first of them, in its document
-    kind: Kind
-    trained: bool
-    stop: bool  # ends a generation
-
-
-@dataclass(frozen=True)
-class Document:
-    where: str  # the row of the data: "pairs.jsonl:17"
-    part: str  # "", or which of the row's examples this is
-    cells: tuple[Cell, ...]
-    tokens: int
-    targets: int
-
-    @property
-    def trained(self) -> tuple[tuple[int, int], ...]:
-        """First and last position of each run that is trained on."""
-        runs: list[tuple[int, int]] = []
-        for cell in self.cells:
-            last = cell.position + len(cell.ids) - 1
-            if cell.trained and runs and runs[-1][1] == cell.position - 1:
-                runs[-1] = (runs[-1][0], last)
-            elif cell.trained:
-                runs.append((cell.position, last))
-        return tuple(runs)
-
-    @property
-    def shown(self) -> list[tuple[Cell, str]]:
-        """Each cell with its text made visible; what is trained on is a text of its own."""
-        pairs: list[tuple[Cell, str]] = []
-        for _, group in groupby(self.cells, key=lambda cell: (cell.kind, cell.trained)):
-            cells = list(group)
-            pairs += zip(cells, visible_parts([cell.text for cell in cells]), strict=True)
-        return pairs
-
-    @property
-    def ends(self) -> bool:
-        """Whether a stop token is trained on."""
-        return any(cell.trained and cell.stop for cell in self.cells)
 
 
 @dataclass(frozen=True)
@@ -258,50 +207,8 @@ def _document(
     tokenizer: Tokenizer,
     stops: StopSet,
 ) -> Document:
-    start = sum(batch.lengths[:place])
-    stop = start + batch.lengths[place]
-    tokens = batch.tokens[0, start:stop].tolist()
-    # The position before a token is the one that is to predict it.
-    targets = [IGNORE, *batch.targets[0, start : stop - 1].tolist()]
-    trained = [target != IGNORE for target in targets]
     index = batch.examples[place]
     row_of = dataset.row_of
     siblings = [int(i) for i in (row_of == row_of[index]).nonzero()[0]]
-    part = f"{siblings.index(index) + 1} of {len(siblings)}" if len(siblings) > 1 else ""
-    return Document(
-        where=read[int(row_of[index])].where,
-        part=part,
-        cells=tuple(_cells(tokens, trained, tokenizer, stops.ids)),
-        tokens=len(tokens),
-        targets=sum(trained),
-    )
-
-
-def _cells(
-    tokens: list[int], trained: list[bool], tokenizer: Tokenizer, stops: Iterable[int]
-) -> Iterator[Cell]:
-    """The tokens as text; those of half a character wait for the rest of it."""
-    decoder, held, ends = StreamDecoder(tokenizer), list[int](), frozenset(stops)
-
-    def taken(text: str, end: int, on: bool) -> Cell:
-        ids = tuple(held)
-        held.clear()
-        return Cell(ids, text, end - len(ids), "text", on, bool(ends.intersection(ids)))
-
-    on = False
-    for i, (id, marked) in enumerate(zip(tokens, trained, strict=True)):
-        control = id in tokenizer.control
-        if held and (control or marked != on):
-            yield taken(decoder.flush(), i, on)
-        on = marked
-        if control:
-            text = tokenizer.token(id) or f"<{id}>"
-            yield Cell((id,), text, i, "control", on, id in ends)
-            decoder = StreamDecoder(tokenizer)
-            continue
-        held.append(id)
-        text = decoder.push(id)
-        if text:
-            yield taken(text, i + 1, on)
-    if held:
-        yield taken(decoder.flush(), len(tokens), on)
+    part = f"example {siblings.index(index) + 1} of {len(siblings)}" if len(siblings) > 1 else ""
+    return document(batch, place, tokenizer, stops.ids, read[int(row_of[index])].where, part)

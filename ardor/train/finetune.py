@@ -41,6 +41,7 @@ from ardor.train.run import (
     choose_attention,
     data_note,
     output_folder,
+    rate_note,
     resumed_from,
     split,
 )
@@ -106,8 +107,10 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
             *packed,
             *(() if preference is None else (preference.note,)),
             *pad,
+            *rate_note(config, _usual_rate(config)),
             *told(findings, config.allow),
         ),
+        record=packed,
     )
     run.opening = _opening(first[0], config)
     return run
@@ -117,8 +120,12 @@ def _with_rate(config: Finetune) -> Finetune:
     """With the learning rate that it trains at."""
     if config.learning_rate is not None:
         return config
+    return replace(config, learning_rate=_usual_rate(config))
+
+
+def _usual_rate(config: Finetune) -> float:
     rates = LEARNING_RATES if config.objective == "sft" else PREFERENCE_RATES
-    return replace(config, learning_rate=rates[config.method])
+    return rates[config.method]
 
 
 def _model_notes(

@@ -36,6 +36,7 @@ from ardor.train.run import (
     choose_attention,
     data_note,
     output_folder,
+    rate_note,
     resumed_from,
     split,
 )
@@ -98,6 +99,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
             f"{config.master_dtype} masters",
             *frozen,
             *choose_attention(model, config.attn_implementation),
+            *rate_note(config, LEARNING_RATE),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
     )

@@ -1,4 +1,4 @@
-"""report.html: a run's curves, settings and samples in one page that needs nothing else.
+"""report.html: a run's curves, samples, first rows and settings in one page that needs no other.
 
 Curves are SVG stretched to their box, in units of one thousandth; labels are HTML above it, so that
 text keeps its size on a narrow screen.
@@ -12,9 +12,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ardor.data.shown import Document
+from ardor.data.shown_page import LEGEND, article
+from ardor.data.shown_page import STYLE as ROWS_STYLE
 from ardor.errors import CheckpointError
 from ardor.files.atomic import write_atomic
+from ardor.files.page import page, table, tiles
 from ardor.files.yaml import read_yaml
+from ardor.train.first_rows import read_first_rows
 
 Row = dict[str, Any]
 REPORT = "report.html"
@@ -28,7 +33,7 @@ class Curve(NamedTuple):
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir`/report.html from its metrics.jsonl and config.yaml, and return its path.
+    """Write `run_dir`/report.html from the files of the run, and return its path.
 
     Raises: CheckpointError if there are no metrics or a line of them is damaged. A last line
     without an end is what a killed run leaves, and is passed over.
@@ -38,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
     config = run / "config.yaml"
     settings = read_yaml(config).values if config.exists() else {}
     target = run / REPORT
-    write_atomic(target, render(run.resolve().name, rows, settings))
+    write_atomic(target, render(run.resolve().name, rows, settings, read_first_rows(run)))
     return target
 
 
@@ -67,8 +72,9 @@ def read_metrics(path: Path) -> list[Row]:
     return sorted(kept.values(), key=lambda row: row["step"])
 
 
-def render(name: str, rows: Sequence[Row], settings: Row) -> str:
-    """The page. `rows` as in metrics.jsonl, ordered by step; every text in it is escaped."""
+def render(name: str, rows: Sequence[Row], settings: Row, data: Sequence[Document] = ()) -> str:
+    """The page. `rows` as in metrics.jsonl, ordered by step, `data` what the run trains on first;
+    every text in it is escaped."""
     train = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
     samples = [row for row in rows if row["kind"] == "sample"]
@@ -96,9 +102,10 @@ def render(name: str, rows: Sequence[Row], settings: Row) -> str:
         warning,
         f'<div class="charts">{"".join(curves)}</div>',
         _samples(samples),
+        _data(data),
         _settings(settings),
     ]
-    return PAGE.format(title=escape(name), style=STYLE, body="\n".join(filter(None, body)))
+    return page(name, body, ROWS_STYLE + STYLE)
 
 
 JUDGED = (
@@ -257,8 +264,7 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
         facts.append(("stop rate", f"{stop[-1][1]:.0%}"))
     if speed := sorted(value for _, value in _series(train, "tokens_per_second")):
         facts.append(("tokens/s, median", f"{speed[len(speed) // 2]:,.0f}"))
-    tiles = "".join(f"<div><b>{escape(v)}</b>{escape(k)}</div>" for k, v in facts)
-    return f'<div class="tiles">{tiles}</div>' if tiles else "<p>Nothing was logged yet.</p>"
+    return tiles(facts) if facts else "<p>Nothing was logged yet.</p>"
 
 
 def _samples(samples: Sequence[Row]) -> str:
@@ -279,19 +285,17 @@ def _samples(samples: Sequence[Row]) -> str:
     return f"<h2>Samples</h2>{parts[0]}{folded}"
 
 
+def _data(rows: Sequence[Document]) -> str:
+    if not rows:
+        return ""
+    return f"<h2>Data, as it is trained on</h2>{LEGEND}{''.join(map(article, rows))}"
+
+
 def _settings(settings: Row) -> str:
     if not settings:
         return ""
-    rows = "".join(
-        f"<tr><th>{_breakable(str(key))}</th><td>{escape(_shown(value))}</td></tr>"
-        for key, value in settings.items()
-    )
-    return f"<h2>Settings</h2><table>{rows}</table>"
-
-
-def _breakable(name: str) -> str:
-    """A name that a narrow page breaks between its words, before it breaks within one."""
-    return escape(name).replace("_", "_<wbr/>")
+    rows = ((str(key), _shown(value)) for key, value in settings.items())
+    return f"<h2>Settings</h2>{table(rows)}"
 
 
 def _shown(value: object) -> str:
@@ -300,32 +304,9 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body>
-{body}
-</body></html>
-"""
-
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2126; --soft: #656d76; --line: #e3e6ea; --card: #fff;
-  --page: #f6f7f9; --train: #2764c4; --eval: #d2691e; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #98a1ab; --line: #30363d;
-  --card: #1a1f25; --page: #12161a; --train: #6ea2f2; --eval: #f09a5b; --bad: #f2837c; } }
-* { box-sizing: border-box; }
-body { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0 0 16px; font-size: 24px; overflow-wrap: anywhere; }
-h2 { margin: 32px 0 8px; font-size: 18px; }
 h3 { margin: 12px 0 6px; font-size: 14px; font-weight: 400; color: var(--soft); }
-.bad { color: var(--bad); }
-.tiles { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 16px; }
-.tiles div, figure, blockquote, table { background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
-.tiles div { flex: 1 1 140px; padding: 8px 12px; color: var(--soft); font-size: 13px; }
-.tiles b { display: block; color: var(--ink); font-size: 20px; font-weight: 600; }
+figure, blockquote { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .charts { display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); }
 figure { margin: 0; padding: 12px 16px 8px; min-width: 0; }
@@ -353,12 +334,7 @@ path.dots { stroke-width: 6; stroke-linecap: round; }
 .plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 8px); transform: translateX(-50%); }
 summary { margin: 8px 0; color: var(--soft); cursor: pointer; }
-blockquote { margin: 0 0 8px; padding: 10px 14px; white-space: pre-wrap; overflow-wrap: anywhere;
+blockquote { margin: 0 0 8px; padding: 10px 14px; white-space: pre-wrap;
   font: 13px/1.5 ui-monospace, monospace; }
 blockquote b { color: var(--train); }
-table { width: 100%; border-spacing: 0; font-size: 14px; }
-th, td { padding: 5px 14px; text-align: left; vertical-align: top; overflow-wrap: anywhere;
-  border-bottom: 1px solid var(--line); }
-tr:last-child th, tr:last-child td { border-bottom: 0; }
-th { width: 38%; font-weight: 400; color: var(--soft); }
 """

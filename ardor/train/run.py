@@ -26,14 +26,17 @@ from ardor.load import Model
 from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
+from ardor.train.first_rows import write_first_rows
 from ardor.train.groups import aliases
 from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
+from ardor.train.preference import LabelObjective
 from ardor.train.ranks import Ranks
 from ardor.train.report import REPORT, write_report
 from ardor.train.trainer import Event, Hooks, Objective, Trainer
 
 SPLIT_FROM = 10  # examples
+HIGH = 100  # times the usual learning rate
 
 
 @dataclass
@@ -183,10 +186,12 @@ def begin(
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
     objective: Objective | None = None,
+    record: Sequence[str] = (),
 ) -> Run:
     """Write the resolved settings, build the trainer, and take up the newest checkpoint.
 
-    `other_model` says where the model that is asked for is not the checkpoint's.
+    `other_model` says where the model that is asked for is not the checkpoint's. `record` are
+    lines about what the run began from, which head config.yaml.
 
     Raises: CheckpointError, before anything is written, if settings, data or model are not those
     that the run was begun with.
@@ -222,7 +227,9 @@ def begin(
         notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
     if ranks.first:
         text = to_yaml(replace(config, output=folder, resume=False))
-        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed) + text)
+        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed, record) + text)
+        labels = isinstance(objective, LabelObjective)
+        write_first_rows(folder, plan, model, mixture, labels=labels)
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
@@ -263,10 +270,23 @@ def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
     )
 
 
-def _header(file: Path, model: Model, resumed: bool) -> str:
+def _header(file: Path, model: Model, resumed: bool, record: Sequence[str]) -> str:
     """Comments that say what a run began from; those of a run that is resumed stay."""
     if resumed and file.exists():
         lines = file.read_text().splitlines(keepends=True)
         return "".join(takewhile(lambda line: line.startswith("#"), lines))
     at = "" if model.revision is None else f" at {model.revision}"
-    return f"# ardor {__version__}\n# model: {model.source!r}{at}; {model.precision}\n"
+    facts = (f"ardor {__version__}", f"model: {model.source!r}{at}; {model.precision}", *record)
+    return "".join(f"# {fact}\n" for fact in facts)
+
+
+def rate_note(config: Optimisation, usual: float) -> tuple[str, ...]:
+    """For people, of a learning rate far above those that are known to learn."""
+    rate = config.learning_rate
+    # The steps of SGD are as large as gradients, those of the others about as large as the rate.
+    if rate is None or rate <= HIGH * usual or config.optim == "sgd":
+        return ()
+    return (
+        f"learning_rate={rate:g} is {rate / usual:,.0f} times the usual {usual:g}: expect the loss "
+        "to diverge",
+    )

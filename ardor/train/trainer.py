@@ -19,7 +19,7 @@ from torch import Tensor
 from ardor.arch.causal import CausalLM
 from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
-from ardor.errors import CheckpointError, ConfigError
+from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.atomic import write_atomic
 from ardor.files.runs import BEST, METRICS, newest_checkpoint
 from ardor.loss import IGNORE, LossSum
@@ -360,11 +360,7 @@ class Trainer:
                 batches,
             )
         if norm == 0.0:
-            raise ConfigError(
-                f"all gradients are zero at step {step}, so nothing would be learnt: what is "
-                f"trained ({', '.join([*self.parameters][:3])}, ...) has no part in the loss; look "
-                "at freeze, train_only and target_modules"
-            )
+            raise self._nothing_learnt(loss, batches)
         if not self.objective.in_nats:  # single batches of pairs say little
             return
         vocab = self.decoder.facts.vocab
@@ -384,6 +380,30 @@ class Trainer:
                 remedy="look at its rows; to take the step all the same, resume with "
                 "--max-loss-zscore 0",
             )
+
+    def _nothing_learnt(self, loss: float, batches: list[Batch]) -> ArdorError:
+        """Why every gradient of this step is zero."""
+        step = self.progress.step + 1
+        if step == 1:
+            return ConfigError(
+                f"all gradients are zero at step {step}, so nothing would be learnt: what is "
+                f"trained ({', '.join([*self.parameters][:3])}, ...) has no part in the loss; look "
+                "at freeze, train_only and target_modules"
+            )
+        first, rate = self.progress.first_loss, self.config.learning_rate
+        what = f"all gradients are zero at step {step}, and those before were not: "
+        if loss == 0.0:
+            return self._diverged(
+                f"{what}the loss is exactly 0, so there is nothing left to learn",
+                batches,
+                remedy="use the checkpoint, or begin a new run with fewer steps or a lower "
+                "learning_rate",
+            )
+        return self._diverged(
+            f"{what}the loss is {loss:.4g}, after {first:.4g} at the first step; learning_rate="
+            f"{rate:g} is too high and has driven the weights to where nothing moves the loss",
+            batches,
+        )
 
     def _minimised(self, loss: LossSum, routings: list[Routing]) -> Tensor:
         """The nats, and per target what an uneven choice of experts costs; only nats are told."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from ardor.arch.causal import CausalLM
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, DataError
 from ardor.files.atomic import write_atomic
+from ardor.files.json import read_text
 from ardor.files.runs import newest_checkpoint
 from ardor.loss import IGNORE
 from ardor.score import document_loss
@@ -63,7 +64,10 @@ def explained(run: Path, what: str, remedy: str, saved: Path | None = None) -> D
     """The error, with what was saved and how to go on."""
     newest = newest_checkpoint(run)
     whole = "no checkpoint was written yet" if newest is None else f"{newest} is whole"
-    told = "" if saved is None else f"; its batch is in {saved}"
+    told = ""
+    if saved is not None:
+        other = "MODEL" if newest is None else newest
+        told = f"; its batch is in {saved} (ardor score {other} {saved} --replay asks about it)"
     return Diverged(f"{what}{told}; {whole}; {remedy}")
 
 
@@ -97,25 +101,58 @@ def save_batch(
     return target
 
 
-def replay(decoder: CausalLM, file: Path) -> list[float | None]:
-    """The loss of each document in a file of `save_batch`, in nats per target; None: not finite.
+class Replayed(NamedTuple):
+    """A document of a file of `save_batch`, asked about again."""
 
-    Raises: DataError if the file holds something else.
+    row: int | None  # of the data
+    text: str | None
+    before: float | None  # nats per target when the run stopped; None: not finite
+    now: float | None
+    targets: int
+
+
+def replayed(decoder: CausalLM, file: Path) -> Iterator[Replayed]:
+    """Each document in a file of `save_batch`, with its loss under another model.
+
+    Raises: DataError if the file holds something else, or ids or documents that the model has no
+    place for.
     """
-    losses = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    vocab, longest = decoder.facts.vocab, decoder.facts.max_positions
+    # Not splitlines: U+2028 in a text is a line end to it, and not to JSON Lines.
+    lines = [line for line in read_text(file).split("\n") if line.strip()]
+    if not lines:
+        raise DataError(f"{file} is empty; give a file that a stopped run has written")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             tokens, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
             targets = torch.cat([labels[1:], torch.tensor([IGNORE])])[None]
             batch = Batch(tokens, targets, (tokens.shape[1],), (number - 1,))
-        except (ValueError, TypeError, KeyError) as error:
+            if tokens.shape != targets.shape:
+                raise ValueError("as many labels as ids")
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{file}, line {number}: expected input_ids and labels, found {line[:60]!r}; give "
                 "a file that a stopped run has written"
             ) from error
-        losses.append(_loss(decoder, batch))
-    return losses
+        if int(tokens.max()) >= vocab or tokens.shape[1] > longest:
+            raise DataError(
+                f"{file}, line {number}: {tokens.shape[1]} ids up to {int(tokens.max())}, where "
+                f"the model takes {longest} at most, below {vocab}; give a checkpoint of the run "
+                "that stopped, or its base"
+            )
+        count = int((targets != IGNORE).sum())
+        yield Replayed(
+            row.get("row"), row.get("text"), row.get("loss"), _loss(decoder, batch), count
+        )
+
+
+def replay(decoder: CausalLM, file: Path) -> list[float | None]:
+    """The loss of each document in a file of `save_batch`, in nats per target; None: not finite.
+
+    Raises: DataError as `replayed` does.
+    """
+    return [one.now for one in replayed(decoder, file)]
 
 
 def _documents(batch: Batch) -> Iterator[Batch]:

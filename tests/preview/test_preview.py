@@ -9,12 +9,12 @@ import pytest
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.data.sources import read_rows
+from ardor.data.visible import visible, visible_parts
 from ardor.errors import ArdorError, ConfigError
 from ardor.files.runs import newest_checkpoint
 from ardor.loss import IGNORE
 from ardor.preview import Preview, Settings, preview
 from ardor.preview.page import render
-from ardor.preview.visible import visible, visible_parts
 from ardor.text.chat import CHATML
 from ardor.text.tokenizer import Tokenizer
 from ardor.train import finetune
@@ -146,7 +146,10 @@ def test_pieces_of_a_row_are_counted(model, tmp_path):
     text = write_rows(tmp_path / "text.jsonl", [{"text": "the cat sat on a mat " * 9}])
     found = preview(model, text, 9, Settings(max_length=40))
     parts = [row.part for batch in found.batches for row in batch.documents]
-    assert parts == [f"{i} of {len(parts)}" for i in range(1, len(parts) + 1)] and len(parts) > 2
+    assert (
+        parts == [f"example {i} of {len(parts)}" for i in range(1, len(parts) + 1)]
+        and len(parts) > 2
+    )
     assert [row.ends for batch in found.batches for row in batch.documents][-2:] == [False, True]
     assert found.template is None and found.census.cut == 1
 

@@ -1,7 +1,7 @@
 """Runs small enough to take a fraction of a second, made from text that is made here."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ardor.train.run import Run
 from ardor.train.trainer import Hooks, Trainer
 
 from ..tiny import SIZES, sentences, write_rows
+from .forked import Worker
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -27,6 +28,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def worker(tmp_path_factory) -> Iterator[Worker]:
+    started = Worker(tmp_path_factory.mktemp("worker"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,13 @@
 """kill -9 at any moment, and a full disk: nothing that was written is lost, and the run goes on."""
 
 import errno
-import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
@@ -19,56 +16,13 @@ from ardor.cli.main import main
 from ardor.errors import CheckpointError
 from ardor.files import weights
 from ardor.files.runs import checkpoints, newest_checkpoint
-from ardor.load import load_model
-from ardor.train.checkpoint import read_checkpoint
-from ardor.train.report import read_metrics
+
+from .ends import again, assert_only_whole_checkpoints, assert_same_end
+from .forked import Ended, Worker
 
 pytestmark = pytest.mark.sweep
 
 STEPS = 8
-
-
-class Ended(NamedTuple):
-    code: int  # negative: the signal
-    said: str
-    changes: int  # of files
-
-
-class Worker:
-    """`ardor` in a process of its own, again and again."""
-
-    def __init__(self, folder: Path):
-        self._log = folder / "log.txt"
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def run(
-        self, args: list[str], *, die_at: int | None = None, kill_after: float | None = None
-    ) -> Ended:
-        assert self._server.stdin and self._server.stdout
-        order = {"args": args, "die_at": die_at, "kill_after": kill_after, "log": str(self._log)}
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        ended = json.loads(self._server.stdout.readline())
-        return Ended(ended["code"], self._log.read_text(), ended.get("changes", 0))
-
-    def close(self) -> None:
-        assert self._server.stdin and self._server.stdout
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
-        self._server.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory) -> Iterator[Worker]:
-    started = Worker(tmp_path_factory.mktemp("worker"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -92,37 +46,6 @@ def whole(worker, command, tmp_path_factory) -> tuple[Path, Ended]:
     return run, ended
 
 
-def again(run: Path, command: Callable[[Path], list[str]]) -> list[str]:
-    if (run / "config.yaml").exists():
-        return ["train", "--config", str(run / "config.yaml"), "--resume"]
-    return command(run)
-
-
-def assert_only_whole_checkpoints(run: Path) -> None:
-    for checkpoint in checkpoints(run):
-        progress, _ = read_checkpoint(checkpoint)
-        assert checkpoint.name == f"checkpoint-{progress.step}"
-        load_model(checkpoint)
-
-
-def assert_same_end(run: Path, whole: Path) -> None:
-    last, other = newest_checkpoint(run), newest_checkpoint(whole)
-    assert last is not None and other is not None
-    assert last.name == other.name == f"checkpoint-{STEPS}"
-    for name in ("model.safetensors", "trainer.safetensors", "config.json", "tokenizer.json"):
-        assert (last / name).read_bytes() == (other / name).read_bytes(), name
-
-    def losses(folder: Path) -> list[tuple[int, str, float]]:
-        rows = read_metrics(folder / "metrics.jsonl")
-        # Peak memory is measured, not computed: another number each time.
-        return [(row["step"], row["kind"], row["loss"]) for row in rows if row["kind"] != "memory"]
-
-    assert losses(run) == losses(whole)
-    assert len(checkpoints(run)) in (2, 3)  # 3: killed after the last, before the oldest went
-    assert (run / "report.html").read_text().endswith("</html>\n")
-    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
-
-
 def test_a_run_killed_again_and_again_ends_as_if_it_never_was(worker, command, whole, tmp_path):
     run, chosen, killed = tmp_path / "run", random.Random(0), 0
     began = time.monotonic()
@@ -131,14 +54,14 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(worker, command, w
     for _ in range(60):
         # Later and later at most, so that it ends however slow a start is.
         most = seconds * (0.3 + killed / 10)
-        ended = worker.run(again(run, command), kill_after=chosen.uniform(0, most))
+        ended = worker.run(again(run, command(run)), kill_after=chosen.uniform(0, most))
         assert_only_whole_checkpoints(run)
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL, ended.said
         killed += 1
     assert killed >= 3
-    assert worker.run(again(run, command)).code == 0  # nothing left to do, or the rest
+    assert worker.run(again(run, command(run))).code == 0  # nothing left to do, or the rest
     assert_same_end(run, whole[0])
 
 
@@ -148,7 +71,7 @@ def killed_at(change: int, worker: Worker, command: Any, run: Path) -> str:
     assert ended.code == -signal.SIGKILL, ended.said
     assert_only_whole_checkpoints(run)
     left = [path.name for path in run.iterdir() if path.name.startswith(".")]
-    ended = worker.run(again(run, command))
+    ended = worker.run(again(run, command(run)))
     assert ended.code == 0, ended.said
     return "\n".join(left)
 
@@ -159,19 +82,21 @@ def test_a_run_killed_while_it_writes_goes_on(worker, command, whole, tmp_path):
     chosen = random.Random(1).sample(range(2, changes + 1), 10)
     left = []
     for change in chosen:
-        left.append(killed_at(change, worker, command, tmp_path / str(change)))
+        place = tmp_path / str(change)
+        left.append(killed_at(change, worker, command, place))
         # A start that was killed before config.yaml stood leaves a hidden file to the next resume.
-        assert worker.run(again(tmp_path / str(change), command)).code == 0
-        assert_same_end(tmp_path / str(change), whole[0])
+        assert worker.run(again(place, command(place))).code == 0
+        assert_same_end(place, whole[0])
     assert any("checkpoint-" in names for names in left)  # some died with half a checkpoint
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_change_of_any_file_goes_on(worker, command, whole, tmp_path):
     for change in range(2, whole[1].changes + 1):
-        killed_at(change, worker, command, tmp_path / str(change))
-        assert worker.run(again(tmp_path / str(change), command)).code == 0
-        assert_same_end(tmp_path / str(change), whole[0])
+        place = tmp_path / str(change)
+        killed_at(change, worker, command, place)
+        assert worker.run(again(place, command(place))).code == 0
+        assert_same_end(place, whole[0])
 
 
 # --- a full disk ---
@@ -273,7 +198,7 @@ def test_a_disk_that_fills_up_anywhere_leaves_the_earlier_checkpoint(
     assert_only_whole_checkpoints(run)
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
     monkeypatch.undo()
-    assert main(again(run, command)) == 0
+    assert main(again(run, command(run))) == 0
     assert_only_whole_checkpoints(run)
     assert checkpoints(run)[-1].name == f"checkpoint-{STEPS}"
 

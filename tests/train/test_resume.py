@@ -16,6 +16,7 @@ from ardor.train.config import Finetune, Train
 from ardor.train.trainer import Diverged, _differences
 
 from .conftest import figures, finish, prepare, train_config, tune_config
+from .ends import contents
 
 pytestmark = pytest.mark.sweep
 
@@ -32,15 +33,6 @@ def stop_after(config: Train | Finetune, step: int) -> None:
         if event["kind"] == "train" and event["step"] == step:
             return
     raise AssertionError(f"the run has no step {step}")
-
-
-def contents(checkpoint: Path) -> dict[str, bytes]:
-    """Every file; of the trainer's record all but the length of metrics.jsonl, which has times."""
-    found = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
-    record = json.loads(found["trainer.json"])
-    del record["metrics_bytes"]
-    found["trainer.json"] = json.dumps(record).encode()
-    return found
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:

@@ -20,8 +20,10 @@ import safetensors.torch
 import torch
 import torch._dynamo
 
+import ardor.cli.finetune
 import ardor.cli.train
 import ardor.cli.watch
+import ardor.train.finetune
 import ardor.train.pretrain  # noqa: F401
 from ardor.cli.main import main
 from ardor.files import weights

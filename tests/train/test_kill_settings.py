@@ -1,0 +1,156 @@
+"""kill -9 under every optimizer, adapter, objective and order of data: the run ends as if it never
+was."""
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ardor.files.runs import BEST, checkpoints
+from ardor.files.weights import read_tensors
+
+from ..tiny import sentences, write_rows
+from .ends import again, assert_only_whole_checkpoints, assert_same_end
+from .forked import Ended, Worker
+
+pytestmark = pytest.mark.sweep
+
+# A step, a held-out loss and a checkpoint each time, so that most moments are within a write.
+EVERY = "--max-steps 4 --eval-steps 1 --save-steps 1 --eval-fraction 0.2 --save-total-limit 2 "
+EVERY += "--per-device-train-batch-size 3 --dtype float32 --learning-rate 0.01"
+LORA = "--lora-r 2 --lora-dropout 0.3 --neftune-noise-alpha 5"
+BEST_KEPT = "--load-best-model-at-end --early-stopping-patience 3"
+# Matrices of the base have 4096 numbers or more, so that 8 bits are 8 bits.
+SIZES = "--vocab-size 280 --hidden-size 32 --intermediate-size 144 --num-hidden-layers 1 "
+SIZES += "--num-attention-heads 2 --max-length 48 --dtype float32 --max-steps 1"
+
+SETTINGS = {
+    "adamw": ("texts", "full", "--optim adamw --lr-scheduler-type wsd"),
+    "adamw in 8 bits": ("pairs", "full", "--optim adamw_8bit"),
+    "adamw in bfloat16": ("pairs", "full", "--optim adamw --master-dtype bfloat16"),
+    "adamw elsewhere": ("pairs", "full", f"--optim adamw --offload-optimizer {BEST_KEPT}"),
+    "lion": ("pairs", "full", "--optim lion --gradient-accumulation-steps 2"),
+    "lion in 8 bits": ("pairs", "full", "--optim lion_8bit --master-dtype bfloat16"),
+    "adafactor": (
+        "pairs",
+        "full",
+        "--optim adafactor --optimizer-in-backward --max-grad-norm 0",
+    ),
+    "muon": ("pairs", "full", "--optim muon --master-dtype bfloat16"),
+    "sgd": ("pairs", "full", "--optim sgd --sgd-momentum 0.9 --gradient-checkpointing layers"),
+    "schedule-free": (
+        "pairs",
+        "full",
+        "--optim schedule_free_adamw --lr-scheduler-type constant --learning-rate 0.1 " + BEST_KEPT,
+    ),
+    "lora": ("pairs", "lora", f"{LORA} {BEST_KEPT} --tokens-per-batch 40"),
+    "qlora": ("pairs", "qlora", f"{LORA} --loraplus-lr-ratio 4 --optim adamw_8bit"),
+    "dora": ("pairs", "lora", f"{LORA} --use-dora --modules-to-save lm_head"),
+    "pissa": ("pairs", "lora", f"{LORA} --init-lora-weights pissa"),
+    "dpo, reference computed before": (
+        "judged",
+        "lora",
+        f"{LORA} --objective dpo --precompute-ref-log-probs",
+    ),
+    "dpo, reference asked in each step": (
+        "judged",
+        "qlora",
+        f"{LORA} --objective dpo --no-precompute-ref-log-probs {BEST_KEPT}",
+    ),
+    "kto": ("judged", "full", "--objective kto"),
+    "orpo": ("judged", "lora", f"{LORA} --objective orpo"),
+    "packed mixture": (
+        "mixture",
+        "lora",
+        f"{LORA} --tokens-per-batch 60 --gradient-accumulation-steps 2",
+    ),
+    "similar lengths": ("pairs", "lora", f"{LORA} --train-sampling-strategy group_by_length"),
+    "samples drawn": ("pairs", "lora", f"{LORA} --sample-prompts the --sample-tokens 3"),
+}
+
+
+class Files(NamedTuple):
+    base: Path
+    data: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def files(worker, texts, pairs, tmp_path_factory) -> Files:
+    folder = tmp_path_factory.mktemp("files")
+    ended = worker.run(["train", str(texts), "-o", str(folder / "base"), *SIZES.split()])
+    assert ended.code == 0, ended.said
+    columns = zip(sentences(12, 3), sentences(12, 4), sentences(12, 5), strict=True)
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in columns]
+    judged = write_rows(folder / "judged.jsonl", rows)
+    data = {"texts": [texts], "pairs": [pairs], "judged": [judged]}
+    data["mixture"] = [f"{pairs},weight=3", f"{texts},weight=1"]
+    return Files(folder / "base", {name: [*map(str, found)] for name, found in data.items()})
+
+
+@pytest.fixture(scope="module")
+def whole(
+    worker, files, tmp_path_factory
+) -> Callable[[str], tuple[Callable[[Path], list[str]], Path, Ended]]:
+    """(the command, its folder, how it ended) of settings whose run nobody killed; once each."""
+    made: dict[str, tuple[Callable[[Path], list[str]], Path, Ended]] = {}
+
+    def run(name: str) -> tuple[Callable[[Path], list[str]], Path, Ended]:
+        if name in made:
+            return made[name]
+        data, method, more = SETTINGS[name]
+
+        def args(run: Path) -> list[str]:
+            asked = f"{EVERY} {more} --method {method}".split()
+            return ["finetune", str(files.base), *files.data[data], "-o", str(run), *asked]
+
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        ended = worker.run(args(folder))
+        assert ended.code == 0, ended.said
+        made[name] = args, folder, ended
+        return made[name]
+
+    return run
+
+
+def killed_twice(
+    worker: Worker, args: list[str], run: Path, changes: int, chosen: random.Random
+) -> None:
+    """Kill a run at a change of a file, and then the one that goes on with it; let the third be."""
+    for _ in range(2):
+        ended = worker.run(again(run, args), die_at=chosen.randint(1, changes))
+        assert ended.code in (0, -signal.SIGKILL), ended.said  # 0: little was left to do
+        assert_only_whole_checkpoints(run)
+    for _ in range(2):  # a start that was killed before config.yaml stood leaves a hidden file
+        ended = worker.run(again(run, args))
+        assert ended.code == 0, ended.said
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_killed_run_ends_as_if_it_never_was_whatever_its_settings(worker, whole, tmp_path, name):
+    args, folder, ended = whole(name)
+    run, chosen = tmp_path / "run", random.Random(name)
+    killed_twice(worker, args(run), run, ended.changes, chosen)
+    assert_same_end(run, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_runs_of_all_settings_killed_at_many_moments(worker, whole, tmp_path, name):
+    args, folder, ended = whole(name)
+    for seed in range(10):
+        run = tmp_path / str(seed)
+        killed_twice(worker, args(run), run, ended.changes, random.Random(f"{name} {seed}"))
+        assert_same_end(run, folder)
+
+
+def test_what_was_killed_was_what_its_name_says(whole):
+    for name in ("adamw in 8 bits", "lion in 8 bits"):
+        state = read_tensors(checkpoints(whole(name)[1])[-1] / "trainer.safetensors")
+        assert any(str(tensor.dtype) == "torch.uint8" for tensor in state.values())
+    folder = whole("adamw elsewhere")[1]
+    assert (folder / BEST).exists()
+    assert (whole("dpo, reference computed before")[1] / "reference.safetensors").exists()
+    assert not (whole("dpo, reference asked in each step")[1] / "reference.safetensors").exists()
