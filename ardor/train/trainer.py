@@ -416,8 +416,12 @@ class Trainer:
         self,
         what: str,
         batches: list[Batch] | None = None,
-        remedy: str = "begin a new run with a lower learning_rate, or with dtype float32",
+        remedy: str | None = None,
     ) -> Diverged:
+        if remedy is None:
+            remedy = "begin a new run with a lower learning_rate"
+            if self.decoder.compute != torch.float32:
+                remedy += ", or with dtype float32"
         saved = None
         if batches is not None and self.ranks.first:
             step = self.progress.step + 1

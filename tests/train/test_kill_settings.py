@@ -44,11 +44,11 @@ SETTINGS = {
     "schedule-free": (
         "pairs",
         "full",
-        "--optim schedule_free_adamw --lr-scheduler-type constant --learning-rate 0.1 " + BEST_KEPT,
+        "--optim schedule_free_adamw --lr-scheduler-type constant " + BEST_KEPT,
     ),
-    "lora": ("pairs", "lora", f"{LORA} {BEST_KEPT} --tokens-per-batch 40"),
+    "lora": ("pairs", "lora", f"{LORA} {BEST_KEPT} --tokens-per-batch 60"),
     "qlora": ("pairs", "qlora", f"{LORA} --loraplus-lr-ratio 4 --optim adamw_8bit"),
-    "dora": ("pairs", "lora", f"{LORA} --use-dora --modules-to-save lm_head"),
+    "dora": ("pairs", "lora", f"{LORA} --use-dora --modules-to-save embed_tokens"),
     "pissa": ("pairs", "lora", f"{LORA} --init-lora-weights pissa"),
     "dpo, reference computed before": (
         "judged",

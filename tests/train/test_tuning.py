@@ -1,16 +1,18 @@
 """`ardor.train` and `ardor.finetune` from Python, and metrics that go to other people's pages."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 import ardor
 from ardor.errors import ConfigError
 from ardor.files.runs import newest_checkpoint
+from ardor.files.yaml import read_yaml
 from ardor.tuning import Trained
 
 from ..tiny import SIZES
-from .conftest import figures
+from .conftest import figures, finish, prepare, tune_config
 
 pytestmark = pytest.mark.sweep
 
@@ -96,3 +98,17 @@ def test_hosted_trackers_get_every_row_and_are_named_when_missing(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=f"report_to={name} needs the package {name}"):
         ardor.train(texts, output=tmp_path / "b", **settings)
+
+
+def test_the_dtype_census_of_qlora_stays_with_the_run(base, pairs, tmp_path):
+    config = tune_config(base("llama"), pairs, tmp_path / "run", method="qlora", max_steps=2)
+    run = prepare(config)
+    finish(run)
+    told = [note for note in run.notes if note.startswith("k-bit")]
+    assert len(told) == 3 and "float32" in told[1]
+    head = (tmp_path / "run" / "config.yaml").read_text()
+    assert all(f"# {note}\n" in head for note in told)
+    prepare(replace(config, resume=True))
+    assert (tmp_path / "run" / "config.yaml").read_text() == head
+    # Said to be settings by no reader: the run goes on from the file itself.
+    assert read_yaml(tmp_path / "run" / "config.yaml").values["method"] == "qlora"

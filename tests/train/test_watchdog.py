@@ -46,7 +46,7 @@ def test_divergence_is_steady_and_worse_than_guessing():
 
 
 def test_a_loss_that_jumps_stops_the_run_and_saves_rows_that_can_be_replayed(
-    texts, tmp_path, monkeypatch
+    texts, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr(watchdog, "LEAST", 3)
     config = train_config(texts, tmp_path / "run", num_train_epochs=4.0, save_steps=1)
@@ -77,6 +77,15 @@ def test_a_loss_that_jumps_stops_the_run_and_saves_rows_that_can_be_replayed(
     assert newest is not None
     again = replay(load_model(newest, dtype="float32").decoder, file)
     assert again == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+    assert f"ardor score {newest} {file} --replay" in said
+    capfd.readouterr()
+    assert main(["score", str(newest), str(file), "--replay", "--json"]) == 0
+    documents = json.loads(capfd.readouterr().out)["documents"]
+    assert [one["row"] for one in documents] == [row["row"] for row in rows]
+    assert [one["now"] for one in documents] == pytest.approx(again, rel=1e-5)
+    assert main(["score", str(newest), str(file), "--replay"]) == 0
+    shown = capfd.readouterr().out.splitlines()
+    assert len(shown) == len(rows) + 1 and f"{rows[0]['loss']:.4f}" in shown[1]
 
     monkeypatch.undo()
     finish(prepare(replace(config, resume=True, max_loss_zscore=0.0)))  # a setting that may change
@@ -93,11 +102,28 @@ def test_a_loss_that_is_no_number_saves_its_batch_too(texts, tmp_path, monkeypat
     assert rows and all(row["loss"] is None for row in rows)
 
 
-def test_a_file_that_is_no_batch_is_told(base, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "the cat"}', r"x.jsonl, line 1: expected input_ids and labels"),
+        ('{"input_ids": [1, 2], "labels": [1]}', r"x.jsonl, line 1: expected input_ids and labels"),
+        ('{"input_ids": [1, 9999], "labels": [1, 2]}', r"line 1: 2 ids up to 9999, where the"),
+        ("", r"x.jsonl is empty"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_told(base, tmp_path, line, said):
     file = tmp_path / "x.jsonl"
-    file.write_text('{"text": "the cat"}\n')
-    with pytest.raises(DataError, match=r"x.jsonl, line 1: expected input_ids and labels"):
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=said):
         replay(load_model(base("llama")).decoder, file)
+
+
+def test_replay_is_asked_of_a_file_with_no_other_flags(base, tmp_path, capfd):
+    asked = ["score", str(base("llama")), str(tmp_path / "none.jsonl"), "--replay"]
+    assert main(asked) == 2
+    assert "no file at" in capfd.readouterr().err
+    assert main([*asked, "--text"]) == 2
+    assert "leave --text, --tokens and --max-length out" in capfd.readouterr().err
 
 
 def test_a_learning_rate_that_diverges_is_named_after_a_few_steps(texts, tmp_path, capfd):
@@ -126,6 +152,41 @@ def test_gradients_that_are_all_zero_are_told_at_the_first_step(make, dataset):
         parameter.register_hook(torch.zeros_like)
     with pytest.raises(ConfigError, match="all gradients are zero at step 1, so nothing would be"):
         trainer._step(*next(trainer._windows()))
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (1.0, r"step 2, and those before were not: .* learning_rate=500 is too high"),
+        (0.0, r"step 2, and those before were not: the loss is exactly 0"),
+    ],
+)
+def test_gradients_that_become_zero_are_not_put_down_to_what_is_frozen(
+    make, monkeypatch, scale, said
+):
+    trainer = make(learning_rate=500.0, max_grad_norm=0.0)
+    windows, real = trainer._windows(), trainer_module.document_loss
+    trainer._step(*next(windows))
+
+    def flat(decoder, batch, routings):
+        return real(decoder, batch, routings)._replace(
+            nats=torch.tensor(9.0 * scale, requires_grad=True)
+        )
+
+    monkeypatch.setattr(trainer_module, "document_loss", flat)
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(Diverged, match=said) as error:
+        trainer._step(*next(windows))
+    assert "freeze" not in str(error.value) and "stopped-at-step-2.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize(("rate", "told"), [(500.0, True), (1e-2, False)])
+def test_a_rate_far_above_the_usual_is_said_before_the_first_step(
+    base, pairs, tmp_path, rate, told
+):
+    run = prepare(tune_config(base("llama"), pairs, tmp_path / "run", learning_rate=rate))
+    assert any("times the usual 0.0002: expect the loss to" in n for n in run.notes) == told
 
 
 def test_a_fresh_adapter_has_gradients_although_half_of_them_are_zero(base, pairs, tmp_path):
