@@ -12,6 +12,8 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ import ardor.train.finetune
 import ardor.train.pretrain  # noqa: F401
 from ardor.cli.main import main
 from ardor.files import weights
+
+for optional in ("bitsandbytes", "schedulefree"):  # seconds of import, in each child otherwise
+    with suppress(ImportError):
+        import_module(optional)
 
 CHANGES = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "truncate"), (os, "unlink")]
 CHANGES += [(os, "mkdir"), (shutil, "rmtree")]
