@@ -25,8 +25,7 @@ def write_first_rows(
 ) -> None:
     """Write the first documents of the first epoch, in the trainer's own order and batches.
 
-    `labels`: judged answers are single ones with a label, not pairs. A run that goes on writes the
-    same again.
+    `labels`: judged answers are single ones with a label, not pairs.
 
     Raises: CheckpointError if the disk is full or the place cannot be written.
     """

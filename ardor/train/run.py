@@ -26,6 +26,7 @@ from ardor.load import Model
 from ardor.memory.fit import note
 from ardor.save import write_files
 from ardor.train.config import Optimisation
+from ardor.train.first_rows import FILE as FIRST_ROWS
 from ardor.train.first_rows import write_first_rows
 from ardor.train.groups import aliases
 from ardor.train.metrics import Metrics
@@ -228,8 +229,9 @@ def begin(
     if ranks.first:
         text = to_yaml(replace(config, output=folder, resume=False))
         write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed, record) + text)
-        labels = isinstance(objective, LabelObjective)
-        write_first_rows(folder, plan, model, mixture, labels=labels)
+        if not (resumed and (folder / FIRST_ROWS).exists()):
+            labels = isinstance(objective, LabelObjective)
+            write_first_rows(folder, plan, model, mixture, labels=labels)
     run = Run(folder, model, trainer, train, heldout, resumed, notes)
     run.predicted = None if found is None else found.estimate.bytes
     return run
