@@ -56,6 +56,26 @@ def test_chunked_equals_whole_in_value_and_gradient(chunk):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("chunk", [3, None])
+def test_ids_without_a_token_have_no_probability_and_no_gradient(chunk, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("ardor.kernels.entropy.takes", lambda logits: False)
+    hidden, weight, targets = case(torch.float32)
+    known = V - 7
+    targets = targets.clamp(max=known - 1)
+    whole = next_token_loss((hidden @ weight.T)[..., :known], targets)
+    wanted = torch.autograd.grad(whole.nats, [hidden, weight])
+    mine = chunked_next_token_loss(
+        hidden, targets, lambda h, w: h @ w.T, (weight,), known=known, chunk=chunk
+    )
+    torch.testing.assert_close(mine.nats, whole.nats)
+    found = torch.autograd.grad(mine.nats, [hidden, weight])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not found[1][known:].any()
+
+
 def test_chunked_trains_the_states_under_a_frozen_head():
     hidden, weight, targets = case(torch.float32)
     frozen = weight.detach()
