@@ -4,6 +4,7 @@ Axes: B batch, T positions, N rows of hidden states, D model width, V vocabulary
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from ardor.kernels import entropy
 IGNORE = -100  # a target that teaches nothing: prompt, or the last position of a document
 
 Head = Callable[..., Tensor]
-"""(states [n, D], *parameters) -> logits [n, V]"""
+"""(states [n, D], *parameters) -> logits [n, V]; one with a `finish`, as arch.linear.LinearHead has
+it, is finish(states W^T + b) of its parameters W and perhaps b."""
 
 # Of logits and what is made of them, alive at a time: on a CPU products of 256 and more rows are as
 # fast as any; a GPU wants thousands to be busy.
@@ -25,6 +27,7 @@ ACCELERATOR_CHUNK_BYTES = 512 << 20
 # Zeros fill the last rows up to a multiple of this: some counts, like 511, divide into blocks so
 # badly that a product takes half as long again.
 ROWS = 8
+TILE_BYTES = 4 << 20  # of a weight's gradient that is made at a time
 
 
 class LossSum(NamedTuple):
@@ -147,9 +150,7 @@ class _Pieces:
         for piece in self._slices():
             count = piece.stop - piece.start
             part = F.pad(self.rows[piece].detach(), (0, 0, 0, -count % ROWS))
-            part.requires_grad_(self._wants_rows)
-            with torch.set_grad_enabled(differentiated):
-                logits = self.head(part, *self._leaves)
+            logits, add = self._logits(part, differentiated)
             if differentiated and slopes is None:
                 slopes = torch.zeros_like(logits)  # and stays zero from `known` on
             found[piece] = token_nats(
@@ -160,14 +161,27 @@ class _Pieces:
             )
             if slopes is not None:
                 slopes[count : len(logits)] = 0
-                self._add(piece, part, logits, slopes[: len(logits)])
+                add(piece, slopes[: len(logits)])
+            del logits, add  # before the next ones are made
         return found
+
+    def _logits(
+        self, part: Float[Tensor, "n D"], differentiated: bool
+    ) -> tuple[Float[Tensor, "n V"], Callable[[slice, Tensor], None]]:
+        """Logits, and what adds up gradients when it is given their slope."""
+        if not hasattr(self.head, "finish") or self.head.finish is not None:
+            part.requires_grad_(self._wants_rows)
+            with torch.set_grad_enabled(differentiated):
+                logits = self.head(part, *self._leaves)
+            return logits, partial(self._add, part, logits)
+        with torch.no_grad():
+            return self.head(part, *self._leaves), partial(self._add_linear, part)
 
     def _add(
         self,
-        piece: slice,
         part: Float[Tensor, "n D"],
         logits: Float[Tensor, "n V"],
+        piece: slice,
         slope: Float[Tensor, "n V"],
     ) -> None:
         inputs = [part, *self._inputs] if self._wants_rows else self._inputs
@@ -176,6 +190,23 @@ class _Pieces:
             self.d_rows[piece] = gradients.pop(0)[: piece.stop - piece.start]
         for sum_, gradient in zip((s for s in self.sums if s is not None), gradients, strict=True):
             sum_ += gradient
+
+    def _add_linear(
+        self, part: Float[Tensor, "n D"], piece: slice, slope: Float[Tensor, "n V"]
+    ) -> None:
+        """The same where logits are part W^T + b: no gradient as large as W is made beside its sum.
+
+        New memory costs a page fault for each 4 KiB, which would be half of this work.
+        """
+        weight = self._leaves[0]
+        if self.d_rows is not None:
+            self.d_rows[piece] = (slope @ weight)[: piece.stop - piece.start]
+        if (sum_ := self.sums[0]) is not None:
+            tile = max(1, TILE_BYTES // (weight.shape[1] * weight.element_size()))
+            for start in range(0, len(weight), tile):
+                sum_[start : start + tile] += slope[:, start : start + tile].T @ part
+        if len(self.sums) > 1 and (sum_ := self.sums[1]) is not None:
+            sum_ += slope.sum(0)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self.rows), self.chunk):
@@ -232,13 +263,16 @@ class _ChunkedLoss(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
         pieces = _Pieces(head, known, chunk, rows, parameters, wanted)
         total = pieces.nats(targets).sum()
-        ctx.save_for_backward(pieces.d_rows, *pieces.sums)
+        ctx.found = (pieces.d_rows, *pieces.sums)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = upstream
-        d_rows, *sums = (
-            None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors
-        )
+        if ctx.found is None:
+            raise RuntimeError("the chunked loss has been differentiated; it is only once")
+        # Multiplied where they lie and given away: a head's gradient may be a gigabyte.
+        (factor,), (d_rows, *sums), ctx.found = upstream, ctx.found, None
+        for found in (d_rows, *sums):
+            if found is not None:
+                found.mul_(factor)
         return (None, None, None, d_rows, None, *sums)
