@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from ardor.adapters.config import ALL_LINEAR, LoraConfig, by_pattern, ends_with, is_init, scale_of
+from ardor.adapters.config import (
+    ALL_LINEAR,
+    TOKEN_OWNERS,
+    LoraConfig,
+    by_pattern,
+    ends_with,
+    is_init,
+    scale_of,
+)
 from ardor.adapters.embedding import LoraEmbedding, SavedModule, TrainableHead, TrainableTokens
 from ardor.adapters.initial import OFF_BASE, Start, begin_at
 from ardor.adapters.lora import (
@@ -179,9 +187,7 @@ def _targeted(
     chosen = []
     for group in groups:
         if group.experts:
-            found = any(
-                group.disk == entry or group.disk.endswith(f".{entry}") for entry in parameters
-            )
+            found = any(ends_with(group.disk, entry) for entry in parameters)
         elif config.target_modules == ALL_LINEAR:
             head = group.disk.split(".")[-1] == "lm_head"
             found = not head and not config.excludes(group.disk)
@@ -511,8 +517,8 @@ def _read_indices(
     ours = {
         name: tuple(ids)
         for target, ids in asked.items()
-        for name in ("embed_tokens", "lm_head")
-        if name in disk_names and f".{disk_names[name].name}".endswith(f".{target}")
+        for name in TOKEN_OWNERS
+        if name in disk_names and ends_with(disk_names[name].name, target)
     }
     if len(ours) < len(asked):
         raise CheckpointError(

@@ -200,9 +200,6 @@ def preference_sides(
     """
     try:
         content = read_preference(row.values)
-    except DataError as error:
-        raise DataError(f"{row.where} (preference): {error}") from error
-    try:
         return [encoded(side, tokenizer, template) for side in (content.chosen, content.rejected)]
     except (DataError, TextError) as error:
         raise DataError(f"{row.where} (preference): {error}") from error
