@@ -3,7 +3,7 @@
 Axes: B batch, T positions, N rows of hidden states, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,54 @@ def chunked_token_logprobs(
     return _ChunkedLogprobs.apply(head, chunk, rows, wanted, *parameters)
 
 
+class _Pieces:
+    """`head` of a few rows at a time, and what is summed over them: gradients of what wants one.
+
+    Iterating gives (which rows, their logits); `add` takes the slope of the loss in these logits.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        chunk: int | None,
+        rows: Float[Tensor, "N D"],
+        parameters: Sequence[Tensor],
+        wanted: Sequence[bool],  # of the rows, then of each parameter
+    ):
+        self.head, self.chunk, self.rows = head, chunk, rows
+        self._wants_rows, *wants = wanted
+        self._leaves = [
+            p.detach().to(rows.dtype).requires_grad_(wants_it)
+            for p, wants_it in zip(parameters, wants, strict=True)
+        ]
+        self._inputs = [leaf for leaf in self._leaves if leaf.requires_grad]
+        self.d_rows = torch.empty_like(rows) if self._wants_rows else None
+        self.sums = [
+            torch.zeros_like(p) if wants_it else None
+            for p, wants_it in zip(parameters, wants, strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[slice, Float[Tensor, "n V"]]]:
+        start = 0
+        while start < len(self.rows):
+            # The first chunk is one row only when nobody said otherwise: it tells V.
+            piece = slice(start, min(len(self.rows), start + (self.chunk or 1)))
+            with torch.set_grad_enabled(bool(self._wants_rows or self._inputs)):
+                self._part = self.rows[piece].detach().requires_grad_(self._wants_rows)
+                logits = self.head(self._part, *self._leaves)
+            yield piece, logits
+            self.chunk = self.chunk or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+            start = piece.stop
+
+    def add(self, piece: slice, logits: Float[Tensor, "n V"], slope: Float[Tensor, "n V"]) -> None:
+        inputs = [self._part, *self._inputs] if self._wants_rows else self._inputs
+        gradients = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
+        if self.d_rows is not None:
+            self.d_rows[piece] = gradients.pop(0)
+        for sum_, gradient in zip((s for s in self.sums if s is not None), gradients, strict=True):
+            sum_ += gradient
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,15 +139,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, "N"]:
-        cast = [p.detach().to(rows.dtype) for p in parameters]
-        found, start = [torch.zeros(0, device=rows.device)], 0
-        while start < len(rows):
-            stop = start + (chunk or 1)  # one row only when nobody said otherwise: it tells V
-            log_p = head(rows[start:stop], *cast).float().log_softmax(-1)
-            found.append(log_p.gather(-1, targets[start:stop, None])[:, 0])
-            chunk = chunk or max(1, CHUNK_BYTES // (4 * log_p.shape[-1]))
-            start = stop
-        ctx.head, ctx.chunk = head, chunk
+        pieces = _Pieces(head, chunk, rows, parameters, (False,) * (1 + len(parameters)))
+        found = [torch.zeros(0, device=rows.device)]
+        for piece, logits in pieces:
+            log_p = logits.float().log_softmax(-1)
+            found.append(log_p.gather(-1, targets[piece, None])[:, 0])
+        ctx.head, ctx.chunk = head, pieces.chunk
         ctx.save_for_backward(rows, targets, *parameters)
         return torch.cat(found)
 
@@ -107,31 +152,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = upstream
         rows, targets, *parameters = ctx.saved_tensors
-        wants_rows, wants = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
-        leaves = [
-            p.detach().to(rows.dtype).requires_grad_(wanted)
-            for p, wanted in zip(parameters, wants, strict=True)
-        ]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        d_rows = torch.empty_like(rows) if wants_rows else None
-        sums = [torch.zeros_like(p) for p, wanted in zip(parameters, wants, strict=True) if wanted]
-        for start in range(0, len(rows), ctx.chunk or 1):
-            piece = slice(start, start + ctx.chunk)
-            with torch.enable_grad():
-                part = rows[piece].detach().requires_grad_(wants_rows)
-                logits = ctx.head(part, *leaves)
+        wanted = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+        pieces = _Pieces(ctx.head, ctx.chunk, rows, parameters, wanted)
+        for piece, logits in pieces:
             index, weight = targets[piece, None], weights[piece, None].float()
             # d log p / d logits = onehot(target) - softmax
             slope = logits.detach().float().softmax(-1).mul_(-weight)
-            slope = slope.scatter_add_(-1, index, weight)
-            inputs = [part, *trained] if wants_rows else trained
-            found = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
-            if d_rows is not None:
-                d_rows[piece] = found.pop(0)
-            for sum_, gradient in zip(sums, found, strict=True):
-                sum_ += gradient
-        left = iter(sums)
-        return (None, None, d_rows, None, *(next(left) if wanted else None for wanted in wants))
+            pieces.add(piece, logits, slope.scatter_add_(-1, index, weight))
+        return (None, None, pieces.d_rows, None, *pieces.sums)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -144,41 +172,19 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, ""]:
-        wants_rows, *wants = ctx.needs_input_grad[2], *ctx.needs_input_grad[4:]
-        leaves = [
-            p.detach().to(rows.dtype).requires_grad_(wanted)
-            for p, wanted in zip(parameters, wants, strict=True)
-        ]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
+        pieces = _Pieces(head, chunk, rows, parameters, wanted)
         total = torch.zeros((), device=rows.device, dtype=torch.float32)
-        d_rows = torch.empty_like(rows) if wants_rows else None
-        sums = [
-            torch.zeros_like(p) if wanted else None
-            for p, wanted in zip(parameters, wants, strict=True)
-        ]
         minus_one = torch.full((1, 1), -1.0, device=rows.device)
-        start = 0
-        while start < len(rows):
-            # The first chunk is one row only when nobody said otherwise: it tells V.
-            stop = min(len(rows), start + (chunk or 1))
-            with torch.set_grad_enabled(bool(wants_rows or trained)):
-                piece = rows[start:stop].detach().requires_grad_(wants_rows)
-                logits = head(piece, *leaves)
-            index = targets[start:stop, None]
+        for piece, logits in pieces:
+            index = targets[piece, None]
             log_p = logits.detach().float().log_softmax(-1)
             total -= log_p.gather(-1, index).sum()
             if logits.requires_grad:
                 # d nats / d logits = softmax - onehot(target), in the memory of log_p
                 slope = log_p.exp_().scatter_add_(-1, index, minus_one.expand_as(index))
-                inputs = [piece, *trained] if wants_rows else trained
-                gradients = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
-                if d_rows is not None:
-                    d_rows[start:stop] = gradients.pop(0)
-                for sum_, part in zip((s for s in sums if s is not None), gradients, strict=True):
-                    sum_ += part
-            chunk = chunk or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-            start = stop
-        ctx.save_for_backward(d_rows, *sums)
+                pieces.add(piece, logits, slope)
+        ctx.save_for_backward(pieces.d_rows, *pieces.sums)
         return total
 
     @staticmethod

@@ -16,7 +16,7 @@ from ardor.parallel.placement import Device, device_map, parse_size
 from ardor.place import module_names, ties_of, tree
 from ardor.quant.formats import format_name
 from ardor.train.blueprint import read_blueprint
-from ardor.train.config import Train
+from ardor.train.config import MasterDtype, Optim, Recompute, Train
 from ardor.train.presets import PRESETS
 
 MOST_ROWS = 4096  # looked for
@@ -29,6 +29,11 @@ class Settings:
     purpose: Literal["generate", "finetune", "train"] = "finetune"
     method: Literal["full", "lora", "qlora"] = "lora"
     lora_r: int = 16
+    optim: Optim = "adamw"
+    master_dtype: MasterDtype = "float32"
+    gradient_checkpointing: Recompute = "none"
+    optimizer_in_backward: bool = False
+    offload_optimizer: bool = False
     dtype: str = "auto"
     quantization: str | None = None
     batch_size: int | None = None
@@ -148,18 +153,23 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         method = "qlora"  # adapters on weights that are packed in their file
     packed = settings.quantization or model.quantization or "nf4"
     compute = _compute(machine) if settings.dtype == "auto" else settings.dtype
+    weights = settings.master_dtype if method == "full" else compute
     return Use(
         task="train",
         method=method,
         scratch=settings.purpose == "train",
-        weights="float32" if method == "full" else compute,
+        weights=weights,
         compute=compute,
         quantization=packed if method == "qlora" else None,
         rows=settings.batch_size or 8,
         length=length,
         accumulation=settings.gradient_accumulation_steps,
         rank=settings.lora_r,
-        beside=beside(model, "float32" if method == "full" else compute, method),
+        optim=settings.optim,
+        recompute=settings.gradient_checkpointing,
+        in_backward=settings.optimizer_in_backward,
+        offloaded=settings.offload_optimizer,
+        beside=beside(model, weights, method),
     )
 
 

@@ -105,7 +105,7 @@ def document_logprobs(
     device = decoder.device
     tokens, targets = batch.tokens.to(device), batch.targets.to(device)
     hidden = decoder.hidden(tokens, Packed((batch.lengths,)), routings=routings)
-    found = chunked_token_logprobs(hidden, targets, *decoder.head_parts())
+    found = chunked_token_logprobs(hidden, targets, *decoder.loss_parts())
     marked = (batch.targets[0] != IGNORE).split(list(batch.lengths))
     counts = [int(part.sum()) for part in marked]
     # Not index_add: on a GPU it adds in another order each time.

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ardor.errors import ArdorError, ConfigError
+from ardor.memory.estimate import estimate
 from ardor.memory.machine import Machine
 from ardor.outline import beside, outline, rearranged
 from ardor.plan import Settings, described, known, make_plan, use_of
@@ -66,6 +67,29 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         use_of(known("llama-15m"), Settings(**settings), HERE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "term", "share"),
+    [
+        ({"optim": "lion"}, "optimizer", (0.49, 0.51)),
+        ({"optim": "adamw_8bit"}, "optimizer", (0.25, 0.6)),  # tables keep 32 bits
+        ({"optim": "sgd"}, "optimizer", (0.0, 0.0)),
+        ({"master_dtype": "bfloat16"}, "weights", (0.49, 0.51)),
+        ({"gradient_checkpointing": "layers"}, "activations", (0.0, 0.5)),
+        ({"optimizer_in_backward": True}, "gradients", (0.0, 0.6)),
+    ],
+)
+def test_what_saves_memory_in_training_is_planned(changes, term, share):
+    def bytes(**settings) -> int:
+        use = use_of(
+            known("llama-110m"), Settings(method="full", dtype="float32", **settings), HERE
+        )
+        moments = estimate(known("llama-110m").spec, use).moments
+        return max((t.bytes for m in moments for t in m.terms if t.name == term), default=0)
+
+    low, high = share
+    assert low <= bytes(**changes) / bytes() <= high
 
 
 def test_weights_that_lie_otherwise_in_the_file_are_copied():

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 PLAIN_WIDTH = 100  # columns of a table in a pipe
+QUIET = 2.0  # seconds before a wait has a bar
 NARROW = 70  # columns of a terminal that has no room for the bar itself
 
 
@@ -152,6 +153,29 @@ class Progress:
         if not first < step < self.total:
             return []
         return [f"{duration((now - began) / (step - first) * (self.total - step))} left"]
+
+
+class Late:
+    """A bar that comes only once there is something to wait for."""
+
+    def __init__(self, label: str, *, unit: int = 1):
+        self._label, self._unit = label, unit
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "Late":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.__exit__(None, None, None)
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None and time.monotonic() - self._began < QUIET:
+            return
+        if self._bar is None:
+            self._bar = Progress(self._label, -(-total // self._unit)).__enter__()
+        self._bar.update(-(-done // self._unit))
 
 
 def duration(seconds: float) -> str:

@@ -1,11 +1,10 @@
 """`ardor doctor MODEL`."""
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ardor.cli.console import Progress, print_json, remarks, results
+from ardor.cli.console import Late, print_json, remarks, results
 from ardor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 
     from ardor.doctor import Report
 
-QUIET = 2.0  # seconds without a sign of progress
 MIB = 1 << 20
 BAR = 40  # characters of the longest bar of a histogram
 STYLES = {"E": "bold red", "W": "yellow", "I": "dim"}
@@ -68,7 +66,7 @@ class Config:
 def run(config: Config) -> int:
     from ardor.doctor import doctor  # later: help needs no torch
 
-    with _Late() as shown:
+    with Late("reading weights (MiB)", unit=MIB) as shown:
         report = doctor(
             config.model,
             data=config.data,
@@ -89,28 +87,6 @@ def run(config: Config) -> int:
     else:
         _show(report)
     return report.exit_code
-
-
-class _Late:
-    """A bar that comes only once there is something to wait for."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> "_Late":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.__exit__(None, None, None)
-
-    def update(self, read: int, total: int) -> None:
-        if self._bar is None and time.monotonic() - self._began < QUIET:
-            return
-        if self._bar is None:
-            self._bar = Progress("reading weights (MiB)", -(-total // MIB)).__enter__()
-        self._bar.update(-(-read // MIB))
 
 
 def _document(report: "Report") -> dict[str, Any]:

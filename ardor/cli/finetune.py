@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from shlex import quote
 
-from ardor.cli.console import program, remarks
+from ardor.cli.console import Late, program, remarks
 from ardor.train.config import Finetune
 
 
@@ -21,7 +21,8 @@ def run(config: Config) -> int:
     from ardor.train.finetune import prepare
     from ardor.train.ranks import leads
 
-    found = prepare(narrowed(config, Finetune))
+    with Late("asking the reference") as asked:
+        found = prepare(narrowed(config, Finetune), asked.update if leads() else None)
     evaluations = watch(found, config.method, json=config.json, verb="finetune")
     if not config.json and leads():
         console = remarks()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ardor.cli.console import NARROW, print_json, results
+from ardor.train.config import MasterDtype, Optim, Recompute
 
 if TYPE_CHECKING:
     from ardor.memory.fit import Choice
@@ -30,6 +31,16 @@ class Config:
     """Of fine-tuning."""
     lora_r: int = 16
     """Rank of the adapters, on all linear maps of the layers."""
+    optim: Optim = "adamw"
+    """adamw, adamw_8bit, lion, lion_8bit, adafactor, muon, sgd or schedule_free_adamw."""
+    master_dtype: MasterDtype = "float32"
+    """Dtype of weights that are trained in full, their gradients and moments."""
+    gradient_checkpointing: Recompute = "none"
+    """Activations computed again instead of kept: none, selective or layers."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and forget the gradient."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the memory of the CPU."""
     dtype: str = "auto"
     """auto, float32, bfloat16 or float16: as `generate` and `finetune` mean it."""
     quantization: str | None = None
@@ -118,7 +129,8 @@ def _described(choice: Choice) -> str:
     if use.task == "generate":
         return f"generate from {size} + {use.new_tokens:,}, {held} weights"
     method = "training from scratch" if use.scratch else f"{use.method} fine-tuning"
-    return f"{method}, micro-batches of {size}, {held} weights, computing in {use.compute}"
+    said = f"{method}, micro-batches of {size}, {held} weights, computing in {use.compute}"
+    return said if use.optim == "adamw" else f"{said}, {use.optim}"
 
 
 def _verdict(choice: Choice) -> str:

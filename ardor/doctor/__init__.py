@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ardor.data.readers import Row
 from ardor.data.sources import Rows, read_rows
-from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoint
-from ardor.doctor.data import ROWS, Reading, Sample, sample
+from ardor.doctor.checkpoint import Checkpoint, Training, find_checkpoint, reading_of
+from ardor.doctor.data import ROWS, Sample, sample
 from ardor.doctor.facts import facts_of
 from ardor.doctor.finding import Finding, Level
 from ardor.doctor.probe import SMALL, Probe, cost, observe
@@ -18,9 +18,7 @@ from ardor.doctor.rules import RULES
 from ardor.doctor.runs import is_run, open_run
 from ardor.doctor.tensors import measure
 from ardor.errors import CheckpointError, ConfigError
-from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
-from ardor.files.runs import chosen_checkpoint
-from ardor.load import CONFIG, default_device
+from ardor.load import default_device
 
 __all__ = ["Report", "Training", "doctor"]
 
@@ -97,7 +95,7 @@ def doctor(
     such data; ConfigError for a run that is no folder, or a `fix` that holds something.
     """
     began = time.monotonic()
-    found = _opened(name, revision, use_safetensors=use_safetensors)
+    found = find_checkpoint(name, revision, use_safetensors=use_safetensors)
     found.trusted, folder = trust_remote_code, _run_folder(name, run)
     found.run = None if folder is None else open_run(folder)
     if data is not None:
@@ -129,16 +127,6 @@ def doctor(
     )
 
 
-def _opened(name: str | Path, revision: str | None, *, use_safetensors: bool) -> Checkpoint:
-    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
-    path = resolve(name, revision, patterns=patterns).path
-    if not (path / CONFIG).exists():
-        path = chosen_checkpoint(path) or path
-    found = open_checkpoint(path, use_safetensors=use_safetensors)
-    compare(found)
-    return found
-
-
 def _run_folder(name: str | Path, run: str | Path | None) -> Path | None:
     if run is None:
         path = Path(name).expanduser()
@@ -159,15 +147,11 @@ def _look_at_rows(
     rows = iter(rows)
     first = next(rows, None)  # a source that is not there raises here
     if found.tokenizer is None:
-        reason = found.problems.get("tokenizer", f"{found.path} has no tokenizer.json")
+        files = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        reason = found.problems.get("tokenizer", f"{found.path} has no {files}")
         raise ConfigError(f"data is looked at as the model's tokenizer encodes it: {reason}")
-    positions = None if found.spec is None else found.spec.max_positions
-    known = [length for length in (limit, positions) if length is not None]
-    reading = Reading(
-        found.tokenizer, found.template, found.stops.ids, found.rows, min(known, default=None)
-    )
     kept = chain([] if first is None else [first], rows)
-    found.data = sample(kept, reading, most=most, heldout=heldout)
+    found.data = sample(kept, reading_of(found, limit), most=most, heldout=heldout)
 
 
 def _findings(found: Checkpoint, names: Iterable[str]) -> list[Finding]:

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 
 from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.arch import spec as specs
-from ardor.doctor.data import Sample
+from ardor.data.choices import Preferences
+from ardor.doctor.data import Reading, Sample
 from ardor.doctor.finding import Finding
 from ardor.doctor.probe import Probe
 from ardor.doctor.runs import RunFolder
@@ -18,12 +19,14 @@ from ardor.families import family_of
 from ardor.families.family import HARMLESS
 from ardor.families.hf_config import HFConfig
 from ardor.families.rules import Account, Rules
+from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
 from ardor.files.json import read_object
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.files.weights import INDEX, PICKLED, SINGLE, WeightFiles, open_file, open_weights
 from ardor.load import CONFIG, GENERATION, bound_rules, on_meta, stops_of, tensor_problems
 from ardor.packing import PackedFiles, opened
-from ardor.text.chat import ChatTemplate, terminator
+from ardor.text.chat import ChatTemplate, TrainOn, terminator
+from ardor.text.legacy import has_tokenizer
 from ardor.text.special import read_config
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
@@ -85,10 +88,11 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_json(self) -> dict[str, Any]:
-        """tokenizer.json as it is; {} where it was not understood."""
+        """tokenizer.json as it is, or as it would be; {} where it was not understood."""
         if self.tokenizer is None or self.text_path is None:
             return {}
-        return read_object(self.text_path / TOKENIZER)
+        path = self.text_path / TOKENIZER
+        return read_object(path) if path.exists() else self.tokenizer.content
 
     @cached_property
     def terminator(self) -> int | None:
@@ -128,6 +132,22 @@ Findings = Iterator[Finding]
 Registry = dict[str, Callable[[Checkpoint], Findings]]
 
 
+def find_checkpoint(
+    name: str | Path, revision: str | None = None, *, use_safetensors: bool = True
+) -> Checkpoint:
+    """The checkpoint that `load` would take by this name: of a run the one that stands for it.
+
+    Raises: CheckpointError if there is no such directory or hub model.
+    """
+    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
+    path = resolve(name, revision, patterns=patterns).path
+    if not (path / CONFIG).exists():
+        path = chosen_checkpoint(path) or path
+    found = open_checkpoint(path, use_safetensors=use_safetensors)
+    _compare(found)
+    return found
+
+
 def open_checkpoint(path: Path, *, use_safetensors: bool = True) -> Checkpoint:
     """Everything but the values of the weights."""
     found = Checkpoint(path, adapter=(path / ADAPTER_CONFIG).exists())
@@ -147,6 +167,27 @@ def open_checkpoint(path: Path, *, use_safetensors: bool = True) -> Checkpoint:
     return found
 
 
+def reading_of(
+    found: Checkpoint,
+    limit: int | None,
+    preferences: Preferences = "chosen",
+    train_on: TrainOn = "all",
+) -> Reading:
+    """How rows are read for this model: examples of at most `limit` tokens, and its positions."""
+    assert found.tokenizer is not None
+    positions = None if found.spec is None else found.spec.max_positions
+    known = min((n for n in (limit, positions) if n is not None), default=None)
+    return Reading(
+        found.tokenizer,
+        found.template,
+        found.stops.ids,
+        found.rows,
+        known,
+        preferences,
+        train_on,
+    )
+
+
 def _open_adapter(found: Checkpoint) -> None:
     weights = found.path / ADAPTER_WEIGHTS
     found.files = found.attempt("weights", lambda: open_file(weights))
@@ -157,7 +198,7 @@ def _open_adapter(found: Checkpoint) -> None:
         return
     home = Path(base)
     if not (home / CONFIG).exists():
-        home = newest_checkpoint(home) or home
+        home = chosen_checkpoint(home) or home
     if not (home / ADAPTER_CONFIG).exists():
         found.base = open_checkpoint(home)
 
@@ -165,9 +206,9 @@ def _open_adapter(found: Checkpoint) -> None:
 def _open_text(found: Checkpoint) -> None:
     """Files beside an adapter win, as in `load`: fine-tuning may have set a chat template."""
     home = found.path
-    if not (home / TOKENIZER).exists() and found.base is not None:
+    if not has_tokenizer(home) and found.base is not None:
         home = found.base.path
-    if not (home / TOKENIZER).exists():
+    if not has_tokenizer(home):
         return
     found.text_path = home
     found.tokenizer = found.attempt("tokenizer", lambda: Tokenizer.from_directory(home))
@@ -195,7 +236,7 @@ def _name_tables(found: Checkpoint, rules: Rules) -> None:
         found.tied_copy = (rules.tied_head.disk, found.embedding)
 
 
-def compare(found: Checkpoint) -> None:
+def _compare(found: Checkpoint) -> None:
     """Hold the tensors' names, shapes and dtypes against what config.json describes."""
     if found.files is None or found.spec is None or found.config is None:
         return

@@ -119,8 +119,8 @@ class Reading:
     stops: frozenset[int]
     vocab: int | None  # rows of the embedding
     limit: int | None  # tokens of an example
-    preferences: Preferences = "chosen"
-    train_on: TrainOn = "all"
+    preferences: Preferences
+    train_on: TrainOn
 
 
 def sample(

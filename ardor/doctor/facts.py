@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ardor.doctor.checkpoint import Checkpoint
-from ardor.doctor.ids import reachable_unknown, written_by_template
+from ardor.doctor.ids import written_by_template
 from ardor.text.tokenizer import Tokenizer
 
 
@@ -46,8 +46,8 @@ def _padding(it: Checkpoint, tokenizer: Tokenizer) -> str:
     if pad in it.stops.ids:
         return f"{name}, also an end: safe where masks come from lengths, as here"
     if pad == tokenizer.special.unk:
-        reached = reachable_unknown(it.tokenizer_json)
-        return f"{name}, also unknown: {'not safe' if reached else 'safe, no text becomes it'}"
+        safe = "not safe" if tokenizer.reaches_unk else "safe, no text becomes it"
+        return f"{name}, also unknown: {safe}"
     return f"{name}, of its own: safe while no text holds it"
 
 

@@ -43,24 +43,3 @@ def written_by_template(tokenizer: Tokenizer, template: ChatTemplate | None) -> 
             continue
         found |= {part for part in tokenizer.split(text) if isinstance(part, int)}
     return frozenset(found)
-
-
-def reachable_unknown(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a text can become the unknown token: there are neither bytes nor a fallback to them.
-
-    `tokenizer` is the content of tokenizer.json.
-    """
-    model = tokenizer.get("model") or {}
-    bytes_first = any(
-        step.get("type") == "ByteLevel"
-        for key in ("pre_tokenizer", "normalizer")
-        for step in _steps(tokenizer.get(key))
-    )
-    return not bytes_first and not model.get("byte_fallback", False)
-
-
-def _steps(step: Any) -> list[dict[str, Any]]:
-    if not isinstance(step, dict):
-        return []
-    inner = [*step.get("pretokenizers", ()), *step.get("normalizers", ())]
-    return [step, *(found for one in inner for found in _steps(one))]

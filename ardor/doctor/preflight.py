@@ -11,14 +11,11 @@ from pathlib import Path
 
 from ardor.data.choices import Preferences
 from ardor.data.readers import Row
-from ardor.doctor.checkpoint import Checkpoint, Training, compare, open_checkpoint
-from ardor.doctor.data import Reading, sample
+from ardor.doctor.checkpoint import Checkpoint, Training, find_checkpoint, reading_of
+from ardor.doctor.data import sample
 from ardor.doctor.finding import Finding
 from ardor.doctor.rules import RULES, SUBJECTS
 from ardor.errors import ConfigError, DataError
-from ardor.files.hub import PATTERNS, PICKLE_PATTERNS, resolve
-from ardor.files.runs import newest_checkpoint
-from ardor.load import CONFIG
 from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.tokenizer import Tokenizer
 
@@ -54,18 +51,14 @@ def preflight(
     row that cannot be trained on; CheckpointError if there is no such model.
     """
     check_rules(allow)
-    patterns = PATTERNS if use_safetensors else PICKLE_PATTERNS
-    path = resolve(name, revision, patterns=patterns).path
-    if not (path / CONFIG).exists():
-        path = newest_checkpoint(path) or path
-    found = open_checkpoint(path, use_safetensors=use_safetensors)
-    compare(found)
+    found = find_checkpoint(name, revision, use_safetensors=use_safetensors)
     found.training = training
     if found.tokenizer is not None and template is not None:
         own, found.template = found.template, template(found.tokenizer, found.template)
         found.template_added = found.template is not None and found.template is not own
     if found.tokenizer is not None and (some := [*islice(rows, ROWS + 1)]):
-        _look(found, some, heldout, max_length, choices)
+        reading = reading_of(found, max_length, *choices)
+        found.data = sample(some, reading, most=ROWS, heldout=islice(heldout, ROWS))
     names = [n for subject, rules in SUBJECTS.items() if subject not in LOADER for n in rules]
     findings = [replace(one, rule=rule) for rule in names for one in RULES[rule](found)]
     errors = [one for one in findings if one.level == "E" and one.rule not in allow]
@@ -81,21 +74,6 @@ def check_rules(names: Sequence[str]) -> None:
             near = get_close_matches(name, RULES, n=1)
             hint = f"did you mean {near[0]}?" if near else "docs/DOCTOR.md lists them"
             raise ConfigError(f"allow={name}: doctor has no such rule; {hint}")
-
-
-def _look(
-    found: Checkpoint,
-    rows: Sequence[Row],
-    heldout: Iterable[Row],
-    max_length: int | None,
-    choices: tuple[Preferences, TrainOn],
-) -> None:
-    assert found.tokenizer is not None
-    positions = None if found.spec is None else found.spec.max_positions
-    known = [length for length in (max_length, positions) if length is not None]
-    limit = min(known, default=None)
-    reading = Reading(found.tokenizer, found.template, found.stops.ids, found.rows, limit, *choices)
-    found.data = sample(rows, reading, most=ROWS, heldout=islice(heldout, ROWS))
 
 
 def _refuse(found: Checkpoint, errors: list[Finding]) -> None:

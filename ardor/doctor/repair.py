@@ -57,7 +57,12 @@ class Copy:
         self.unpickled = False
 
     def json(self, name: str) -> dict[str, Any]:
-        """The file's content, to be changed in place; {} for a file that is new."""
+        """The file's content, to be changed in place; {} for a file that is new.
+
+        A tokenizer that was read from other files gets a tokenizer.json, which goes before them.
+        """
+        if name == TOKENIZER:
+            return self.changed.setdefault(name, deepcopy(self.it.tokenizer_json))
         if name not in self.changed:
             home = self.it.text_path if name.startswith(("token", "special")) else self.it.path
             path = (home or self.it.path) / name

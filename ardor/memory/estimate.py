@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from ardor.arch import spec as specs
 from ardor.memory.optimizers import STATES
 from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
-from ardor.memory.shapes import Shape, count, is_linear, parameters
+from ardor.memory.shapes import Shape, count, is_linear, is_quantized, parameters
 
 MIB = 1 << 20
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
@@ -124,11 +124,13 @@ def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> i
     """Bytes of one weight: exact, for nf4 and fp4 with a float32 scale for each block of 64.
 
     "-dq" holds these scales in 8 bits, with a float32 for 256 of them and one for all. GPTQ and AWQ
-    count as 4 bits in groups of 128.
+    count as 4 bits in groups of 128. Of stacked experts each is quantized by itself.
     """
     n, outputs = math.prod(shape), math.prod(shape[:-1])
     if quantization is None:
         return n * WIDTHS[dtype]
+    if len(shape) > 2:
+        return shape[0] * weight_bytes(shape[1:], dtype, quantization)
     if quantization in ("int8", "llm-int8"):
         return n + 4 * outputs
     if quantization in ("int4", "gptq", "awq"):
@@ -212,9 +214,9 @@ class Held:
             return self.shapes
         found: dict[str, Shape] = {}
         for linear in self.adapters:
-            outputs, inputs = self.shapes[f"{linear}.weight"][-2:]
-            found[f"{linear}.lora_A"] = (use.rank, inputs)
-            found[f"{linear}.lora_B"] = (outputs, use.rank)
+            *experts, outputs, inputs = self.shapes[f"{linear}.weight"]
+            found[f"{linear}.lora_A"] = (*experts, use.rank, inputs)
+            found[f"{linear}.lora_B"] = (*experts, outputs, use.rank)
         narrow = self.spec.embed_width or self.spec.width
         return found | {"embed_tokens.rows": (use.trained_rows, narrow)}
 
@@ -246,7 +248,8 @@ class Held:
     def _bytes(self, shapes: dict[str, Shape]) -> int:
         dtype, format = self.use.weights, self.use.quantization
         return sum(
-            weight_bytes(s, dtype, format if is_linear(n, s) else None) for n, s in shapes.items()
+            weight_bytes(s, dtype, format if is_quantized(n, s) else None)
+            for n, s in shapes.items()
         )
 
     def gradients(self, index: int) -> int:
@@ -292,13 +295,14 @@ class Held:
         if use.accelerator or use.compute != "bfloat16":
             return 0
         ways = 3 if use.method == "full" else 2
-        shapes = {s for n, s in self.shapes.items() if is_linear(n, s)}
+        shapes = {s for n, s in self.shapes.items() if is_linear(n, s) and len(s) == 2}
         adapters = {side for shape in shapes for side in shape} if self.adapters else set()
         found = ways * (use.batch_sizes - 1) * (len(shapes) + 2 * len(adapters))
+        of_experts = 6 if any(".experts." in name for name in self.adapters) else 2
         for ffn in {layer.ffn for layer in self.spec.layers}:
             if isinstance(ffn, specs.Experts):
                 mean = use.tokens * ffn.router.per_token / ffn.count
-                found += ways * 2 * math.ceil(1.2 * mean)
+                found += ways * of_experts * math.ceil(1.2 * mean)
         return KERNEL * min(found, MOST_KERNELS)
 
     def kept_free(self, index: int) -> int:

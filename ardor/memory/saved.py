@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ardor.arch import spec as specs
 
+EXPERTS = "ffn.experts"  # where a layer has them
 COMPILED_ACTS = ("silu", "gelu_tanh")  # arch.gate.COMPILED: one pass that keeps gate and up only
 
 
@@ -33,7 +34,8 @@ class How:
 
 def per_token(width: int, layer: specs.Layer, how: How) -> int:
     """Bytes that one layer keeps of a token."""
-    low = how.rank * len(how.adapted)  # what A gives, which B's gradient needs
+    # What A gives, which B's gradient needs; that of experts is counted with them.
+    low = how.rank * sum(not name.startswith(f"{EXPERTS}.") for name in how.adapted)
     numbers = _stream(width, layer, how) + low
     if isinstance(layer.mixer, specs.LatentAttention):
         numbers += _latent(layer.mixer, how)
@@ -123,11 +125,13 @@ def _mlp(ffn: specs.Mlp, how: How, name: str, *, trained: bool) -> int:
 def _experts(width: int, ffn: specs.Experts, how: How) -> int:
     """Rows of a token are repeated for each of its experts.
 
-    What comes out is kept twice, for its product with the weight and for the sum over experts. An
-    expert has no adapter, so what it reads is kept in full training only.
+    What comes out is kept twice, for its product with the weight and for the sum over experts. What
+    goes in is kept where the experts are trained or adapted.
     """
-    inner = _mlp(ffn.expert, how, "", trained=how.full)
-    numbers = ffn.router.per_token * (inner + width * (2 + how.full))
+    inner = _mlp(ffn.expert, how, EXPERTS, trained=how.full)
+    inner += how.rank * sum(name.startswith(f"{EXPERTS}.") for name in how.adapted)
+    reads = how.keeps_input(f"{EXPERTS}.gate_proj", f"{EXPERTS}.up_proj")
+    numbers = ffn.router.per_token * (inner + width * (2 + reads))
     numbers += 2 * ffn.count * 4 // how.width  # the router's scores, float32
     if ffn.shared is not None:
         numbers += _mlp(ffn.shared, how, "ffn.shared", trained=how.full) + width

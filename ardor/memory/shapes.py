@@ -23,12 +23,17 @@ def count(shapes: dict[str, Shape]) -> int:
 
 
 def is_linear(name: str, shape: Shape) -> bool:
-    """Whether it is the weight of a linear map in the layers: what is quantized and adapted.
+    """Whether it is the weight of a linear map in the layers: what is adapted.
 
-    Experts are stacked in three axes and routers are no linear maps, so neither counts.
+    The same map of every expert, in three axes, is one too; a router is none.
     """
     in_layers = name.startswith("layers.") and name.endswith(".weight")
-    return in_layers and len(shape) == 2 and "norm" not in name and ".router." not in name
+    return in_layers and len(shape) > 1 and "norm" not in name and ".router." not in name
+
+
+def is_quantized(name: str, shape: Shape) -> bool:
+    """Whether quantizing a model takes this weight: that of a linear map, but for a gate's."""
+    return is_linear(name, shape) and ".shared_gate." not in name
 
 
 def _decoder(spec: specs.Decoder) -> Named:

@@ -199,6 +199,11 @@ class Tokenizer:
                 )
         return Tokenizer(self._backend, {**self.names, **names}, self.max_length)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What `save` writes as tokenizer.json, whatever files this was read from."""
+        return json.loads(self._backend.to_str())
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what a text becomes."""
@@ -380,7 +385,7 @@ class Tokenizer:
         """Can a text become the unknown token? Not where bytes stand for what no token covers."""
         if self.special.unk is None:
             return False
-        spec = json.loads(self._backend.to_str())
+        spec = self.content
         model = spec["model"]
         known = set(self._backend.get_vocab(with_added_tokens=False))
         if model.get("byte_fallback"):
@@ -423,7 +428,7 @@ class Tokenizer:
 
     def _without_control(self, place: Place) -> tokenizers.Tokenizer:
         if not self._plain:
-            whole = json.loads(self._backend.to_str())
+            whole = self.content
             built: dict[str, tokenizers.Tokenizer] = {}
             for name in get_args(Place):
                 spec = without_control(whole, self.control, self.special.unk, name)

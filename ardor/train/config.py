@@ -22,6 +22,7 @@ Optim = Literal[
 ]
 Recompute = Literal["none", "selective", "layers"]
 Order = Literal["random", "sequential", "group_by_length", "shortest_first"]
+MasterDtype = Literal["float32", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Init = Literal["megatron", "gpt2", "normal", "truncated", "small", "mitchell"]
 
@@ -147,7 +148,7 @@ class Optimisation:
     tables and vectors), sgd, or schedule_free_adamw (schedulefree); see docs/TRAINING.md."""
     sgd_momentum: float = 0.0
     """Momentum of sgd."""
-    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    master_dtype: MasterDtype = "float32"
     """Dtype of weights that are trained in full, their gradients and moments. bfloat16 is rounded
     stochastically, so that small updates are not lost."""
     optimizer_in_backward: bool = False

@@ -1,11 +1,12 @@
 """What a run says about held-out data: loss, perplexity, and how many answers end by themselves."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ardor.data.batches import BatchPlan
+from ardor.data.batches import Batch, BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.data.preferences import Judged
 from ardor.generate.text import Settings, chat_prompt, generate
@@ -18,11 +19,16 @@ ANSWERS = 64  # decoded side by side
 ANSWER_TOKENS = 96  # an answer that is longer counts as one that does not end
 
 
+def in_order(data: Dataset) -> Iterator[Batch]:
+    """Every example once, in batches of about TOKENS tokens."""
+    budget = max(TOKENS, int(data.lengths.max()))
+    plan = BatchPlan(data, tokens_per_batch=budget, shuffle=False)
+    return (plan.batch(members) for members in plan.epoch(0))
+
+
 def evaluate(model: Model, heldout: Dataset, *, answers: int = 0) -> dict[str, Any]:
     """{"loss": nats per target, "perplexity", "targets"} and, if `answers`, {"stop_rate"}."""
-    budget = max(TOKENS, int(heldout.lengths.max()))
-    plan = BatchPlan(heldout, tokens_per_batch=budget, shuffle=False)
-    found = heldout_loss(model.decoder, (plan.batch(members) for members in plan.epoch(0)))
+    found = heldout_loss(model.decoder, in_order(heldout))
     loss = float(found.nats) / int(found.targets)
     row: dict[str, Any] = {
         "kind": "eval",
@@ -42,9 +48,7 @@ def evaluate_preference(
 
     `objective` must be that of the held-out data. The result does not depend on batches.
     """
-    budget = max(TOKENS, int(heldout.lengths.max()))
-    plan = BatchPlan(heldout, tokens_per_batch=budget, shuffle=False)
-    batches = [plan.batch(members) for members in plan.epoch(0)]
+    batches = [*in_order(heldout)]
     model.decoder.eval()
     with torch.no_grad():
         count = objective.begin(model.decoder, batches)

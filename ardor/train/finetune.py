@@ -12,11 +12,7 @@ from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode
 from ardor.data.dataset import Dataset
-from ardor.data.formats import (
-    Completion,
-    Segments,
-    Text,
-)
+from ardor.data.formats import Completion, Segments, Text
 from ardor.data.mixture import Mixture
 from ardor.data.preferences import Judged, build_judged
 from ardor.data.readers import Row
@@ -38,6 +34,7 @@ from ardor.train.peak import check_finetune
 from ardor.train.prefer import Preference, check_judged, prefer
 from ardor.train.preference import kind_of
 from ardor.train.ranks import Ranks
+from ardor.train.reference import Tell
 from ardor.train.run import (
     Run,
     begin,
@@ -62,8 +59,8 @@ LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 PREFERENCE_RATES = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
 
 
-def prepare(config: Finetune) -> Run:
-    """Everything up to the first step.
+def prepare(config: Finetune, tell: Tell | None = None) -> Run:
+    """Everything up to the first step; `tell` hears how far the reference of preferences is.
 
     Raises: an ArdorError before anything is written.
     """
@@ -94,7 +91,7 @@ def prepare(config: Finetune) -> Run:
     frozen = choose_trained(model.decoder, config, aliases(model))
     preference = None
     if isinstance(train, Judged):
-        config, preference = prefer(config, model, folder, (train, heldout), checkpoint)
+        config, preference = prefer(config, model, folder, (train, heldout), checkpoint, tell)
     run = begin(
         config,
         folder,

@@ -17,7 +17,7 @@ from ardor.train.preference import (
     Reference,
     kind_of,
 )
-from ardor.train.reference import begins_as_its_base, tables, under_the_adapter
+from ardor.train.reference import Tell, begins_as_its_base, tables, under_the_adapter
 
 Judging = PairObjective | LabelObjective
 
@@ -41,6 +41,7 @@ def prefer(
     folder: Path,
     data: tuple[Judged, Dataset | None],
     checkpoint: Path | None,
+    tell: Tell | None,
 ) -> tuple[Finetune, Preference]:
     """The resolved settings, and the objectives of training and held-out data.
 
@@ -62,7 +63,8 @@ def prefer(
             early = config.method == "full"
         config = replace(config, precompute_ref_log_probs=early)
         if early:
-            references += tables(folder, model.decoder, judged, resumed=checkpoint is not None)
+            resumed = checkpoint is not None
+            references += tables(folder, model.decoder, judged, resumed=resumed, tell=tell)
             reference = "reference: this model before the first step, asked once"
         else:
             references += [under_the_adapter] * len(judged)

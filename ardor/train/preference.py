@@ -178,9 +178,11 @@ class LabelObjective:
         self.data, self.reference, self.strength = data, reference, strength(config)
         self.weights = config.undesirable_weight or 1.0, config.desirable_weight or 1.0
         self.tally, self.moved = Tally(LOGGED), torch.zeros(())
+        self._known: dict[tuple[int, ...], Tensor] = {}  # of the step, by a batch's examples
 
     def begin(self, decoder: CausalLM, batches: list[Batch]) -> int:
         self.tally = Tally(LOGGED)
+        self._known = {batch.examples: self.reference(decoder, batch) for batch in batches}
         gains = [self._elsewhere(decoder, batch) for batch in batches]
         self.moved = torch.cat(gains).mean().clamp(min=0)
         return sum(len(batch.lengths) // 2 for batch in batches)
@@ -192,10 +194,10 @@ class LabelObjective:
         with torch.no_grad():
             found = document_logprobs(decoder, half(batch, 1)).sums
         decoder.train(training)
-        return found - self.reference(decoder, batch)[1::2]
+        return found - self._known[batch.examples][1::2]
 
     def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum:
-        known = self.reference(decoder, batch)[::2]
+        known = self._known[batch.examples][::2]
         found = document_logprobs(decoder, half(batch, 0), routings).sums
         flags = [self.data.likes(index) for index in batch.examples[::2]]
         liked = torch.tensor(flags, device=found.device)

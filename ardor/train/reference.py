@@ -1,6 +1,6 @@
 """The model that preferences are measured against: this one, as it was before the run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,15 +10,18 @@ from torch import Tensor
 from ardor.adapters.lora import lora_modules
 from ardor.adapters.off import without_adapter
 from ardor.arch.causal import CausalLM
-from ardor.data.batches import Batch, BatchPlan
+from ardor.data.batches import Batch
 from ardor.data.dataset import Dataset
 from ardor.errors import CheckpointError
 from ardor.files.atomic import explained
 from ardor.files.weights import read_tensors, write_tensors
 from ardor.score import document_logprobs
+from ardor.train.evaluate import in_order
 
 FILE = "reference.safetensors"  # in the folder of a run
-TOKENS = 8192  # of a batch; the result does not depend on it
+
+Tell = Callable[[int, int], None]
+"""Hears (done, total) examples that the reference was asked about before the first step."""
 
 
 @torch.no_grad()
@@ -43,19 +46,19 @@ class Table:
 
 
 @torch.no_grad()
-def table(decoder: CausalLM, data: Dataset) -> Table:
-    """Of the model as it stands."""
+def table(decoder: CausalLM, data: Dataset, tell: Callable[[int], None] = lambda n: None) -> Table:
+    """Of the model as it stands; `tell` hears of how many more examples it knows."""
     decoder.eval()
-    plan = BatchPlan(data, tokens_per_batch=max(TOKENS, int(data.lengths.max())), shuffle=False)
     values = torch.empty(len(data), 2)
-    for members in plan.epoch(0):
-        batch = plan.batch(members)
-        values[list(members)] = document_logprobs(decoder, batch).sums.float().cpu().view(-1, 2)
+    for batch in in_order(data):
+        members = list(batch.examples[::2])
+        values[members] = document_logprobs(decoder, batch).sums.float().cpu().view(-1, 2)
+        tell(len(members))
     return Table(values)
 
 
 def tables(
-    folder: Path, decoder: CausalLM, data: Sequence[Dataset], *, resumed: bool
+    folder: Path, decoder: CausalLM, data: Sequence[Dataset], *, resumed: bool, tell: Tell | None
 ) -> list[Table]:
     """One for each dataset: computed and kept in the folder of the run, or as they were kept.
 
@@ -70,7 +73,15 @@ def tables(
                 "with, or choose another output folder"
             )
         return [Table(found[name]) for name in names]
-    made = [table(decoder, one) for one in data]
+    done, total = 0, sum(map(len, data))
+
+    def more(examples: int) -> None:
+        nonlocal done
+        done += examples
+        if tell is not None:
+            tell(done, total)
+
+    made = [table(decoder, one, more) for one in data]
     with explained(path):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {name: one.values for name, one in zip(names, made, strict=True)})

@@ -81,6 +81,20 @@ def test_a_quantized_base_becomes_dense_and_keeps_small_adapters(llama, dtype):
     assert kept < 0.9  # the usual mistake loses it
 
 
+def test_dora_on_a_quantized_base_measures_what_that_stands_for(llama):
+    """Fresh it changes nothing; trained, it is merged by its own formula."""
+    decoder = llama.ours()
+    quantize_decoder(decoder, "nf4")
+    base = llama.logits(decoder)
+    add_lora(decoder, LoraConfig(r=4, use_dora=True))
+    torch.testing.assert_close(llama.logits(decoder), base, rtol=1e-4, atol=1e-4)
+    llama.randomise(lora_parameters(decoder))
+    unmerged = llama.logits(decoder)
+    assert not torch.allclose(unmerged, base, rtol=1e-2, atol=1e-2)
+    merge(decoder)
+    torch.testing.assert_close(llama.logits(decoder), unmerged, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_an_untied_head_are_merged_too(llama):
     decoder = llama.ours()
     rows = {"embed_tokens": (1, 2), "lm_head": (2, 9)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ardor.cli import console, doctor
+from ardor.cli import console
 from ardor.cli.main import main
 from ardor.files.runs import newest_checkpoint
 
@@ -74,7 +74,7 @@ def test_a_table_keeps_to_the_width_and_loses_nothing(model, capsys, monkeypatch
 def test_progress_is_shown_only_where_it_takes_a_while(model, capsys, monkeypatch):
     main(["doctor", str(model)])
     assert "reading weights" not in capsys.readouterr().err
-    monkeypatch.setattr(doctor, "QUIET", 0.0)
+    monkeypatch.setattr(console, "QUIET", 0.0)
     main(["doctor", str(model)])
     assert "reading weights (MiB)  1/1" in capsys.readouterr().err
 

@@ -1,5 +1,7 @@
 """What is looked at by itself before training: errors stop it, unless they are set aside."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,18 @@ def test_a_model_to_serve_is_looked_at_the_same_way(chat):
     with pytest.raises(ardor.ConfigError, match="<.im_start.> .278.: a row of almost zeros"):
         preflight(chat)
     assert [f.level for f in preflight(chat, allow=["untrained-tokens"])] == ["E", "W"]
+
+
+def test_of_a_run_the_checkpoint_that_is_loaded_is_looked_at(chat, tmp_path):
+    """The best where the run ended with it, not the newest."""
+    run = tmp_path / "run"
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(chat, run / name)
+    DEAD(run / "checkpoint-1")
+    assert preflight(run) == ()
+    (run / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-1"}))
+    with pytest.raises(ardor.ConfigError, match="a row of almost zeros"):
+        preflight(run)
 
 
 def test_what_the_loader_refuses_is_left_to_its_own_message(chat, data):

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from ardor.arch.decoder import Decoder
 from ardor.arch.spec import Decoder as Spec
-from ardor.memory.shapes import is_linear, parameters
+from ardor.memory.shapes import is_quantized, parameters
 from ardor.plan import known
 from ardor.quant.linear import QuantizedLinear, quantize_decoder
 from ardor.train.presets import PRESETS
@@ -43,7 +43,9 @@ def test_linear_is_what_is_quantized(name):
     for parameter in small.parameters():
         torch.nn.init.ones_(parameter)
     quantized = {f"{found}.weight" for found in quantize_decoder(small)}
-    assert {n for n, shape in parameters(small.spec).items() if is_linear(n, shape)} == quantized
+    linears = {n: shape for n, shape in parameters(small.spec).items() if is_quantized(n, shape)}
+    assert {n for n, shape in linears.items() if len(shape) == 2} == quantized
+    assert all(".experts." in n for n, shape in linears.items() if len(shape) > 2)
     assert any(isinstance(module, QuantizedLinear) for module in small.modules())
 
 

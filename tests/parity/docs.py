@@ -33,6 +33,10 @@ CHECKS = {
         "test_left_padded_rows_there_are_plain_rows_here",
     ),
     "P": ("packed documents against separate ones", "test_packed_documents_are_separate_ones"),
+    "B": (
+        "a batch of unequal prompts generates what each does alone",
+        "test_a_batch_of_unequal_prompts_generates_what_each_does_alone",
+    ),
     "G": (
         "the gradients of all parameters",
         "test_gradients_of_all_parameters_are_those_of_transformers",

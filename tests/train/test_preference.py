@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ardor.adapters.off import without_adapter
+from ardor.cli import console
 from ardor.cli.main import main
 from ardor.data.batches import BatchPlan
 from ardor.data.preferences import Judged, build_judged
@@ -17,7 +18,7 @@ from ardor.data.readers import Row
 from ardor.errors import CheckpointError, ConfigError, DataError
 from ardor.load import load_model, tokenizer_of
 from ardor.loss import IGNORE, chunked_token_logprobs
-from ardor.score import document_logprobs
+from ardor.score import document_logprobs, document_loss
 from ardor.train import finetune
 from ardor.train.config import Finetune
 from ardor.train.preference import PAIR_LOSSES, Pairs, Strength, half, kto
@@ -171,6 +172,22 @@ def test_token_logprobs_in_chunks_are_those_of_whole_logits(chunk):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_ids_that_belong_to_no_token_have_no_probability(model):
+    batch = BatchPlan(judged(model, preferences(3)), examples_per_batch=3).batch((0, 1, 2))
+    decoder = model.decoder.eval()
+    assert decoder.tokens_known is not None and decoder.tokens_known < decoder.facts.vocab
+    with torch.no_grad():
+        sums = document_logprobs(decoder, batch).sums
+        torch.testing.assert_close(-sums.sum(), document_loss(decoder, batch).nats)
+        tokens, log_p = batch.tokens[0, : batch.lengths[0]], []
+        for logits in (decoder.token_logits, decoder.logits):
+            each = logits(decoder.hidden(tokens[None]))[0].log_softmax(-1)
+            targets = batch.targets[0, : batch.lengths[0]]
+            log_p.append(each[targets != IGNORE].gather(-1, targets[targets != IGNORE, None]).sum())
+    torch.testing.assert_close(sums[0], log_p[0])
+    assert not torch.isclose(sums[0], log_p[1])  # the usual mistake
+
+
 def stepped(run, monkeypatch) -> dict:
     """The event and the gradients of a run's first step."""
     seen = {}
@@ -223,7 +240,7 @@ def naive_gradients(run) -> dict:
         for length in data.documents(index):
             ids, on = torch.tensor(tokens[start:][:length]), torch.tensor(marks[start:][:length])
             start += length
-            log_p = decoder.logits(decoder.hidden(ids[None]))[0].log_softmax(-1)
+            log_p = decoder.token_logits(decoder.hidden(ids[None]))[0].log_softmax(-1)
             each = log_p[:-1].gather(-1, ids[1:, None])[:, 0]
             sums.append(each[on[1:]].sum())
             counts.append(int(on[1:].sum()))
@@ -311,33 +328,43 @@ def test_an_adapter_that_does_not_begin_empty_is_measured_against_its_own_beginn
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_dpo_teaches_which_answers_are_better(settings, other, method):
+    # The base has had three steps: its head, which adapters leave alone, has small weights and
+    # bounds how far an answer's gain can go. So beta is 1, which wants smaller gains.
     config = settings(
         method=method,
         eval_data=str(other),
-        num_train_epochs=6.0,
+        num_train_epochs=12.0,
         learning_rate=2e-2 if method != "full" else 5e-3,
-        beta=0.5,
+        beta=1.0,
     )
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
     first, last = evaluations[0], evaluations[-1]
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)  # the model is its reference
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert last["rewards/accuracies"] > 0.95
-    assert last["rewards/margins"] > 0.5 and last["loss"] < 0.5
+    assert last["rewards/margins"] > 1 and last["loss"] < 0.3
+
+
+# orpo mostly imitates, and kto's slope is a quarter of the others', so both train every weight.
+IN_FULL = {
+    "orpo": {"beta": 1.0, "learning_rate": 5e-3},
+    "kto": {"beta": 0.5, "learning_rate": 2e-3},
+}
 
 
 @pytest.mark.parametrize("objective", ALL[1:])
 def test_each_objective_learns(settings, other, objective):
     changes = {"num_train_epochs": 6.0, "learning_rate": 2e-2}
-    if objective in ("orpo", "kto"):  # the one mostly imitates, the other has a weaker slope
-        beta = {"orpo": 1.0, "kto": 0.5}[objective]
-        changes = {"num_train_epochs": 12.0, "learning_rate": 1e-2, "beta": beta}
+    if objective in IN_FULL:
+        changes = {"num_train_epochs": 12.0, "method": "full", **IN_FULL[objective]}
     config = settings(objective=objective, eval_data=str(other), **changes)
     evaluations = [e for e in finish(finetune.prepare(config)) if e["kind"] == "eval"]
     first, last = evaluations[0], evaluations[-1]
     assert last["loss"] < first["loss"]
-    assert last["rewards/accuracies"] > {"orpo": 0.85, "kto": 0.6}.get(objective, 0.95)
-    assert last["rewards/margins"] > first["rewards/margins"] + {"kto": 0.2}.get(objective, 0.05)
+    # A good answer whose gain is below the mean of the others' (z0) counts as wrong in kto: some
+    # always may be, where the other accuracies compare the two answers of a pair.
+    assert last["rewards/accuracies"] > (0.9 if objective == "kto" else 0.95)
+    assert last["rewards/margins"] > first["rewards/margins"] + {"kto": 1.0}.get(objective, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -491,6 +518,19 @@ def test_other_data_are_refused_from_the_command_line(
 
     assert re.search(message, shown), shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_pass_of_the_reference_shows_how_far_it_is(
+    tmp_path, base, compared, capsys, monkeypatch
+):
+    args = ["finetune", str(base("llama")), str(compared), "--objective", "dpo", "--max-steps", "1"]
+    args += ["--precompute-ref-log-probs", "--eval-fraction", "0.25"]
+    assert main([*args, "-o", str(tmp_path / "short")]) == 0
+    short = capsys.readouterr().err
+    monkeypatch.setattr(console, "QUIET", 0.0)
+    assert main([*args, "-o", str(tmp_path / "long")]) == 0
+    assert "asking the reference  24/24" in capsys.readouterr().err
+    assert "asking the reference" not in short
 
 
 def test_from_the_command_line_to_a_report(tmp_path, base, compared, capsys):

@@ -8,7 +8,7 @@ from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.doctor.checkpoint import TOKENIZER, Checkpoint, Findings, Registry
 from ardor.doctor.finding import Finding, listed, many
 from ardor.errors import ArdorError
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.files.weights import WeightFiles, open_file, open_weights
 from ardor.load import CONFIG
 from ardor.text.chat import ChatTemplate
@@ -152,7 +152,7 @@ def _unmoved(newest: Path, model: object) -> list[str]:
     base = Path(model) if isinstance(model, str) else None
     if base is None or not base.is_dir():
         return []
-    home = base if (base / CONFIG).exists() else newest_checkpoint(base)
+    home = base if (base / CONFIG).exists() else chosen_checkpoint(base)
     if home is None or not (home / CONFIG).exists():
         return []
     return [*_same(open_weights(newest), open_weights(home))]

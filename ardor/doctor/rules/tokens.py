@@ -6,7 +6,7 @@ from typing import Any
 
 from ardor.doctor.checkpoint import TOKENIZER, TOKENIZER_CONFIG, Checkpoint, Findings, Registry
 from ardor.doctor.finding import Finding, listed
-from ardor.doctor.ids import ids_of, reachable_unknown, written_by_template
+from ardor.doctor.ids import ids_of, written_by_template
 from ardor.files.json import read_object
 from ardor.text.special import read_names
 
@@ -137,7 +137,7 @@ def pad_is_unknown(it: Checkpoint) -> Findings:
     if tokenizer is None or tokenizer.special.pad is None:
         return
     same = tokenizer.special.pad == tokenizer.special.unk
-    if same and tokenizer.special.unk not in it.stops.ids and reachable_unknown(it.tokenizer_json):
+    if same and tokenizer.special.unk not in it.stops.ids and tokenizer.reaches_unk:
         yield Finding(
             "E",
             "the padding token is the unknown token, which characters of a text can become",

@@ -31,7 +31,12 @@ KINDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def special_ids(it: Checkpoint) -> Findings:
-    """The ids of special tokens in the config files are ids that the model has."""
+    """The ids of special tokens in the config files are ids that the model has.
+
+    An error where no text would end. A warning for BOS and padding, and for negative ids, by which
+    the first Llamas' files say "none" (pad_token_id=-1): Ardor indexes nothing by them, and the
+    tokenizer says what begins a text; other programs index the embedding.
+    """
     if it.spec is None:
         return
     for file, held in (("config.json", it.config), ("generation_config.json", it.generation)):
