@@ -173,6 +173,13 @@ def _expand(decoder: nn.Module, dtype: torch.dtype) -> None:
 
 def _as_trained(trained: Model) -> Quantization:
     """How its base is packed: what was asked for, or what its files say and hold."""
+    for name, module in trained.decoder.named_modules():
+        if isinstance(module, QuantizedExperts) and module.joined:
+            raise ConfigError(
+                f"onto=requantized: files of this model hold all experts of "
+                f"{name.removesuffix('.base')} in one tensor, which no format packs; use --onto "
+                "dequantized"
+            )
     if trained.quantizing is not None:
         return trained.quantizing
     assert trained.quantization is not None

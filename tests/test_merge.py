@@ -10,6 +10,7 @@ import ardor
 from ardor.adapters.initial import dense_weight
 from ardor.adapters.lora import LoraConfig, add_lora, lora_modules, lora_parameters
 from ardor.cli.main import main
+from ardor.errors import ConfigError
 from ardor.merge import merge
 from ardor.quant.experts import QuantizedExperts
 from ardor.quant.linear import QuantizedLinear
@@ -143,3 +144,14 @@ def test_folders_that_are_not_there_are_made(tmp_path, capsys, onto):
     assert main(["merge", str(tmp_path / "a"), "-o", str(where), "--onto", onto]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and "Traceback" not in error
+
+
+def test_experts_that_files_hold_in_one_tensor_are_not_requantized(tmp_path):
+    case = Case("gpt_oss", {"head_dim": 16, "num_local_experts": 4}, sizes=SIZES)
+    base = saved(peer(case), tmp_path / "base")
+    adapter_on(base, tmp_path / "a", "nf4")
+    with pytest.raises(ConfigError, match=r"all experts of layers\.0\.ffn.*--onto dequantized"):
+        merge(tmp_path / "a", tmp_path / "m", onto="requantized")
+    assert not (tmp_path / "m").exists()
+    merge(tmp_path / "a", tmp_path / "m", onto="dequantized")
+    assert not packed(tmp_path / "m")
