@@ -155,11 +155,11 @@ def _merged(
 
 def plain(base: nn.Module, weight: Float[Tensor, "... out in"]) -> Linear | ExpertLinear:
     """The linear map, or that of all experts, with this weight and the bias of `base`. Frozen."""
-    *count, outputs, inputs = weight.shape
+    outputs, inputs = weight.shape[-2:]
     with torch.device("meta"):
         made: Linear | ExpertLinear
-        if count:
-            made = ExpertLinear(*count, inputs, outputs, bias=False)
+        if weight.ndim == 3:
+            made = ExpertLinear(len(weight), inputs, outputs, bias=False)
         else:
             made = Linear(inputs, outputs)
     made.weight = nn.Parameter(weight, requires_grad=False)

@@ -53,6 +53,7 @@ from ardor.adapters.peft_layout import (
     split,
     tensor_key,
 )
+from ardor.adapters.peft_older import modernise
 from ardor.errors import CheckpointError
 from ardor.files.json import read_object
 
@@ -119,6 +120,8 @@ def load_adapter(
     files = _Files(path, raw, tensors, note)
     _check_settings(raw, path)
     groups = groups_of(decoder, disk_names)
+    ranks = note.setdefault("ranks", {})
+    modernise(raw, tensors, ranks, decoder, groups, disk_names, files.weights)
     present = dict(wrapped_modules(decoder))
     chosen = _targeted(raw, groups, path, embedding=disk_name(disk_names, "embed_tokens"))
     _check_present(present, groups, chosen, path)
@@ -236,7 +239,8 @@ def _take(group: Group, files: _Files, key: str) -> Factors:
             f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for"
         )
     a, b, *rest = (files.tensors.pop(name).float() for name in keys)
-    files.tensors.pop(f"{key}.base_layer.weight", None)  # a head's, which PEFT saves again
+    for leaf in ("weight", "bias"):  # a head's, which PEFT saves again
+        files.tensors.pop(f"{key}.base_layer.{leaf}", None)
     alpha = files.setting("lora_alpha", group.disk, "alpha_pattern")
     return Factors(a, b, alpha, rest[0] if rest else None)
 
