@@ -25,11 +25,11 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def scaled(x: Tensor, scale: float, table: Embedding) -> Tensor:
+def scaled(x: Tensor, scale: float, table: nn.Module) -> Tensor:
     """x * scale, rounded as the weights of the table are: what such models were trained with."""
     # An adapted table makes its whole weight when asked for it; what it was has the dtype too.
     held = getattr(table, "base_weight", None)
-    dtype = table.weight.dtype if held is None else held.dtype
+    dtype = table.get_parameter("weight").dtype if held is None else held.dtype
     return x * torch.tensor(scale, dtype=dtype, device=x.device).to(x.dtype)
 
 
