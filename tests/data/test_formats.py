@@ -8,8 +8,8 @@ from ardor.data.formats import (
     FORMATS,
     Completion,
     examples_of,
-    preference_sides,
     preference_pair,
+    preference_sides,
     read_preference,
     recognise,
 )
