@@ -10,7 +10,6 @@ Source: PEFT 0.21, utils/transformers_weight_conversion.py.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +35,8 @@ _EXPERT = re.compile(
 _LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names by ours
 
 
-@dataclass
-class _One:
-    """The adapters of one linear map of every expert, as they were modules."""
-
-    module: str  # of the last expert that was seen
-    parts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def stacked(self, count: int, where: Path) -> tuple[Tensor, Tensor]:
-        """A (E, R, in) and B (E, out, R).
-
-        Raises: CheckpointError unless there are adapters of one rank on all experts.
-        """
-        shapes = {(tuple(a.shape), tuple(b.shape)) for a, b in self.parts.values()}
-        if {*self.parts} != {*range(count)} or len(shapes) > 1:
-            raise CheckpointError(
-                f"{where}: {len(self.parts)} of the {count} experts beside {self.module} have an "
-                f"adapter, in {len(shapes)} shapes; only adapters of one rank on all experts are "
-                "read, so merge this one into its base with peft"
-            )
-        ordered = [self.parts[expert] for expert in range(count)]
-        return torch.stack([a for a, _ in ordered]), torch.stack([b for _, b in ordered])
+Parts = dict[int, tuple[str, Tensor, Tensor]]
+"""The adapters of one linear map by expert: the name of its module, A and B."""
 
 
 def modernise(
@@ -106,22 +86,25 @@ def _join_experts(
     where: Path,
 ) -> None:
     """Adapters of each expert's own maps as one of the parameter of all of them."""
-    found: dict[tuple[str, str], _One] = {}
+    found: dict[tuple[str, str], Parts] = {}
     for key in [*tensors]:
         other = key.replace(".lora_A.", ".lora_B.")
         if (match := _EXPERT.fullmatch(key)) and other in tensors:
             leaf = _LEAVES.get(match["map"], match["map"])
-            one = found.setdefault((match["layer"], leaf), _One(match[1]))
-            one.parts[int(match["expert"])] = tensors.pop(key), tensors.pop(other)
+            parts = found.setdefault((match["layer"], leaf), {})
+            parts[int(match["expert"])] = match[1], tensors.pop(key), tensors.pop(other)
     joined: dict[Group, Factors] = {}
-    for group in groups:
+    for group in (group for group in groups if group.experts):
         layer = group.disk.rsplit(".", 3)[0]
-        own = {name: found.get((layer, name.rpartition(".")[2])) for name in group.names}
-        members = {name: one for name, one in own.items() if one is not None and group.experts}
+        own = {name: found.pop((layer, name.rpartition(".")[2]), None) for name in group.names}
+        members = {name: parts for name, parts in own.items() if parts is not None}
         if members:
             joined[group] = _joined(group, members, raw, where)
             if len(members) == len(group.names):
                 ranks[group.disk] = joined[group].rank // len(members)
+    for module, a, b in (one for parts in found.values() for one in parts.values()):
+        # Of no experts of this model: back among what is found to have no place.
+        tensors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
     named = {group.disk for group in joined}
     for group, factors in joined.items():
         key = tensor_key(group, named)
@@ -132,26 +115,40 @@ def _join_experts(
         raw["target_parameters"] = [*(raw.get("target_parameters") or ()), *sorted(named)]
 
 
-def _joined(group: Group, members: Mapping[str, _One], raw: dict[str, Any], where: Path) -> Factors:
+def _joined(
+    group: Group, members: Mapping[str, Parts], raw: dict[str, Any], where: Path
+) -> Factors:
     """One A above the other, and every B in the rows and columns of its own."""
     rslora, rows = bool(raw.get("use_rslora")), dict(group.rows())
-    each = {name: one.stacked(group.experts, where) for name, one in members.items()}
-    alphas = {name: _alpha(raw, [one.module]) for name, one in members.items()}
-    scales = {
-        name: scale_of(a.shape[1], alphas[name], rslora=rslora) for name, (a, _) in each.items()
-    }
-    first = next(iter(each))
-    joined_a = torch.cat([a for a, _ in each.values()], 1)
+    each = {name: _stacked(parts, group.experts, raw, where) for name, parts in members.items()}
+    first = next(iter(each.values()))
+    joined_a = torch.cat([one.a for one in each.values()], 1)
     joined_b = joined_a.new_zeros(group.experts, sum(group.sizes), joined_a.shape[1])
+    scale = scale_of(first.rank, first.alpha, rslora=rslora)
     start = 0
-    for name, (a, b) in each.items():
-        end = start + a.shape[1]
-        same = scales[name] == scales[first]
-        joined_b[:, rows[name], start:end] = b if same else b * (scales[name] / scales[first])
+    for name, one in each.items():
+        end, own = start + one.rank, scale_of(one.rank, one.alpha, rslora=rslora)
+        joined_b[:, rows[name], start:end] = one.b if own == scale else one.b * (own / scale)
         start = end
-    own = each[first][0].shape[1]
-    alpha = scaled_alpha(alphas[first], own, joined_a.shape[1], rslora=rslora)
+    alpha = scaled_alpha(first.alpha, first.rank, joined_a.shape[1], rslora=rslora)
     return Factors(joined_a, joined_b, alpha)
+
+
+def _stacked(parts: Parts, count: int, raw: Mapping[str, Any], where: Path) -> Factors:
+    """Of one map of all experts.
+
+    Raises: CheckpointError unless there are adapters of one rank and alpha on all of them.
+    """
+    kinds = {(tuple(a.shape), tuple(b.shape), _alpha(raw, [m])) for m, a, b in parts.values()}
+    if {*parts} != {*range(count)} or len(kinds) > 1:
+        raise CheckpointError(
+            f"{where}: {len(parts)} of the {count} experts beside {next(iter(parts.values()))[0]} "
+            f"have an adapter, of {len(kinds)} ranks or alphas; only adapters of one rank and one "
+            "alpha on all experts are read, so merge this one into its base with peft"
+        )
+    ordered = [parts[expert] for expert in range(count)]
+    a, b = torch.stack([a for _, a, _ in ordered]), torch.stack([b for _, _, b in ordered])
+    return Factors(a, b, _alpha(raw, [ordered[0][0]]))
 
 
 @torch.no_grad()

@@ -191,6 +191,27 @@ def test_experts_of_which_some_have_none_are_refused(tmp_path):
         CheckpointError, match=r"3 of the 4 experts beside .*w[123] have an adapter"
     ):
         ours(base, folder)
+    folder = as_before(
+        "mixtral", tmp_path / "unlike", adapted(base, PARTS), alphas={r"experts\.2\.w1": 9}
+    )
+    with pytest.raises(CheckpointError, match="4 of the 4 experts .* of 2 ranks or alphas"):
+        ours(base, folder)
+
+
+def test_experts_that_the_base_has_not_are_named(tmp_path):
+    folder = as_before(
+        "mixtral", tmp_path / "old", adapted(saved(peer(MIXTRAL), tmp_path / "base"), PARTS)
+    )
+    other = saved(peer(Case("llama", sizes=SIZES)), tmp_path / "dense")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text()) | {"target_modules": ["q_proj"]}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    for layer in (0, 1):
+        key = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+        tensors |= {f"{key}A.weight": torch.ones(4, 24), f"{key}B.weight": torch.ones(24, 4)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"no place: .*block_sparse_moe\.experts"):
+        ours(other, folder)
 
 
 @pytest.mark.parametrize("bias", ["with", "without"])

@@ -78,7 +78,7 @@ CASES = {
 def test_we_compute_what_peft_does(case, settings, tmp_path):
     base = saved(peer(case), tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
-    plain = logits(model, tokens())
+    plain, plain_tied = logits(model, tokens()), model.config.tie_word_embeddings
     torch.manual_seed(0)
     model = get_peft_model(model, PeftConfig(r=4, **settings))
     generator = torch.Generator().manual_seed(7)
@@ -97,3 +97,10 @@ def test_we_compute_what_peft_does(case, settings, tmp_path):
     torch.testing.assert_close(again.logits(tokens()), expected, **close)
     lm.merge()
     torch.testing.assert_close(lm.logits(tokens()), expected, **close)
+    lm.save(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
+    )
+    torch.testing.assert_close(logits(merged.eval(), tokens()), expected, **close)
+    shared = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert merged.config.tie_word_embeddings == shared == plain_tied
