@@ -11,13 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ardor.adapters.config import LoraConfig
-from ardor.adapters.initial import dense_weight
-from ardor.adapters.merge import Residual
+from ardor.adapters.initial import dense_weight, is_packed
+from ardor.adapters.lora import linear_names
+from ardor.adapters.merge import Residual, plain
 from ardor.adapters.merge import merge as merge_adapter
-from ardor.arch.linear import Linear
+from ardor.adapters.peft_layout import base_of
+from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
-from ardor.load import Model, load_model
-from ardor.quant.config import Quantization, asked
+from ardor.files.atomic import explained
+from ardor.load import CONFIG, Model, load_model
+from ardor.quant.bnb8 import THRESHOLD
+from ardor.quant.config import Quantization, published
+from ardor.quant.experts import QuantizedExperts
 from ardor.quant.formats import FORMATS
 from ardor.quant.linear import QuantizedLinear
 from ardor.quantize import quantize
@@ -81,6 +86,7 @@ def merge(
     expected = _logits(trained, probe)
     chosen, why = _onto(onto, trained, trained.adapter)
     format = trained.quantization
+    again = _as_trained(trained) if chosen == "requantized" else None
     if chosen == "16bit" and format is not None:
         target = load_model(
             model, adapter=adapter, revision=revision, device=device, quantization="none"
@@ -90,16 +96,15 @@ def merge(
     else:
         target = trained
         # Packed again, codes must come out as they were: float32 on the way.
-        exact = torch.float32 if chosen == "requantized" else None
-        dtype = exact or _sixteen(trained)
+        dtype = torch.float32 if again else _sixteen(trained)
         packed = None if format is None else _packing(format)
         merged = merge_adapter(target.decoder, None if format is None else dtype, packed=packed)
         if format is not None:
             _expand(target.decoder, dtype)
             target.quantization = target.quantizing = None
     target.adapter = None
-    if chosen == "requantized":
-        _save_packed(target, trained, output, format)
+    if again:
+        _save_packed(target, again, Path(output))
     else:
         save_model(target, output)
     written = load_model(output, device=device)
@@ -134,13 +139,16 @@ def _onto(onto: Onto | None, trained: Model, adapter: LoraConfig) -> tuple[Onto,
         raise ConfigError(
             f"onto={onto}: {trained.source} was trained on full weights; leave onto out"
         )
+    if onto == "requantized" and trained.quantization not in FORMATS:
+        raise ConfigError(
+            f"onto=requantized: nothing here writes {trained.quantization}; use --onto dequantized"
+        )
     return onto, "as asked"
 
 
 def _bases(trained: Model) -> Callable[[str], Tensor]:
     def weight(name: str) -> Tensor:
-        module = trained.decoder.get_submodule(name)
-        return dense_weight(getattr(module, "base", module))
+        return dense_weight(base_of(trained.decoder.get_submodule(name)))
 
     return weight
 
@@ -157,26 +165,43 @@ def _sixteen(model: Model) -> torch.dtype:
 
 
 def _expand(decoder: nn.Module, dtype: torch.dtype) -> None:
-    """Every linear that is still packed, as a plain one."""
+    """Every linear that is still packed, experts' too, as a plain one."""
     for name, module in [*decoder.named_modules()]:
-        if isinstance(module, QuantizedLinear):
-            with torch.device("meta"):
-                plain = Linear(module.inputs, module.outputs)
-            weight = module.dequantized(dtype)
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            plain.bias = module.bias
-            decoder.set_submodule(name, plain)
+        if isinstance(module, QuantizedLinear | QuantizedExperts):
+            decoder.set_submodule(name, plain(module, module.dequantized(dtype)))
 
 
-def _save_packed(target: Model, trained: Model, output: str | Path, format: str | None) -> None:
-    assert format is not None
-    if format not in FORMATS:
-        raise ConfigError(f"onto=requantized: nothing here writes {format}; use dequantized")
-    quantization: Quantization | None = trained.quantizing or asked(format)
-    assert quantization is not None
-    with tempfile.TemporaryDirectory(dir=Path(output).resolve().parent) as whole:
+def _as_trained(trained: Model) -> Quantization:
+    """How its base is packed: what was asked for, or what its files say and hold."""
+    for name, module in trained.decoder.named_modules():
+        if isinstance(module, QuantizedExperts) and module.joined:
+            raise ConfigError(
+                f"onto=requantized: files of this model hold all experts of "
+                f"{name.removesuffix('.base')} in one tensor, which no format packs; use --onto "
+                "dequantized"
+            )
+    if trained.quantizing is not None:
+        return trained.quantizing
+    assert trained.quantization is not None
+    how, decoder = published(trained.config, CONFIG), trained.decoder
+    dense = (
+        name
+        for name in linear_names(decoder)
+        if place_of(decoder, name) == "layers"
+        and not is_packed(base_of(decoder.get_submodule(name)))
+    )
+    threshold = THRESHOLD if how is None else how.threshold
+    return Quantization(trained.quantization, (*dense,), threshold)
+
+
+def _save_packed(target: Model, quantization: Quantization, output: Path) -> None:
+    beside = output.resolve().parent
+    with explained(output):
+        beside.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=beside, prefix=".whole-")
+    with folder as whole:
         save_model(target, whole)
-        quantize(whole, Path(output), quantization)
+        quantize(whole, output, quantization)
 
 
 def _probe(model: Model) -> Int[Tensor, "1 T"]:

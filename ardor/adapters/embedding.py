@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from ardor.adapters.config import scale_of
+from ardor.adapters.initial import drawing_device
 from ardor.errors import ConfigError
 
 
@@ -115,8 +116,7 @@ class LoraEmbedding(nn.Module):
         weight = base.get_parameter("weight")
         self.r, self.alpha, self.rslora = r, alpha, rslora
         rows, width = weight.shape
-        place = "cpu" if generator is None else generator.device
-        b = torch.empty(width, r, device=place).normal_(generator=generator)
+        b = torch.empty(width, r, device=drawing_device(generator)).normal_(generator=generator)
         self.lora_embedding_A = nn.Parameter(torch.zeros(r, rows, device=weight.device))
         self.lora_embedding_B = nn.Parameter(b.to(weight.device))
 

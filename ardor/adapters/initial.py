@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from ardor.adapters.config import LoraConfig
+from ardor.arch.experts import ExpertLinear
 from ardor.arch.linear import Linear
 from ardor.errors import ConfigError
 
@@ -55,8 +56,7 @@ def dense_weight(base: nn.Module, dtype: torch.dtype = torch.float32) -> Float[T
 
 def is_packed(base: nn.Module) -> bool:
     """Whether the weight is held in a quantized format: told by the type, never by a dtype."""
-    plain = isinstance(base, Linear | nn.Linear) or type(base).__name__ == "ExpertLinear"
-    return hasattr(base, "dequantized") or not plain
+    return hasattr(base, "dequantized") or not isinstance(base, Linear | nn.Linear | ExpertLinear)
 
 
 def starts(
@@ -92,7 +92,7 @@ def starts(
         weights: Iterable[Any] = [None] * (count or 1)
         if kind == "loftq":
             assert sources.originals is not None
-            lost = sources.originals(name).to(_device(base)).float() - dense_weight(base)
+            lost = sources.originals(name).to(device_of(base)).float() - dense_weight(base)
             weights = lost if count else [lost]
         elif kind.startswith(OFF_BASE):
             whole = dense_weight(base)
@@ -143,7 +143,7 @@ def _start(
         return _principal(u, s, vh, r, scale, offset=False)
     if kind == "orthogonal":
         return _orthogonal(sizes, r, generator)
-    a = torch.empty(r, sizes[0], device=_place(generator))
+    a = torch.empty(r, sizes[0], device=drawing_device(generator))
     if kind == "eva":
         assert inputs is not None
         a = inputs[:r].float()
@@ -165,7 +165,9 @@ def _iterated(
     weight: Tensor, r: int, rounds: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first r singular triples, nearly. Source: Halko et al. 2009, arXiv:0909.4061, alg. 5.1"""
-    drawn = torch.empty(weight.shape[1], r, device=_place(generator)).normal_(generator=generator)
+    drawn = torch.empty(weight.shape[1], r, device=drawing_device(generator)).normal_(
+        generator=generator
+    )
     q = torch.linalg.qr(weight @ drawn.to(weight.device)).Q
     for _ in range(rounds):
         q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ q).Q).Q
@@ -180,7 +182,7 @@ def _orthogonal(sizes: tuple[int, int], r: int, generator: torch.Generator | Non
     """
 
     def normal(*shape: int) -> Tensor:
-        return torch.empty(*shape, device=_place(generator)).normal_(generator=generator)
+        return torch.empty(*shape, device=drawing_device(generator)).normal_(generator=generator)
 
     # In float64: the product is then 0 to float32's last bit.
     q = torch.linalg.qr(normal(r, r).double()).Q
@@ -231,10 +233,10 @@ def principal_inputs(
     }
 
 
-def _place(generator: torch.Generator | None) -> torch.device | str:
+def drawing_device(generator: torch.Generator | None) -> torch.device | str:
     """Drawn where the generator lives, so that a seed means the same on every device."""
     return "cpu" if generator is None else generator.device
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     return next(iter([*module.parameters(), *module.buffers()])).device

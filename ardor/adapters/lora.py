@@ -20,7 +20,7 @@ from ardor.adapters.embedding import (
     TrainableHead,
     TrainableTokens,
 )
-from ardor.adapters.initial import Sources, Start, dense_weight, starts
+from ardor.adapters.initial import Sources, Start, dense_weight, device_of, starts
 from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
 
@@ -53,7 +53,7 @@ class _Adapted(nn.Module):
 
     def begin(self, a: Tensor, b: Tensor, *, offset: bool) -> None:
         """Take A and B; with `offset` their product is taken off again, for good."""
-        device = _device(self.base)
+        device = device_of(self.base)
         # Contiguous: fused optimizers walk through memory, and singular vectors come transposed.
         a, b = (t.float().to(device).contiguous() for t in (a, b))
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
@@ -531,10 +531,6 @@ def size_of(linear: nn.Module) -> tuple[int, int]:
     inputs, outputs = getattr(linear, "inputs", None), getattr(linear, "outputs", None)
     assert isinstance(inputs, int) and isinstance(outputs, int), f"{linear} is no linear of ours"
     return inputs, outputs
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(iter([*module.parameters(), *module.buffers()])).device
 
 
 def _endings(names: tuple[str, str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ardor.adapters.embedding import (
@@ -88,20 +89,20 @@ def merge(
     """
     kept = detach(decoder)
     residuals: list[Residual] = []
-    plain: dict[str, nn.Module] = {}
+    made: dict[str, nn.Module] = {}
     try:
         for name, module in kept.items():
             if isinstance(module, LoraLinear | LoraExperts):
-                plain[name], residual = _merged(name, module, dtype, trained, packed, tell=keep)
+                made[name], residual = _merged(name, module, dtype, trained, packed, tell=keep)
                 residuals += [residual] if residual is not None else []
             else:
-                plain |= _merged_other(name, module)
+                made |= _merged_other(name, module)
     except ConfigError:
         attach(decoder, kept)
         raise
-    for name, module in plain.items():
+    for name, module in made.items():
         replace(decoder, name, module)
-    order = [name for name in _ordered(decoder) if name in plain]
+    order = [name for name in _ordered(decoder) if name in made]
     return Merged(tuple(order), kept if keep else {}, tuple(residuals))
 
 
@@ -149,16 +150,21 @@ def _merged(
             "dtype=bfloat16 or float32 and merge again, or look for NaN in the adapter"
         )
     residual = _residual(name, exact, total, stored, trained, packed) if tell else None
+    return plain(base, stored), residual
+
+
+def plain(base: nn.Module, weight: Float[Tensor, "... out in"]) -> Linear | ExpertLinear:
+    """The linear map, or that of all experts, with this weight and the bias of `base`. Frozen."""
+    outputs, inputs = weight.shape[-2:]
     with torch.device("meta"):
-        if isinstance(adapted, LoraExperts):
-            made: Linear | ExpertLinear = ExpertLinear(
-                adapted.count, adapted.inputs, adapted.outputs, bias=False
-            )
+        made: Linear | ExpertLinear
+        if weight.ndim == 3:
+            made = ExpertLinear(len(weight), inputs, outputs, bias=False)
         else:
-            made = Linear(adapted.inputs, adapted.outputs)
-    made.weight = nn.Parameter(stored, requires_grad=False)
+            made = Linear(inputs, outputs)
+    made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = cast(nn.Parameter | None, getattr(base, "bias", None))
-    return made, residual
+    return made
 
 
 def _residual(
@@ -173,8 +179,9 @@ def _residual(
     share = max(change, torch.finfo(torch.float32).tiny)
     base = None if trained is None else float((exact - trained(name)).norm()) / share
     again = None
-    if packed is not None and total.ndim == 2:
-        again = float((packed(total) - total).norm()) / share
+    if packed is not None:
+        maps = total if total.ndim == 3 else total[None]  # of experts each by itself
+        again = float(torch.stack([packed(one) - one for one in maps]).norm()) / share
     rounding = float((stored.float() - total).norm()) / share
     return Residual(name, change / float(exact.norm()), rounding, base, again)
 

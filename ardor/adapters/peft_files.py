@@ -15,7 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from ardor.adapters.config import ALL_LINEAR, LoraConfig, by_pattern, ends_with, is_init, scale_of
+from ardor.adapters.config import (
+    ALL_LINEAR,
+    TOKEN_OWNERS,
+    LoraConfig,
+    by_pattern,
+    ends_with,
+    is_init,
+    scale_of,
+)
 from ardor.adapters.embedding import LoraEmbedding, SavedModule, TrainableHead, TrainableTokens
 from ardor.adapters.initial import OFF_BASE, Start, begin_at
 from ardor.adapters.lora import (
@@ -45,6 +53,7 @@ from ardor.adapters.peft_layout import (
     split,
     tensor_key,
 )
+from ardor.adapters.peft_older import modernise
 from ardor.errors import CheckpointError
 from ardor.files.json import read_object
 
@@ -111,6 +120,8 @@ def load_adapter(
     files = _Files(path, raw, tensors, note)
     _check_settings(raw, path)
     groups = groups_of(decoder, disk_names)
+    ranks = note.setdefault("ranks", {})
+    modernise(raw, tensors, ranks, decoder, groups, disk_names, files.weights)
     present = dict(wrapped_modules(decoder))
     chosen = _targeted(raw, groups, path, embedding=disk_name(disk_names, "embed_tokens"))
     _check_present(present, groups, chosen, path)
@@ -179,9 +190,7 @@ def _targeted(
     chosen = []
     for group in groups:
         if group.experts:
-            found = any(
-                group.disk == entry or group.disk.endswith(f".{entry}") for entry in parameters
-            )
+            found = any(ends_with(group.disk, entry) for entry in parameters)
         elif config.target_modules == ALL_LINEAR:
             head = group.disk.split(".")[-1] == "lm_head"
             found = not head and not config.excludes(group.disk)
@@ -230,7 +239,8 @@ def _take(group: Group, files: _Files, key: str) -> Factors:
             f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for"
         )
     a, b, *rest = (files.tensors.pop(name).float() for name in keys)
-    files.tensors.pop(f"{key}.base_layer.weight", None)  # a head's, which PEFT saves again
+    for leaf in ("weight", "bias"):  # a head's, which PEFT saves again
+        files.tensors.pop(f"{key}.base_layer.{leaf}", None)
     alpha = files.setting("lora_alpha", group.disk, "alpha_pattern")
     return Factors(a, b, alpha, rest[0] if rest else None)
 
@@ -511,8 +521,8 @@ def _read_indices(
     ours = {
         name: tuple(ids)
         for target, ids in asked.items()
-        for name in ("embed_tokens", "lm_head")
-        if name in disk_names and f".{disk_names[name].name}".endswith(f".{target}")
+        for name in TOKEN_OWNERS
+        if name in disk_names and ends_with(disk_names[name].name, target)
     }
     if len(ours) < len(asked):
         raise CheckpointError(

@@ -49,6 +49,8 @@ class DiskLinear(Protocol):
     def groups(self) -> int: ...  # the blocks follow each other so many times over: one per head
     @property
     def experts(self) -> bool: ...  # it names a parameter of all experts, not a module
+    @property
+    def older(self) -> str | None: ...  # what the module was called, if it was renamed
 
 
 @dataclass(frozen=True)

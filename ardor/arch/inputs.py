@@ -3,6 +3,8 @@
 Axes: B batch rows, T positions, D model width, L layers, P width of a layer's vector.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -25,11 +27,11 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def scaled(x: Tensor, scale: float, table: Embedding) -> Tensor:
+def scaled(x: Tensor, scale: float, table: nn.Module) -> Tensor:
     """x * scale, rounded as the weights of the table are: what such models were trained with."""
     # An adapted table makes its whole weight when asked for it; what it was has the dtype too.
     held = getattr(table, "base_weight", None)
-    dtype = table.weight.dtype if held is None else held.dtype
+    dtype = cast(Tensor, table.weight).dtype if held is None else held.dtype
     return x * torch.tensor(scale, dtype=dtype, device=x.device).to(x.dtype)
 
 

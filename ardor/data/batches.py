@@ -56,9 +56,9 @@ class BatchPlan:
     part come in one shuffle after another, whatever the borders of epochs, and in any run of an
     epoch's examples, before they are put into batches, the shares are exact to one example.
 
-    Give either `examples_per_batch` (the last batch
-    of an epoch may be smaller) or `tokens_per_batch`, a budget that no batch exceeds and that
-    whole documents fill as well as they can.
+    Give either `examples_per_batch` (the last batch of an epoch may be smaller) or
+    `tokens_per_batch`, a budget that no batch exceeds and that whole documents fill as well as
+    they can.
 
     Raises: ConfigError unless exactly one is given and at least 1; DataError if an example alone
     exceeds the budget, or a part has a weight but no examples.

@@ -171,7 +171,9 @@ class Dataset:
         encoder = Encoder(
             tokenizer, template, preferences=preferences, train_on=train_on, fast=fast
         )
-        builder = _Builder(max_length, over_length, tokenizer, template, store or MemoryStore())
+        builder = _Builder(
+            max_length, over_length, tokenizer, template, train_on, store or MemoryStore()
+        )
         for item in encoder(rows):
             builder.begin_row(item)
             for example in item.examples:
@@ -337,6 +339,7 @@ class _Builder:
     over_length: OverLength
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    train_on: TrainOn
     store: Store
     counts: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -395,7 +398,9 @@ class _Builder:
         shorter, unended = None, False
         if self.policy == "truncate_left":
             if len(item.examples) == 1 and isinstance(item.content, Conversation):
-                shorter = _fewer_turns(item.content, limit, self.tokenizer, self.template)
+                shorter = _fewer_turns(
+                    item.content, limit, self.tokenizer, self.template, self.train_on
+                )
             shorter = shorter or keep_end(example, limit, self.tokenizer.special.bos)
         elif self.policy == "truncate_right" and (found := keep_start(example, limit)):
             shorter, unended = found
@@ -448,7 +453,11 @@ class _Builder:
 
 
 def _fewer_turns(
-    conversation: Conversation, limit: int, tokenizer: Tokenizer, template: ChatTemplate | None
+    conversation: Conversation,
+    limit: int,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    train_on: TrainOn,
 ) -> Marked | None:
     """The conversation without its first turns, as few of them as must go; None if all must.
 
@@ -464,7 +473,7 @@ def _fewer_turns(
         given = max(0, conversation.given - (users[turns] - users[0]))
         shorter = replace(conversation, messages=kept, given=given)
         try:
-            found = conversation_examples(shorter, tokenizer, template)
+            found = conversation_examples(shorter, tokenizer, template, train_on)
         except TextError:  # a template that wants its first turns, or no answer is left
             return None
         fits = len(found) == 1 and len(found[0].tokens) <= limit

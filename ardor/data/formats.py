@@ -110,11 +110,22 @@ def read(row: Row) -> tuple[Format, Content]:
 
     Raises: DataError naming the row.
     """
+    _refuse_images(row)
     format = recognise(row.values, row.where)
     try:
         return format, format.read(row.values)
     except DataError as error:
         raise explained(row, format, error) from error
+
+
+def _refuse_images(row: Row) -> None:
+    """Raises: DataError: answers about what was not seen teach to make things up."""
+    for column in ("images", "image"):
+        if row.values.get(column):
+            raise DataError(
+                f"{row.where}: column {column!r} holds images, and only text can be read; leave "
+                "such rows out, or the column where no answer is about them"
+            )
 
 
 def explained(row: Row, format: Format, error: Exception) -> DataError:
@@ -198,11 +209,9 @@ def preference_sides(
 
     Raises: DataError naming the row, also where it is no preference.
     """
+    _refuse_images(row)
     try:
         content = read_preference(row.values)
-    except DataError as error:
-        raise DataError(f"{row.where} (preference): {error}") from error
-    try:
         return [encoded(side, tokenizer, template) for side in (content.chosen, content.rejected)]
     except (DataError, TextError) as error:
         raise DataError(f"{row.where} (preference): {error}") from error

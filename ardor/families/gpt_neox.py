@@ -33,7 +33,7 @@ NAMES = Names(
     outside={
         "embed_tokens": "gpt_neox.embed_in",
         "norm": "gpt_neox.final_layer_norm",
-        "lm_head": "embed_out",
+        "lm_head": ("embed_out", "lm_head"),  # the module's name in transformers 5
     },
     ignorable=(CAUSAL_MASKS, INVERSE_FREQUENCIES),
 )

@@ -341,14 +341,15 @@ class DiskPart(NamedTuple):
     transposed: bool
     groups: int = 1  # the blocks follow each other so many times over
     experts: bool = False  # a bare parameter of all experts, [E, out, in]
+    older: str | None = None  # the module's name in files, where transformers has renamed it
 
 
 def disk_linears(rules: Rules) -> dict[str, DiskPart]:
     """What an adapter can name, by names in memory: linear maps, experts, and what has a weight.
 
     Experts are named as transformers has them in memory, all in one parameter, however files hold
-    them. Those of which it expects inputs and outputs in the order that ours do not have (Llama 4)
-    have no place.
+    them; a module that it renamed, by the way that its choice lists last. Experts of which it
+    expects inputs and outputs in the order that ours do not have (Llama 4) have no place.
     """
     found = {}
     for rule in rules.plain:
@@ -363,6 +364,11 @@ def disk_linears(rules: Rules) -> dict[str, DiskPart]:
             if rule.axis and known:
                 for part, name in enumerate(rule.memory):
                     found[name.removesuffix(".weight")] = _disk_part(rule, part)
+            elif not rule.axis and rule.disk.endswith(".weight") and rule not in ways[0]:
+                name, new = rule.memory[0].removesuffix(".weight"), _disk_part(rule, 0)
+                older = found[name].name
+                if not new.name.endswith(f".{older}"):  # renamed, and not just put under a prefix
+                    found[name] = new._replace(older=older)
     return found
 
 

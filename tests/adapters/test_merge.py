@@ -115,3 +115,15 @@ def test_a_sum_beyond_float16_is_refused():
     holder = nn.ModuleDict({"embed_tokens": nn.Identity(), "up": lora})
     with pytest.raises(ConfigError, match=r"up with its adapter leaves the range of torch.float16"):
         merge(holder)
+
+
+def test_an_adapter_of_no_numbers_is_refused_and_the_model_stays(llama):
+    decoder = llama.ours()
+    add_lora(decoder, LoraConfig(r=2))
+    before = str(decoder)
+    with torch.no_grad():
+        last = [*lora_modules(decoder)][-1][1]
+        last.lora_B[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="look for NaN in the adapter"):
+        merge(decoder)
+    assert str(decoder) == before and len([*lora_modules(decoder)]) == 14

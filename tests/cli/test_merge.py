@@ -140,6 +140,12 @@ def test_adapters_are_switched_for_each_request(world):
     mixed = lm.generate(["the cat"] * 3, adapter=["again", None, "default"], **settings)
     plain = base.generate("the cat", **settings)
     assert [one.text for one in mixed] == [first.text, plain.text, first.text]
+    for wrong, words in (
+        (["again"], "found 1 adapters for 3 prompts"),
+        (["b"] * 3, "no adapter 'b'"),
+    ):
+        with pytest.raises(ardor.ConfigError, match=words):
+            lm.generate(["the cat"] * 3, adapter=wrong, **settings)
     pieces = [*lm.stream("the cat", adapter=None, **settings)]
     assert "".join(piece.text for piece in pieces) == plain.text
     lm.merge()

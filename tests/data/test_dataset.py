@@ -394,6 +394,24 @@ def test_a_conversation_loses_its_first_turns_but_not_its_system_prompt(tokenize
         assert Dataset.build([Row({"messages": more}, "")], tokenizer, CHATML).lengths[0] > limit
 
 
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_fewer_turns_are_trained_on_as_all_of_them_were(tokenizer, train_on):
+    turns = []
+    for i in range(4):
+        answer = {"role": "assistant", "content": f"a cat {i}"}
+        turns += [{"role": "user", "content": f"what {i}?"}, answer]
+    row = Row({"messages": turns}, "row 1")
+    whole = Dataset.build([row], tokenizer, CHATML, train_on=train_on)
+    limit = int(whole.lengths[0]) - 1  # one turn must go
+    cut = Dataset.build(
+        [row], tokenizer, CHATML, max_length=limit, over_length="truncate_left", train_on=train_on
+    )
+    trained = [t for t, s in zip(cut[0].tokens, cut[0].supervised, strict=True) if s]
+    text = tokenizer.decode(trained)
+    expected = {"all": ["a cat 1", "a cat 2", "a cat 3"], "last": ["a cat 3"]}[train_on]
+    assert [f"a cat {i}" for i in range(4) if f"a cat {i}" in text] == expected
+
+
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ConfigError, match="over_length is 'cut'; choose from drop, truncate_left"):
         policy_of("cut")

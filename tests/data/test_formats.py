@@ -9,6 +9,7 @@ from ardor.data.formats import (
     Completion,
     examples_of,
     preference_pair,
+    preference_sides,
     read_preference,
     recognise,
 )
@@ -335,3 +336,16 @@ def test_fields_of_turns_are_passed_on(tokenizer):
     turns = [SHAREGPT[0] | {"name": "ann"}, SHAREGPT[1]]
     content = recognise({"conversations": turns}).read({"conversations": turns})
     assert content.messages[0] == TURNS[0] | {"name": "ann"}
+
+
+def test_rows_with_images_are_refused(tokenizer):
+    said = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a cat"}]
+    pair = {"prompt": "what is it?", "chosen": "a cat", "rejected": "a mat"}
+    for column in ("image", "images"):
+        row = Row({"messages": said, column: ["cat.png"]}, "a.jsonl:3")
+        with pytest.raises(DataError, match=rf"a\.jsonl:3: column '{column}' holds images"):
+            examples_of(row, tokenizer, CHATML)
+        with pytest.raises(DataError, match=r"a\.jsonl:4: column .* holds images"):
+            preference_sides(Row({**pair, column: ["cat.png"]}, "a.jsonl:4"), tokenizer, None)
+        empty = Row({"messages": said, column: []}, "a.jsonl:5")
+        assert examples_of(empty, tokenizer, CHATML)

@@ -1,5 +1,7 @@
 """NF4 and FP4 against bitsandbytes, byte by byte, and against their own stated error."""
 
+from dataclasses import replace
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -72,6 +74,43 @@ def test_bytes_and_values_are_those_of_bitsandbytes(shape, dtype, double, kind):
     state.shape = torch.Size([w.numel()])
     assert torch.equal(ours.dequantize().flatten(), bnb.dequantize_4bit(packed, state).flatten())
     assert ours.dequantize().dtype == dtype
+
+
+def by_table(quantized, dtype):
+    """level * scale of every element, without a fast path or a block that is whole."""
+    codes = torch.stack([quantized.packed >> 4, quantized.packed & 15], -1).flatten()
+    n = torch.Size(quantized.shape).numel()
+    levels = torch.tensor(LEVELS[quantized.kind])[codes[:n].long()]
+    scales = quantized.scales().repeat_interleave(64)[:n]
+    return (levels * scales).to(dtype).view(quantized.shape)
+
+
+@pytest.mark.parametrize("scales", ["contiguous", "strided"])
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LEVELS)
+@pytest.mark.usefixtures("path")
+def test_expanding_is_the_table_times_the_scales_to_the_last_bit(kind, dtype, double, scales):
+    for shape in ((300, 512), (1, 64), (1, 63), (1, 1), (3, 43), (37, 129), (5, 64 * 5 + 2)):
+        whole = quantize_4bit(weight(shape, seed=shape[1]), kind, double)
+        found = whole
+        if scales == "strided":  # every second of twice as many, as a view may hold them
+            wide = whole.absmax.repeat_interleave(2)
+            wide[1::2] = 7
+            found = replace(whole, absmax=wide[::2])
+            assert found.absmax.is_contiguous() == (found.absmax.numel() == 1)
+        expected = by_table(whole, dtype)
+        assert torch.equal(found.dequantize(dtype), expected)
+        assert expected.count_nonzero() and found.dequantize(dtype).is_contiguous()
+
+
+@pytest.mark.usefixtures("path")
+def test_expanding_is_rounded_once():
+    whole = quantize_4bit(weight((40, 96)))
+    twice = whole.dequantize(torch.float32).to(torch.bfloat16)
+    assert torch.equal(whole.dequantize(torch.bfloat16), twice)  # a product, then one rounding
+    early = by_table(replace(whole, absmax=whole.absmax.bfloat16().float()), torch.bfloat16)
+    assert not torch.equal(early, twice)  # the probe sees scales that were rounded first
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
