@@ -49,7 +49,7 @@ def read_calls(text: str, first: int = 1) -> tuple[str, list[dict[str, Any]]]:
     object) and of Mistral (a JSON list). What looks like none of them is all said.
     """
     if tagged := _TAGGED.findall(text):
-        said, calls = _TAGGED.sub("", text), [_call(_parsed(body)) for body in tagged]
+        said, calls = _TAGGED.sub("", text).strip(), [_call(_parsed(body)) for body in tagged]
     else:
         whole = _parsed(_OPENING.sub("", text, count=1))
         said, calls = "", [_call(one) for one in (whole if isinstance(whole, list) else [whole])]

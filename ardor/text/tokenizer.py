@@ -260,6 +260,13 @@ class Tokenizer:
         """The id of a token as the vocabulary writes it, or None."""
         return self._backend.token_to_id(token)
 
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Do both give the tokens that both have the same ids, and one all of the other's?"""
+        ours, theirs = (t._backend.get_vocab(with_added_tokens=True) for t in (self, other))
+        shared = ours.keys() & theirs.keys()
+        same = all(ours[token] == theirs[token] for token in shared)
+        return same and len(shared) == min(len(ours), len(theirs))
+
     def token(self, id: int) -> str | None:
         """The token as the vocabulary writes it, or None for an id that has none."""
         return self._backend.id_to_token(id)

@@ -306,7 +306,7 @@ def test_chat_shows_calls_and_takes_what_they_return(world, say, refused, tmp_pa
     tools.write_text("{}")
     assert "expected a list of functions" in refused("chat", world.base, "--tools", tools)
     tools.write_text('[{"name": "f"}]')
-    assert "does not write the tools" in refused("chat", world.lora, "--tools", tools, stdin="a\n")
+    assert "has no place for tools" in refused("chat", world.lora, "--tools", tools, stdin="a\n")
 
 
 def test_calls_are_in_the_lines_of_json(world, say, tmp_path):

@@ -182,7 +182,7 @@ def test_it_shows_the_tokens_and_the_template_that_a_run_would_add(tmp_path, dat
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048})
     )
-    settings = {"setup_chat_format": True, "add_tokens": ("sat",), "pad_strategy": "new"}
+    settings = {"setup_chat_format": True, "add_tokens": ("<b>",), "pad_strategy": "new"}
     asked = {"max_length": 2048, "eval_fraction": 0.0, **settings}
     run = finetune.prepare(
         Finetune(model=str(base), data=str(data), output=tmp_path / "run", max_steps=1, **asked)
@@ -193,11 +193,11 @@ def test_it_shows_the_tokens_and_the_template_that_a_run_would_add(tmp_path, dat
     plan = run.trainer.plan
     batch = plan.batch(plan.epoch(0)[0])
     assert [id for ids, _ in flat(found) for id in ids] == batch.tokens[0].tolist()
-    assert {tokens.added["<|im_end|>"], tokens.added["sat"]} <= {*batch.tokens[0].tolist()}
+    assert {tokens.added["<|im_end|>"], tokens.added["<b>"]} <= {*batch.tokens[0].tolist()}
     assert found.template == "ChatML"
     assert [id for id, _, _ in found.stops] == sorted(run.model.stops.ids)
     added, pad = found.notes
-    assert added == "added tokens: sat (290), <|im_start|> (291), <|im_end|> (292)"
+    assert added == "added tokens: <b> (290), <|im_start|> (291), <|im_end|> (292)"
     assert pad.startswith("padding token: '<|pad|>', id 293 (new") and pad in run.notes
     cells = [cell for document in found.batches[0].documents for cell in document.cells]
     assert {c.kind for c in cells if c.ids == (tokens.added["<|im_end|>"],)} == {"control"}
