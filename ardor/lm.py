@@ -98,6 +98,13 @@ class LM:
         if voice is not None:
             voices[name] = voice
 
+    def name_adapter(self, name: str, to: str) -> None:
+        """Call an adapter by another name."""
+        voices = self._voices
+        self.adapters.rename(name, to)
+        if name in voices:
+            voices[to] = voices.pop(name)
+
     def use_adapter(self, name: str | None) -> None:
         """Have the adapter of that name do its work from now on; None: the base as it is."""
         voices = self._voices
@@ -108,8 +115,14 @@ class LM:
     def combine_adapters(
         self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
     ) -> None:
-        """Make an adapter from a weighted sum of others; see `Adapters.combine`."""
+        """Make an adapter from a weighted sum of others; see `Adapters.combine`.
+
+        Its template and ends are those of the first.
+        """
+        voices = self._voices
         self.adapters.combine(name, weights, how=how, rank=rank)
+        if (voice := voices.get(next(iter(weights)))) is not None:
+            voices[name] = voice
 
     def merge(self) -> Merged:
         """Fold the adapter in use into the weights, in 16 bits where they were; what it cost."""

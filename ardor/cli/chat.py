@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ardor.cli.console import print_json, remarks
 from ardor.cli.model import ModelFlags
+from ardor.errors import ConfigError
 from ardor.generate.settings import Settings
 
 if TYPE_CHECKING:
     from ardor.lm import LM
 
 HELP = "Type a message; /new starts over, /exit or Ctrl-D ends. Ctrl-C stops an answer."
-RESULT = "/tool"
+RESULT, ADAPTER = "/tool", "/adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ def run(config: Config) -> int:
         remarks().print(HELP)
         if tools:
             remarks().print(f"{RESULT} RESULT gives back what a call returned.")
+        if config.adapter:
+            remarks().print(f"{ADAPTER} NAME takes another adapter, {ADAPTER} alone the base.")
     for text in _messages():
         if text in ("/exit", "/quit"):
             break
@@ -49,6 +52,8 @@ def run(config: Config) -> int:
             talk.start()
         elif text.split()[0] == RESULT:
             talk.returned(text[len(RESULT) :].strip())
+        elif text.split()[0] == ADAPTER and config.adapter:
+            talk.use(text[len(ADAPTER) :].strip())
         else:
             talk.say({"role": "user", "content": text})
     return 0
@@ -66,6 +71,13 @@ class _Talk:
         system = self._config.system
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._calls: list[dict[str, Any]] = []
+
+    def use(self, name: str) -> None:
+        """Answer with another adapter from now on, or with the base; what was said stays."""
+        try:
+            self._lm.use_adapter(name or None)
+        except ConfigError as error:
+            remarks().print(str(error))
 
     def returned(self, result: str) -> None:
         """The result of the first call that waits; once none does, the model goes on.
