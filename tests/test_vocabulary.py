@@ -396,7 +396,7 @@ def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: 
         merged = tmp_path / f"{name}-merged"
         assert main(["merge", str(tmp_path / name), "-o", str(merged)]) == 0
         packed = tmp_path / f"{name}-packed"
-        ardor.quantize(merged, packed, "nf4")
+        assert main(["quantize", str(merged), "-o", str(packed), "--format", "nf4"]) == 0
         for written in (tmp_path / name / "checkpoint-1", merged, packed):
             held = written / "tokenizer.model"
             assert held.is_file() == (name == "run"), written

@@ -198,7 +198,7 @@ def test_it_shows_the_tokens_and_the_template_that_a_run_would_add(tmp_path, dat
     assert [id for id, _, _ in found.stops] == sorted(run.model.stops.ids)
     added, pad = found.notes
     assert added == "added tokens: <b> (269), <|im_start|> (270), <|im_end|> (271)"
-    assert pad.startswith("padding token: '<|pad|>', id 272 (new") and pad in run.notes
+    assert pad.startswith("padding token: '<|pad|>', id 272 (") and pad in run.notes
     cells = [cell for document in found.batches[0].documents for cell in document.cells]
     assert {c.kind for c in cells if c.ids == (tokens.added["<|im_end|>"],)} == {"control"}
 
