@@ -152,7 +152,8 @@ class _Pieces:
             part = F.pad(self.rows[piece].detach(), (0, 0, 0, -count % ROWS))
             logits, add = self._logits(part, differentiated)
             if differentiated and slopes is None:
-                slopes = torch.zeros_like(logits)  # and stays zero from `known` on
+                slopes = torch.empty_like(logits)
+                slopes[:, self.known or logits.shape[1] :] = 0  # and stay so
             found[piece] = token_nats(
                 logits.detach()[:count, : self.known],
                 targets[piece],
