@@ -18,7 +18,7 @@ from ardor.adapters.merge import Merged
 from ardor.adapters.registry import Adapters, How
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
-from ardor.files.runs import newest_checkpoint
+from ardor.files.runs import chosen_checkpoint
 from ardor.files.weights import MAX_SHARD_BYTES
 from ardor.generate.text import Generation, Piece, Settings, chat_prompt, generate, stream
 from ardor.load import Model, load_model, stops_of, tokenizer_of
@@ -31,6 +31,7 @@ from ardor.score import Score, score_text
 from ardor.text.templates import template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.vocabulary import PadStrategy, add_tokens, set_pad
+from ardor.voice import Voice, speaking, voice_of
 
 
 class LM:
@@ -78,20 +79,50 @@ class LM:
             )
         return Adapters(model.decoder, model.form.disk_linears(), model.adapter)
 
+    @cached_property
+    def _voices(self) -> dict[str | None, Voice]:
+        """The model's own under None; an adapter without one speaks with that."""
+        return {None: Voice.of(self.model)}
+
     def load_adapter(self, directory: str | Path, name: str) -> None:
-        """Read another adapter of this base from a PEFT directory or run, without using it yet."""
-        self.adapters.load(newest_checkpoint(Path(directory)) or directory, name)
+        """Read another adapter of this base from a PEFT directory or run, without using it yet.
+
+        Where its folder has a tokenizer's files, its chat template and its ends are used with it.
+
+        Raises: ConfigError if the name is taken, or if it has tokens that the model lacks; what is
+        said of a damaged adapter, or one of another base.
+        """
+        home = chosen_checkpoint(Path(directory)) or Path(directory)
+        voice, voices = voice_of(home, self.model), self._voices
+        self.adapters.load(home, name)
+        if voice is not None:
+            voices[name] = voice
+
+    def name_adapter(self, name: str, to: str) -> None:
+        """Call an adapter by another name."""
+        voices = self._voices
+        self.adapters.rename(name, to)
+        if name in voices:
+            voices[to] = voices.pop(name)
 
     def use_adapter(self, name: str | None) -> None:
         """Have the adapter of that name do its work from now on; None: the base as it is."""
+        voices = self._voices
         self.adapters.use(name)
         self.model.adapter = None if name is None else self.adapters[name]
+        voices.get(name, voices[None]).give(self.model)
 
     def combine_adapters(
         self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
     ) -> None:
-        """Make an adapter from a weighted sum of others; see `Adapters.combine`."""
+        """Make an adapter from a weighted sum of others; see `Adapters.combine`.
+
+        Its template and ends are those of the first.
+        """
+        voices = self._voices
         self.adapters.combine(name, weights, how=how, rank=rank)
+        if (voice := voices.get(next(iter(weights)))) is not None:
+            voices[name] = voice
 
     def merge(self) -> Merged:
         """Fold the adapter in use into the weights, in 16 bits where they were; what it cost."""
@@ -107,7 +138,9 @@ class LM:
         if "adapter" not in settings:
             yield
             return
-        with self.adapters.using(settings.pop("adapter"), hold=hold):
+        name, voices = settings.pop("adapter"), self._voices
+        voice = voices.get(name, voices[None])
+        with self.adapters.using(name, hold=hold), speaking(self.model, voice):
             yield
 
     def generate(self, prompt: str | Sequence[str], **settings: Any) -> Any:
@@ -141,21 +174,25 @@ class LM:
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[Piece]:
         """Continue a prompt piece by piece; the last piece has the Generation in `.done`."""
-        ids = self.tokenizer.encode(prompt)
         return self._held_stream(
-            settings, lambda s: stream(self.model, ids, _settings(s), continues=True)
+            settings,
+            lambda: self.tokenizer.encode(prompt),
+            lambda ids, s: stream(self.model, ids, _settings(s), continues=True),
         )
 
     def _held_stream(
-        self, settings: dict[str, Any], begin: Callable[[dict[str, Any]], Iterator[Piece]]
+        self,
+        settings: dict[str, Any],
+        encode: Callable[[], list[int]],
+        begin: Callable[[list[int], dict[str, Any]], Iterator[Piece]],
     ) -> Iterator[Piece]:
         """A stream that has its adapter until it has been read to the end."""
         if "adapter" not in settings:
-            return begin(settings)
+            return begin(encode(), settings)
 
         def pieces() -> Iterator[Piece]:
             with self._adapter_of(settings, hold=True):
-                yield from begin(settings)
+                yield from begin(encode(), settings)
 
         return pieces()
 
@@ -176,8 +213,8 @@ class LM:
         `chat_template_kwargs` are further variables of the template ({"enable_thinking": False}).
         """
         variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
-        prompt = chat_prompt(self.model, messages, **variables)
         with self._adapter_of(settings):
+            prompt = chat_prompt(self.model, messages, **variables)
             return generate(self.model, [prompt], _settings(settings))[0]
 
     def stream_chat(
@@ -192,12 +229,19 @@ class LM:
     ) -> Iterator[Piece]:
         """`chat`, piece by piece."""
         variables = _variables(tools, documents, continue_final_message, chat_template_kwargs)
-        prompt = chat_prompt(self.model, messages, **variables)
-        return self._held_stream(settings, lambda s: stream(self.model, prompt, _settings(s)))
+        return self._held_stream(
+            settings,
+            lambda: chat_prompt(self.model, messages, **variables),
+            lambda ids, s: stream(self.model, ids, _settings(s)),
+        )
 
-    def score(self, text: str) -> Score:
-        """The log-probability of each token of `text`, and what follows from it."""
-        return score_text(self.model, text)
+    def score(self, text: str, *, adapter: str | None = ...) -> Score:  # type: ignore[assignment]
+        """The log-probability of each token of `text`, and what follows from it.
+
+        `adapter` is the name of one for this request (None: the base); else the one in use.
+        """
+        with self._adapter_of({} if adapter is ... else {"adapter": adapter}):
+            return score_text(self.model, text)
 
     def add_tokens(
         self, tokens: Sequence[str], *, special: bool = False, seed: int = 0

@@ -446,7 +446,7 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
         )
 
 
-def _growths(adapter: Path | None, rows: int) -> tuple[Growth, ...]:
+def growths_of(adapter: Path | None, rows: int) -> tuple[Growth, ...]:
     """The tokens that were added to the base before this adapter was trained on it.
 
     An adapter of PEFT does not say so, but trains rows that the base lacks; its tokenizer knows how
@@ -471,7 +471,7 @@ def _grown(
 ) -> tuple[Assembled, dict[str, Any], tuple[Growth, ...]]:
     """The base as it was when its adapter was trained: with the rows of added tokens."""
     decoder, form, precision, placement = assembled
-    growths = _growths(origin.adapter, decoder.facts.vocab)
+    growths = growths_of(origin.adapter, decoder.facts.vocab)
     if not growths:
         return assembled, config, ()
     if not isinstance(form, Native) or placement is not None:

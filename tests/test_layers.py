@@ -11,7 +11,7 @@ LAYER_0 = ("errors", "precision")
 LAYER_1 = ("arch", "loss", "kernels", "files", "text")
 LAYER_2 = ("families", "quant", "adapters", "parallel", "memory")
 LAYER_3 = ("bridge", "place", "packing", "form", "load", "save", "data", "outline")
-LAYER_3 += ("vocabulary", "chat_format")
+LAYER_3 += ("vocabulary", "chat_format", "sketch", "voice")
 LAYER_4 = ("generate", "score", "train", "doctor", "inspect")
 LAYER_5 = ("serve", "lm", "quantize", "merge", "quickstart", "plan", "preview", "tuning")
 BELOW_3 = LAYER_0 + LAYER_1 + LAYER_2
@@ -41,6 +41,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # The Model that load assembled is what these change, and what save takes apart.
     "vocabulary": (*BELOW_3, "form", "load"),
     "chat_format": (*BELOW_3, "load", "vocabulary"),
+    "voice": (*BELOW_3, "load"),
+    "sketch": (*BELOW_3, "bridge", "form", "load"),
     "save": (*BELOW_3, "form", "load", "packing", "vocabulary"),
     "data": BELOW_3,
     "outline": BELOW_3,

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import ardor
+from ardor.cli.main import main
 from ardor.errors import ConfigError, TextError
 from ardor.load import tokenizer_of
 from ardor.text.chat import terminator
@@ -348,8 +349,10 @@ def test_tokens_are_added_before_an_adapter_not_under_it(tmp_path: Path):
     assert tokenizer_of(lm.model).id("<tool>") is None
 
 
-def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_path: Path):
-    folder, written = made(tmp_path / "m", rows=320), io.BytesIO()
+def of_pieces(folder: Path) -> bytes:
+    """A tiny model whose only tokenizer is a tokenizer.model; what that holds."""
+    written = io.BytesIO()
+    made(folder, rows=320)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(60)),
         model_writer=written,
@@ -364,8 +367,13 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_pa
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink()
     (folder / "tokenizer.model").write_bytes(written.getvalue())
+    return written.getvalue()
+
+
+def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_path: Path):
+    pieces, folder = of_pieces(tmp_path / "m"), tmp_path / "m"
     lm = ardor.load(folder, dtype="float32")
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     text = "the cat  saw naïve 你好"
     assert lm.tokenizer.encode(text) == [theirs.bos_id(), *theirs.encode(text)]
     assert lm.model.stops.ids >= {theirs.eos_id()}
@@ -373,3 +381,23 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_pa
     lm.save(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again(text)["input_ids"] == lm.tokenizer.encode(text)
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == pieces
+
+
+def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: Path):
+    """Until tokens are added: then it would say that their ids are free."""
+    pieces, folder = of_pieces(tmp_path / "m"), tmp_path / "m"
+    data = write_rows(tmp_path / "d.jsonl", [{"text": text} for text in sentences(12)])
+    for name, settings in (("run", {}), ("grown", {"add_tokens": ("<tool>",)})):
+        config = Finetune(
+            model=str(folder), data=str(data), output=tmp_path / name, max_steps=1, **settings
+        )
+        list(finetune.prepare(config).events())
+        merged = tmp_path / f"{name}-merged"
+        assert main(["merge", str(tmp_path / name), "-o", str(merged)]) == 0
+        packed = tmp_path / f"{name}-packed"
+        assert main(["quantize", str(merged), "-o", str(packed), "--format", "nf4"]) == 0
+        for written in (tmp_path / name / "checkpoint-1", merged, packed):
+            held = written / "tokenizer.model"
+            assert held.is_file() == (name == "run"), written
+            assert not held.is_file() or held.read_bytes() == pieces

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def make_base(folder: Path) -> Path:
     config = Train(data=str(texts), output=folder / "b", max_steps=3, **SIZES)
     list(pretrain.prepare(config).events())
     return folder / "b"
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    """A copy of the newest checkpoint of a run, to be damaged."""
+    from ardor.files.runs import newest_checkpoint  # later, as above
+
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    shutil.copytree(newest, to)
+    return to
 
 
 def make_world(folder: Path) -> World:

@@ -74,6 +74,16 @@ class Adapters:
             self._parts[name] = detach(self._decoder)
         self._configs[name] = config
 
+    def rename(self, name: str, to: str) -> None:
+        """Raises: ConfigError if there is no such adapter, or one of the new name."""
+        self._check(name)
+        if to in self._configs:
+            raise ConfigError(f"there is an adapter {to!r} already; give another name")
+        self._configs = {to if n == name else n: c for n, c in self._configs.items()}
+        if name in self._parts:
+            self._parts[to] = self._parts.pop(name)
+        self.active = to if self.active == name else self.active
+
     def remove(self, name: str) -> None:
         """Forget an adapter, taking it off the model if it is at work."""
         self._check(name)

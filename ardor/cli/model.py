@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ardor.errors import ConfigError
@@ -35,8 +36,11 @@ class ModelFlags:
     """The same as --quantization nf4."""
     load_in_8bit: bool = False
     """The same as --quantization int8."""
-    adapter: str | None = None
-    """A PEFT adapter directory to put on the model."""
+    adapter: tuple[str, ...] = ()
+    """Adapters of PEFT, or runs, to put on the model: DIR, or several as NAME=DIR. The first is at
+    work; in a chat /adapter NAME takes another."""
+    adapter_weights: tuple[float, ...] = ()
+    """Put the sum of all adapters to work instead, each times its number: one for each."""
     attn_implementation: str | None = None
     """sdpa, eager (the reference), flex or flash_attention_2. Default: the best there is."""
     revision: str | None = None
@@ -52,6 +56,25 @@ class ModelFlags:
 
     def load(self, name: str) -> LM:
         """The model; how it is held is said on stderr."""
+        adapters = _named(self.adapter)
+        if self.adapter_weights and len(self.adapter_weights) != len(adapters):
+            raise ConfigError(
+                f"found {len(self.adapter_weights)} adapter_weights for {len(adapters)} adapters; "
+                "give one for each"
+            )
+        lm = self._load(name, next(iter(adapters.values()), None))
+        if len(adapters) < 2 and not self.adapter_weights:
+            return lm
+        lm.name_adapter("default", next(iter(adapters)))
+        for other in [*adapters][1:]:
+            lm.load_adapter(adapters[other], other)
+        if self.adapter_weights:
+            summed = "+".join(adapters)
+            lm.combine_adapters(summed, dict(zip(adapters, self.adapter_weights, strict=True)))
+            lm.use_adapter(summed)
+        return lm
+
+    def _load(self, name: str, adapter: str | None) -> LM:
         from ardor.lm import load  # later: help needs no torch
         from ardor.load import default_device
 
@@ -64,13 +87,31 @@ class ModelFlags:
             quantization=self.quantization,
             load_in_4bit=self.load_in_4bit,
             load_in_8bit=self.load_in_8bit,
-            adapter=self.adapter,
+            adapter=adapter,
             attn_implementation=self.attn_implementation,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             use_safetensors=self.use_safetensors,
             chat_template=self.chat_template,
         )
+
+
+def _named(given: tuple[str, ...]) -> dict[str, str]:
+    """Name -> directory; an adapter without a name has that of its folder.
+
+    Raises: ConfigError for a name that is given twice.
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, place = one.partition("=")
+        if not equals or Path(one).exists():
+            name, place = Path(one).name, one
+        if name in found:
+            raise ConfigError(
+                f"--adapter: {name!r} is the name of two; write NAME={place} with another name"
+            )
+        found[name] = place
+    return found
 
 
 def _devices(given: str | None) -> str | dict[str, str | int] | None:

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ardor.cli.console import print_json, remarks, results
-from ardor.data.choices import OverLength, Preferences
+from ardor.train.shown import Settings
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -18,7 +18,7 @@ OPEN, CLOSE, END, REAL = "⟦", "⟧", "■", "◇"  # where there is no colour
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """See the rows as a model will be trained on them: which tokens, which targets, which ends."""
 
     model: str
@@ -29,39 +29,13 @@ class Config:
     """How many examples to show."""
     output: Path | None = None
     """Write them to this HTML page, which needs nothing else, instead of the terminal."""
-    chat_template: str | None = None
-    """A template's name (such as chatml, llama3 or qwen3) or a jinja file. Default: the model's;
-    for a model without one, ChatML where the tokenizer has its tokens, else plain headings."""
-    train_on: Literal["all", "last"] = "all"
-    """Which answers of a conversation are trained on; a message's own "train" (or "weight") goes
-    before."""
-    max_length: int = 1024
-    """Longest example in tokens."""
-    over_length: OverLength = "truncate_left"
-    """What happens to longer ones: truncate_left takes first turns and the start of prompts,
-    truncate_right the end with its stop token; or drop, or error. All are counted."""
-    preferences: Preferences = "refuse"
-    """What becomes of rows with chosen and rejected answers: refuse, or train on the chosen one."""
-    tokens_per_batch: int | None = None
-    """Fill micro-batches with whole documents up to this many tokens."""
-    per_device_train_batch_size: int = 8
-    """Examples per micro-batch, where tokens_per_batch is not given."""
-    shuffle: bool = False
-    """Show the first micro-batches of training, in its order and without what is held out; else
-    the first rows of the data."""
-    eval_fraction: float = 0.02
-    """Share of the examples held out; for --shuffle."""
-    seed: int = 0
-    """Of the order; for --shuffle."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
     json: bool = False
     """Print one JSON document."""
 
 
 def run(config: Config) -> int:
     from ardor.cli.config import narrowed  # later: help needs no torch
-    from ardor.preview import Settings, preview
+    from ardor.preview import preview
 
     found = preview(config.model, config.data, config.rows, narrowed(config, Settings))
     if config.output is not None:
@@ -87,6 +61,8 @@ def _show(found: "Preview") -> None:
         console.print(f"chat template: {found.template}")
     ends = ", ".join(f"{token} ({id})" for id, token, _ in found.stops)
     console.print(f"stop tokens: {ends or 'none'}")
+    for note in found.notes:
+        console.print(note)
     console.print(_legend(plain))
     for batch in found.batches:
         of = (

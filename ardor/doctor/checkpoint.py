@@ -72,6 +72,7 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     template: ChatTemplate | None = None
     template_added: bool = False  # it is none of the model's own
+    untrained: frozenset[int] = frozenset()  # tokens to be added: a run makes and trains their rows
     # What is looked at beside it.
     data: Sample | None = None
     run: RunFolder | None = None
@@ -92,7 +93,8 @@ class Checkpoint:
         if self.tokenizer is None or self.text_path is None:
             return {}
         path = self.text_path / TOKENIZER
-        return read_object(path) if path.exists() else self.tokenizer.content
+        as_read = path.exists() and not self.untrained
+        return read_object(path) if as_read else self.tokenizer.content
 
     @cached_property
     def terminator(self) -> int | None:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
+from ardor.arch.decoder import Decoder
 from ardor.data.choices import Preferences
 from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Checkpoint, Training, find_checkpoint, reading_of
@@ -16,16 +17,17 @@ from ardor.doctor.data import sample
 from ardor.doctor.finding import Finding
 from ardor.doctor.rules import RULES, SUBJECTS
 from ardor.errors import ConfigError, DataError
-from ardor.text.chat import ChatTemplate, TrainOn
-from ardor.text.tokenizer import Tokenizer
+from ardor.load import Model
+from ardor.sketch import sketch_of
+from ardor.text.chat import TrainOn
 
 ROWS = 500  # of the data: enough to see what is wrong with all, soon enough to wait for
 LOADER = ("files", "weights", "behaviour", "runs")  # subjects that are looked at elsewhere
 # Rules whose errors are those of the loader, or of whoever builds the dataset, in better words.
 REFUSED_ANYWAY = ("vocabulary", "row-ids", "row-targets")
 
-# The tokenizer, and the template that the model has -> the one that is used.
-TemplateOf = Callable[[Tokenizer, ChatTemplate | None], ChatTemplate | None]
+# Changes the tokens and the template of a model as the run will, before it trains.
+Prepare = Callable[[Model], object]
 
 
 def preflight(
@@ -33,7 +35,7 @@ def preflight(
     *,
     rows: Iterable[Row] = (),
     heldout: Iterable[Row] = (),
-    template: TemplateOf | None = None,
+    prepare: Prepare | None = None,
     training: Training | None = None,
     choices: tuple[Preferences, TrainOn] = ("refuse", "all"),
     max_length: int | None = None,
@@ -43,19 +45,18 @@ def preflight(
 ) -> tuple[Finding, ...]:
     """The warnings and remarks on a model and its data, before any weight is read.
 
-    Of `rows` the first ROWS are looked at. `template` gives the one that will be used, where that
-    is not the model's own; `choices` are the run's preferences and train_on. An error among the
-    rules named in `allow` is returned with the rest.
+    Of `rows` the first ROWS are looked at. `prepare` is tried on a model without weights: what is
+    judged is what it makes of tokens, template and files. `choices` are the run's preferences and
+    train_on. An error among the rules named in `allow` is returned with the rest.
 
     Raises: ConfigError for any other error, or a name in `allow` that is no rule; DataError for a
-    row that cannot be trained on; CheckpointError if there is no such model.
+    row that cannot be trained on; CheckpointError if there is no such model; what `prepare` raises.
     """
     check_rules(allow)
     found = find_checkpoint(name, revision, use_safetensors=use_safetensors)
     found.training = training
-    if found.tokenizer is not None and template is not None:
-        own, found.template = found.template, template(found.tokenizer, found.template)
-        found.template_added = found.template is not None and found.template is not own
+    if prepare is not None:
+        _as_prepared(found, prepare)
     if found.tokenizer is not None and (some := [*islice(rows, ROWS + 1)]):
         reading = reading_of(found, max_length, *choices)
         found.data = sample(some, reading, most=ROWS, heldout=islice(heldout, ROWS))
@@ -65,6 +66,21 @@ def preflight(
     if errors and not any(one.rule == "vocabulary" for one in errors):
         _refuse(found, [one for one in errors if one.rule not in REFUSED_ANYWAY])
     return tuple(sorted(findings, key=lambda one: "EWI".index(one.level)))
+
+
+def _as_prepared(found: Checkpoint, prepare: Prepare) -> None:
+    """Let `found` be the model after `prepare`; an adapter, which no run begins at, stays."""
+    if found.tokenizer is None or found.config is None:
+        return
+    own, generation = found.template, found.generation or {}
+    model = sketch_of(found.path, found.config, generation, found.tokenizer, own)
+    prepare(model)
+    found.tokenizer, found.template = model.tokenizer, model.template
+    found.template_added = found.template is not None and found.template is not own
+    found.config, found.generation = model.config, model.generation_config
+    found.untrained = model.untrained
+    if isinstance(model.decoder, Decoder):
+        found.spec = model.decoder.spec
 
 
 def check_rules(names: Sequence[str]) -> None:

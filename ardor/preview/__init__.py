@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ardor.data.batches import Batch, BatchPlan
-from ardor.data.choices import OverLength, Preferences
 from ardor.data.dataset import Census, Dataset
 from ardor.data.mixture import Mixture
 from ardor.data.readers import Row
@@ -19,46 +18,28 @@ from ardor.data.sources import read_rows
 from ardor.errors import ConfigError
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
-from ardor.load import CONFIG, GENERATION, find_origin, read_texts, stops_of, text_home
+from ardor.load import (
+    CONFIG,
+    GENERATION,
+    Model,
+    find_origin,
+    read_texts,
+    stops_of,
+    text_home,
+    tokenizer_of,
+)
+from ardor.loss import IGNORE
 from ardor.outline import outline
+from ardor.preview.visible import visible_parts
+from ardor.sketch import sketch
 from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.run import split
-from ardor.train.tokens import chats, template_for
-
-PATTERNS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja")
-PATTERNS += ("tokenizer.model", "merges.txt")  # no weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides the rows: the settings of `ardor finetune`, with its defaults."""
-
-    chat_template: str | None = None
-    """A template's name (such as chatml, llama3 or qwen3) or a jinja file. Default: the model's."""
-    train_on: TrainOn = "all"
-    """Which answers of a conversation are trained on; a message's own "train" goes before."""
-    max_length: int = 1024
-    """Longest example in tokens."""
-    over_length: OverLength = "truncate_left"
-    """What happens to longer ones: see `ardor finetune --help`; counted."""
-    preferences: Preferences = "refuse"
-    """Of rows that compare two answers: refuse them, or train on the chosen one."""
-    tokens_per_batch: int | None = None
-    """Fill micro-batches with whole documents up to this many tokens."""
-    per_device_train_batch_size: int = 8
-    """Examples per micro-batch, where tokens_per_batch is not given."""
-    shuffle: bool = False
-    """Show the first micro-batches of training, in its order and without what is held out; else
-    the first rows of the data."""
-    eval_fraction: float = 0.02
-    """Share of the examples held out; for --shuffle."""
-    seed: int = 0
-    """Of the order; for --shuffle."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+from ardor.train.shown import Settings
+from ardor.train.tokens import occurrence, prepare_tokens
+from ardor.vocabulary import set_pad
 
 
 @dataclass(frozen=True)
@@ -78,6 +59,7 @@ class Preview:
     template: str | None  # its name, where conversations are rendered
     limit: int  # tokens of the longest example that is kept
     stops: tuple[tuple[int, str, tuple[str, ...]], ...]  # id, token, which files name it
+    notes: tuple[str, ...]  # which tokens are added, and what pads
     batches: tuple[Packed, ...]
     examples: int  # of the whole data
     micro_batches: int
@@ -97,27 +79,25 @@ def preview(
     settings = settings or Settings()
     if rows < 1:
         raise ConfigError(f"rows={rows}; at least 1 can be shown")
-    texts = _texts(str(model), settings.revision)
-    read = list(Mixture(str(data)) if isinstance(data, str | Path) else read_rows(data))
-    template = template_for(
-        settings.chat_template,
-        texts.tokenizer,
-        texts.template,
-        lambda: chats(read, settings.preferences),
-    )
-    limit = min(settings.max_length, texts.positions)
+    mixture = Mixture(str(data)) if isinstance(data, str | Path) else None
+    read = list(read_rows(data) if mixture is None else mixture)
+    held, added = _model(str(model), settings, read)
+    facts = held.decoder.facts
+    limit = min(settings.max_length, facts.max_positions)
     dataset = Dataset.build(
         read,
-        texts.tokenizer,
-        template,
+        tokenizer_of(held),
+        held.template,
         max_length=limit,
         over_length=settings.over_length,
         preferences=settings.preferences,
-        vocab=texts.vocab,
+        vocab=facts.vocab,
         train_on=settings.train_on,
     )
     plan = _plan(dataset, settings)
-    stops = stops_of(texts.tokenizer, template, texts.generation, texts.config)
+    occurs = occurrence(dataset, lambda row: read[row].where)
+    pad = set_pad(held, settings.pad_strategy, occurs=occurs)
+    tokenizer, template, stops = tokenizer_of(held), held.template, held.stops
     planned = plan.epoch(0)
     kept = {int(row) for row in dataset.row_of}
     lost = [read[i].where for i in range(len(read)) if i not in kept]
@@ -126,10 +106,9 @@ def preview(
         data=str(data) if isinstance(data, str | Path) else f"{len(read)} rows in memory",
         template=None if template is None else template.name,
         limit=limit,
-        stops=tuple(
-            (id, texts.tokenizer.token(id) or "", stops.sources[id]) for id in sorted(stops.ids)
-        ),
-        batches=tuple(_packed(plan, planned, rows, read, texts.tokenizer, stops)),
+        stops=tuple((id, tokenizer.token(id) or "", stops.sources[id]) for id in sorted(stops.ids)),
+        notes=(*added, pad),
+        batches=tuple(_packed(plan, planned, rows, read, tokenizer, stops)),
         examples=len(dataset),
         micro_batches=len(planned),
         census=dataset.census,
@@ -137,28 +116,15 @@ def preview(
     )
 
 
-@dataclass(frozen=True)
-class _Texts:
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    generation: dict[str, Any]
-    config: dict[str, Any]
-    vocab: int
-    positions: int
-
-
-def _texts(name: str, revision: str | None) -> _Texts:
-    """Everything of a model but its weights."""
-    origin = find_origin(Path(name), name, None)
-    found = resolve(origin.base, revision or origin.revision, patterns=PATTERNS)
-    config = read_object(found.path / CONFIG)
-    home = found.path if origin.adapter is None else text_home(origin.adapter, found.path)
-    spec = outline(found.path).spec
-    tokenizer, template = read_texts(home, spec.vocab)
-    if tokenizer is None:
+def _model(name: str, settings: Settings, read: list[Row]) -> tuple[Model, tuple[str, ...]]:
+    """The model as a run would train it but for its weights, and which tokens that adds."""
+    model = sketch(name, settings.revision)
+    if model.tokenizer is None:
         raise ConfigError(f"{name} has no tokenizer.json, so there is no text to show")
-    generation = read_object(home / GENERATION) if (home / GENERATION).exists() else {}
-    return _Texts(tokenizer, template, generation, config, spec.vocab, spec.max_positions)
+    prepare_tokens(settings, model, read, settings.seed)
+    added = {token: id for growth in model.growths for token, id in growth.ids.items()}
+    made = ", ".join(f"{token} ({id})" for token, id in added.items() if id in model.untrained)
+    return model, (f"added tokens: {made}",) if made else ()
 
 
 def _plan(dataset: Dataset, settings: Settings) -> BatchPlan:

@@ -32,6 +32,7 @@ def render(found: Preview) -> str:
         LEGEND,
         *map(_batch, found.batches),
         f"<h2>Stop tokens</h2><ul>{stops or '<li>none</li>'}</ul>",
+        *(f"<p>{escape(note)}</p>" for note in found.notes),
         "<h2>All of the data</h2>",
         table(found.census.table()),
         _left_out(found.left_out),

@@ -227,6 +227,8 @@ class _Encoder:
                 raise self._refuse(number, "a thought, and the prompt says that there is none")
         elif (elsewhere := self._after_header(number, prompt, text, pieces)) is not None:
             tail, thought = elsewhere, _lost_thought(message, elsewhere, None)
+        elif message.get("tool_calls") and (own := self._to_its_question(number)) is not None:
+            tail, thought = own, _lost_thought(message, own, None)
         else:
             if message.get("tool_calls") or "reasoning_content" in message:
                 raise TextError(
@@ -266,6 +268,22 @@ class _Encoder:
         else:
             at = text.find(header, begin) if header.strip() else -1
         return None if at < 0 else after(pieces, at + len(header))
+
+    def _to_its_question(self, number: int) -> list[Piece] | None:
+        """The answer as the template writes it after its own generation prompt, to the last
+        question alone: DeepSeek's leaves the head of calls out once calls were made before."""
+        messages = self.said.messages
+        asked = [i for i in range(number) if messages[i]["role"] == "user"][-1:]
+        short = [messages[i] for i in (*asked, number)]
+        said = Conversation(self.tokenizer, self.template, short, self.said.variables)
+        try:
+            prompt, text = said.text(len(asked), True), said.text(len(short), False)
+        except TextError:
+            return None
+        if not asked or not text.startswith(prompt) or _OPENED.search(prompt):
+            return None
+        tail = after(said.pieces(len(short), text, False), len(prompt))
+        return [p._replace(owner=number) if p.owner == len(asked) else p for p in tail]
 
     def _in_thought(
         self, message: dict[str, Any], pieces: list[Piece], opened: re.Match[str]

@@ -8,6 +8,7 @@ rendering says is believed only if the first one comes out of it character by ch
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from ardor.text.template import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 
 SPELLED = -1
+
+# Who speaks in released formats, some of which write a token of that name: <|user|>.
+ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
+ROLES += ("observation",)
 
 
 class Piece(NamedTuple):
@@ -42,7 +47,7 @@ class Conversation:
 
     `messages` are checked and readable for `template`, and `variables` prepared.
 
-    Raises: TextError if a role spells a control token.
+    Raises: TextError if a role spells a control token, or is completed to one by the template.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Conversation:
         taken = set().union(*texts)
         free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
         self._mark, self._open, self._close = (next(free, "") for _ in range(3))
+        self._check_roles()
         self._wrapped = [self._wrap_message(message) for message in messages]
         self._wrapped_variables = self.variables | {
             key: self._wrap(value, False) for key, value in self._own_variables().items()
@@ -74,6 +80,34 @@ class Conversation:
             for i, leaf in enumerate(self._leaves)
             if spells(tokenizer, leaf.text, tags=messages[leaf.message]["role"] == "assistant")
         }
+
+    def _check_roles(self) -> None:
+        """A template that writes '<|' ~ role ~ '|>' means its own roles, not any token's name.
+
+        Control tokens that are gone once another name stands in the role's place come of the role.
+        A template that knows a role by its name does not write the other one, and is believed.
+        """
+        for number, message in enumerate(self.messages):
+            role = message["role"]
+            if role in ROLES or not self._mark:
+                continue
+            marked = [*self.messages]
+            marked[number] = message | {"role": self._mark}
+            try:
+                text = self.template.write(self.messages, False, self.variables)
+                other = self.template.write(marked, False, self.variables)
+            except TextError:
+                continue
+            if self._mark in other and (made := self._control(text) - self._control(other)):
+                token = self._tokenizer.token(next(iter(made)))
+                raise TextError(
+                    f"'role' of message {number + 1} of {len(self.messages)} is {role!r}, which "
+                    f"{self.template.name} completes to the control token {token!r}; use a role "
+                    f"such as {', '.join(ROLES[:4])}, or name this one in the template"
+                )
+
+    def _control(self, text: str) -> Counter[int]:
+        return Counter(part for part in self._tokenizer.split(text) if isinstance(part, int))
 
     def text(self, count: int, add_generation_prompt: bool) -> str:
         """The rendering of the first `count` messages."""

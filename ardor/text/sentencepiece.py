@@ -57,10 +57,15 @@ class Model:
 
 
 def read_model(path: Path) -> Model:
-    """Raises: TextError if the file is not a SentencePiece model, is cut off, or has a kind of
+    """Raises: TextError as `parse_model`."""
+    return parse_model(path.read_bytes(), str(path))
+
+
+def parse_model(data: bytes, path: str = "tokenizer.model") -> Model:
+    """Raises: TextError if `data` is not a SentencePiece model, is cut off, or has a kind of
     segmentation other than BPE and unigram."""
     try:
-        listed = [*_fields(path.read_bytes())]
+        listed = [*_fields(data)]
         pieces = tuple(_piece(value) for number, value in listed if number == 1)
         fields = dict(listed)
         trainer, normal = (dict(_fields(fields.get(number, b""))) for number in (2, 3))

@@ -21,6 +21,7 @@ from ardor.files.atomic import write_atomic
 from ardor.files.json import parse_json, read_text, write_json
 from ardor.text.legacy import read_legacy
 from ardor.text.padding import Padded, Side, pad
+from ardor.text.sentencepiece import parse_model
 from ardor.text.special import (
     KINDS,
     Place,
@@ -34,6 +35,7 @@ from ardor.text.special import (
     without_control,
 )
 
+SENTENCEPIECE = "tokenizer.model"
 CHAT_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 # A word with the one mark before it (marks and letters together, for scripts that compose them),
@@ -62,6 +64,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         names: dict[str, str] | None = None,
         max_length: int | None = None,
+        sentencepiece: bytes | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -69,6 +72,8 @@ class Tokenizer:
         self._plain: dict[str, tokenizers.Tokenizer] = {}
         self._split: dict[str, tuple[int | str, ...]] = {}
         self.max_length = max_length
+        # The tokenizer.model that it came with, for tools that read no other file.
+        self.sentencepiece = sentencepiece
         ids = {name: backend.token_to_id(text) for name, text in (names or {}).items()}
         for name in ("bos_token", "eos_token"):
             if name in ids and ids[name] is None:
@@ -108,7 +113,8 @@ class Tokenizer:
         try:
             # transformers writes 1e30 for "no limit"
             known = int(length) if length is not None and 0 < length < 1e9 else None
-            return cls(backend, names, known)
+            path = directory / SENTENCEPIECE
+            return cls(backend, names, known, path.read_bytes() if path.is_file() else None)
         except TextError as error:
             raise TextError(f"{directory}: {error}") from error
 
@@ -170,6 +176,7 @@ class Tokenizer:
         """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         taken = set(backend.get_vocab(with_added_tokens=True).values())
+        grown = False
         for token in tokens:
             token = AddedToken(token, normalized=False) if isinstance(token, str) else token
             if not token.content.strip():
@@ -177,6 +184,7 @@ class Tokenizer:
             if backend.token_to_id(token.content) is not None:
                 continue
             backend.add_tokens([token])
+            grown = True
             id = backend.token_to_id(token.content)
             if id is None or id in taken:
                 raise TextError(
@@ -185,7 +193,9 @@ class Tokenizer:
                     "added_tokens in tokenizer.json with a free id"
                 )
             taken.add(id)
-        return Tokenizer(backend, self.names, self.max_length)
+        # A tokenizer.model without the new tokens would say that their ids are free.
+        pieces = None if grown else self.sentencepiece
+        return Tokenizer(backend, self.names, self.max_length, pieces)
 
     def naming(self, **names: str) -> "Tokenizer":
         """This tokenizer with other tokens in its parts: naming(eos_token="<|im_end|>").
@@ -197,7 +207,8 @@ class Tokenizer:
                 raise TextError(
                     f"{name}={text!r} is not in the vocabulary; add it first (add_tokens)"
                 )
-        return Tokenizer(self._backend, {**self.names, **names}, self.max_length)
+        named = {**self.names, **names}
+        return Tokenizer(self._backend, named, self.max_length, self.sentencepiece)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -248,6 +259,13 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it, or None."""
         return self._backend.token_to_id(token)
+
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Do both give the tokens that both have the same ids, and one all of the other's?"""
+        ours, theirs = (t._backend.get_vocab(with_added_tokens=True) for t in (self, other))
+        shared = ours.keys() & theirs.keys()
+        same = all(ours[token] == theirs[token] for token in shared)
+        return same and len(shared) == min(len(ours), len(theirs))
 
     def token(self, id: int) -> str | None:
         """The token as the vocabulary writes it, or None for an id that has none."""
@@ -403,7 +421,9 @@ class Tokenizer:
         """Write files that transformers 4 and 5 read to the same ids and the same special tokens.
 
         tokenizer.json, tokenizer_config.json and special_tokens_map.json; the chat template goes to
-        chat_template.jinja and, for transformers 4, into tokenizer_config.json.
+        chat_template.jinja and, for transformers 4, into tokenizer_config.json. The tokenizer.model
+        that it came with is written too, unless tokens were added since; what it lacked before goes
+        into added_tokens.json, where its readers look.
 
         Raises: CheckpointError if a file cannot be written.
         """
@@ -424,7 +444,20 @@ class Tokenizer:
         legacy = self.names | ({"additional_special_tokens": others} if others else {})
         write_atomic(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         write_json(directory / "special_tokens_map.json", legacy)
+        if self.sentencepiece is not None and (beyond := self._beyond_pieces) is not None:
+            write_atomic(directory / SENTENCEPIECE, self.sentencepiece)
+            if beyond:
+                write_json(directory / "added_tokens.json", beyond)
         write_json(directory / "tokenizer_config.json", config)
+
+    @cached_property
+    def _beyond_pieces(self) -> dict[str, int] | None:
+        """Added tokens that tokenizer.model lacks; None if it is none of SentencePiece's."""
+        try:
+            pieces = {piece.text for piece in parse_model(self.sentencepiece or b"").pieces}
+        except TextError:  # other formats have gone by this name, tiktoken's for one
+            return None
+        return {token: id for token, id in self.added.items() if token not in pieces}
 
     def _without_control(self, place: Place) -> tokenizers.Tokenizer:
         if not self._plain:

@@ -352,7 +352,52 @@ ADAPTER_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Optimisation):
+class Reading:
+    """How rows become tokens: the same for a run and for its preview.
+
+    Raises: ConfigError for two settings that both choose the chat template.
+    """
+
+    preferences: Preferences = "refuse"
+    """What becomes of rows with chosen and rejected answers: refuse, or train on the chosen one."""
+    chat_template: str | None = None
+    """A template's name (chatml, llama3, qwen3, ...: docs/CHAT.md lists them) or a jinja file.
+    Default: the model's own; for a model without one, ChatML where the tokenizer has its control
+    tokens, else plain headings."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained on. A message's own "train": true or false (or
+    OpenAI's "weight": 1 or 0) goes before."""
+    setup_chat_format: bool = False
+    """Give a base model without a chat template ChatML, with its two tokens; their rows are
+    trained."""
+    clone_chat_template: str | None = None
+    """Give it the chat template of this model instead, with the tokens that it writes."""
+    add_tokens: tuple[str, ...] = ()
+    """New tokens: words, or tags such as <tool>. Their rows start at the mean of the others and are
+    trained, by adapters too."""
+    pad_strategy: Literal["auto", "unk", "eos", "new"] = "auto"
+    """The padding token in the files, for other tools; here padding is a length. auto: the model's
+    own, else one in reserve, else EOS; unk: where no text becomes it; new: with a row of its
+    own."""
+
+    @property
+    def answer_read(self) -> Preferences:
+        """What of two answers says which kind of data a run has: text, or conversations."""
+        return self.preferences
+
+    def __post_init__(self) -> None:
+        formats = {
+            "chat_template": self.chat_template,
+            "setup_chat_format": self.setup_chat_format or None,
+            "clone_chat_template": self.clone_chat_template,
+        }
+        given = [name for name, value in formats.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} both choose the chat template; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Reading, Optimisation):
     """Fine-tune a model on your data: full, LoRA or QLoRA."""
 
     model: str
@@ -419,27 +464,6 @@ class Finetune(Optimisation):
     (as PEFT's prepare_model_for_kbit_training does), or nothing. A census is printed."""
     train_control_tokens: Literal["auto", "yes", "no"] = "auto"
     """Train the embedding rows of the chat's control tokens; auto: where they never were."""
-    preferences: Preferences = "refuse"
-    """What becomes of rows with chosen and rejected answers: refuse, or train on the chosen one."""
-    chat_template: str | None = None
-    """A template's name (chatml, llama3, qwen3, ...: docs/CHAT.md lists them) or a jinja file.
-    Default: the model's own; for a model without one, ChatML where the tokenizer has its control
-    tokens, else plain headings."""
-    train_on: Literal["all", "last"] = "all"
-    """Which answers of a conversation are trained on. A message's own "train": true or false (or
-    OpenAI's "weight": 1 or 0) goes before."""
-    setup_chat_format: bool = False
-    """Give a base model without a chat template ChatML, with its two tokens; their rows are
-    trained."""
-    clone_chat_template: str | None = None
-    """Give it the chat template of this model instead, with the tokens that it writes."""
-    add_tokens: tuple[str, ...] = ()
-    """New tokens: words, or tags such as <tool>. Their rows start at the mean of the others and are
-    trained, by adapters too."""
-    pad_strategy: Literal["auto", "unk", "eos", "new"] = "auto"
-    """The padding token in the files, for other tools; here padding is a length. auto: the model's
-    own, else one in reserve, else EOS; unk: where no text becomes it; new: with a row of its
-    own."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -456,24 +480,16 @@ class Finetune(Optimisation):
 
     @property
     def answer_read(self) -> Preferences:
-        """What of two answers says which kind of data a run has: text, or conversations."""
         return self.preferences if self.objective == "sft" else "chosen"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Optimisation.__post_init__(self)
+        Reading.__post_init__(self)
         _check_objective(self)
         if not self.target_modules and not self.modules_to_save:
             raise ConfigError("target_modules is empty; name at least one linear, or all-linear")
         for name in ("rank_pattern", "alpha_pattern"):
             pattern_of(name, getattr(self, name))
-        formats = {
-            "chat_template": self.chat_template,
-            "setup_chat_format": self.setup_chat_format or None,
-            "clone_chat_template": self.clone_chat_template,
-        }
-        given = [name for name, value in formats.items() if value is not None]
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} both choose the chat template; give one")
         if self.quantization != "nf4" and self.method != "qlora":
             raise ConfigError(
                 f"quantization={self.quantization} is for method qlora, and method {self.method} "

@@ -24,8 +24,6 @@ from ardor.load import Model, default_device, load_model, tokenizer_of
 from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
-from ardor.text.chat import ChatTemplate
-from ardor.text.tokenizer import Tokenizer
 from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
@@ -51,8 +49,8 @@ from ardor.train.tokens import (
     content_of,
     occurrence,
     prepare_tokens,
+    row_of_part,
     rows_to_train,
-    template_for,
 )
 from ardor.vocabulary import set_pad
 
@@ -85,7 +83,8 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     packed = _prepared(config, model)
     pad: tuple[str, ...] = ()
     if tokens is not None:
-        pad = (set_pad(model, config.pad_strategy, occurs=occurrence(data, rows)),)
+        occurs = occurrence(data, row_of_part(data, rows))
+        pad = (set_pad(model, config.pad_strategy, occurs=occurs),)
         _make_trainable(config, model, train, tokens)
     else:
         _require_grad(config, model)
@@ -159,15 +158,15 @@ def _evaluated(
 def _looked_at(
     config: Finetune, rows: Mixture, heldout: Mixture | None, first: list[Row]
 ) -> tuple[Finding, ...]:
-    """What doctor says of the model with the template that it is trained on, and of the data.
+    """What doctor says of the model with the tokens and template of the run, and of the data.
 
     Raises: ConfigError or DataError for what would spoil the run.
     """
 
-    def template(tokenizer: Tokenizer, own: ChatTemplate | None) -> ChatTemplate | None:
-        return template_for(
-            config.chat_template, tokenizer, own, lambda: chats(first, config.answer_read)
-        )
+    def prepare_sketch(model: Model) -> None:
+        prepare_tokens(config, model, first, config.seed)
+        # What pads is chosen again once all of the data are read.
+        set_pad(model, config.pad_strategy)
 
     rows_are_trained = {"yes": True, "no": False}
     training = Training(
@@ -180,7 +179,7 @@ def _looked_at(
         config.model,
         rows=rows,
         heldout=heldout or (),
-        template=template,
+        prepare=prepare_sketch,
         training=training,
         choices=(config.answer_read, config.train_on),
         max_length=config.max_length,
@@ -253,7 +252,7 @@ def _model(
     model.precision = precision
     model.decoder.compute = precision.compute
     if checkpoint is None:
-        return model, prepare_tokens(config, model, first)
+        return model, prepare_tokens(config, model, first, config.seed)
     return model, None
 
 

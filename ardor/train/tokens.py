@@ -18,7 +18,7 @@ from ardor.load import Model, tokenizer_of
 from ardor.text.chat import ChatTemplate
 from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
-from ardor.train.config import Finetune
+from ardor.train.config import Finetune, Reading
 from ardor.vocabulary import add_tokens, align, head_rows
 
 PIECE = 1 << 24  # tokens that are compared at a time
@@ -32,17 +32,19 @@ class Tokens:
     trained: frozenset[int | None]  # BOS and EOS of its pre-training
 
 
-def prepare_tokens(config: Finetune, model: Model, first: list[Row]) -> Tokens:
+def prepare_tokens(config: Reading, model: Model, first: list[Row], seed: int) -> Tokens:
     """Add the tokens and the chat template that a run asks for, and have all files name them.
+
+    `seed` is that of new rows. A model without weights (`ardor.sketch`) is changed the same way.
 
     Raises: ConfigError or TextError for a template or token that this model cannot have.
     """
     before, special = model.template, tokenizer_of(model).special
-    add_tokens(model, config.add_tokens, seed=config.seed)
+    add_tokens(model, config.add_tokens, seed=seed)
     if config.setup_chat_format:
-        setup_chat_format(model, seed=config.seed)
+        setup_chat_format(model, seed=seed)
     elif config.clone_chat_template is not None:
-        clone_chat_template(model, config.clone_chat_template, seed=config.seed)
+        clone_chat_template(model, config.clone_chat_template, seed=seed)
     else:
         model.template = template_for(
             config.chat_template,
@@ -92,20 +94,28 @@ def content_of(row: Row, preferences: Preferences) -> Content:
         raise explained(row, format, error) from error
 
 
-def occurrence(data: Dataset, rows: Mixture) -> Callable[[int], str | None]:
-    """Where the data hold a token, for people; None if nowhere."""
+def occurrence(data: Dataset, name_of: Callable[[int], str]) -> Callable[[int], str | None]:
+    """Where the data hold a token, for people; None if nowhere. `name_of` names a row by index."""
 
     def where(id: int) -> str | None:
         for at in range(0, len(data.tokens), PIECE):  # they may be a mapped file
             found = (data.tokens[at : at + PIECE] == id).nonzero()[0]
             if len(found):
                 example = int(data.starts.searchsorted(at + found[0], side="right")) - 1
-                row = int(data.rows[example])
-                part = int(np.searchsorted(data.bounds, row, side="right")) - 1
-                return f"{rows.parts[part].path}, row {row - data.bounds[part] + 1}"
+                return name_of(int(data.rows[example]))
         return None
 
     return where
+
+
+def row_of_part(data: Dataset, rows: Mixture) -> Callable[[int], str]:
+    """A row's name, by its index, where the rows themselves are not in memory."""
+
+    def name(row: int) -> str:
+        part = int(np.searchsorted(data.bounds, row, side="right")) - 1
+        return f"{rows.parts[part].path}, row {row - data.bounds[part] + 1}"
+
+    return name
 
 
 def rows_to_train(

@@ -1,7 +1,6 @@
 """`ardor doctor` from its command line."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from ardor.cli import console
 from ardor.cli.main import main
-from ardor.files.runs import newest_checkpoint
 
-from ..tiny import make_base, write_rows
+from ..tiny import copy_of, make_base, write_rows
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -24,10 +22,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(base, tmp_path) -> Path:
-    newest = newest_checkpoint(base)
-    assert newest is not None
-    shutil.copytree(newest, tmp_path / "model")
-    return tmp_path / "model"
+    return copy_of(base, tmp_path / "model")
 
 
 def damage(model: Path, what: float) -> None:

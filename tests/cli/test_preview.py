@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from ardor.cli import console
 from ardor.cli.main import main
 from ardor.files.runs import newest_checkpoint
+from ardor.text.tokenizer import Tokenizer
 
-from ..tiny import make_base, write_rows
+from ..test_vocabulary import made
+from ..tiny import make_base, sentences, write_rows
 
 TURNS = [
     {"role": "user", "content": "hi <|im_end|>"},
@@ -106,3 +110,38 @@ def test_it_knows_a_run_and_its_adapter(model, data, tmp_path, capsys):
     assert "train_on: last" in (run / "config.yaml").read_text()
     assert main(["preview", str(run), str(data)]) == 0
     assert "chat_template.jinja" in capsys.readouterr().out
+
+
+def test_documents_of_a_folder_are_pieces_with_ends_at_their_borders_only(tmp_path, capsys):
+    """Continued pre-training: each token is predicted once, but for a document's first."""
+    base = made(tmp_path / "m", bos_token="<s>")
+    file = base / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", bos)])
+    backend.save(str(file))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (base / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_directory(base)
+    texts = {"a.txt": " ".join(sentences(60, 1)), "b.txt": "short", "c/d.txt": "the <s> cat"}
+    for name, text in texts.items():
+        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "docs" / name).write_text(text)
+    flags = ["--max-length", "256", "--rows", "99", "--json"]
+    assert main(["preview", str(base), str(tmp_path / "docs"), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    documents = [row for batch in found["batches"] for row in batch["documents"]]
+    read: dict[str, list[int]] = {}
+    for row in documents:
+        ids = [id for cell in row["cells"] for id in cell["ids"]]
+        trained = [cell["trained"] for cell in row["cells"] for _ in cell["ids"]]
+        assert len(ids) <= 256 and trained == [False] + [True] * (len(ids) - 1)
+        whole = read.setdefault(Path(row["where"]).name, [])
+        assert not whole or whole[-1] == ids[0]
+        whole += ids[1:] if whole else ids
+    assert len(documents) > len(texts)
+    for name, text in texts.items():
+        body = tokenizer.encode_content(text, place="start")
+        assert bos not in body
+        expected = [bos, *body, tokenizer.special.eos]
+        assert read[Path(name).name] == expected

@@ -21,6 +21,8 @@ from ardor.cli.console import program
 from ardor.cli.main import main
 from ardor.data.stdlib import Document, Pair
 from ardor.files.runs import newest_checkpoint
+from ardor.generate.text import Generation, Piece
+from ardor.text.chat import prompt_ids
 
 from ..tiny import World, make_world, sentences, write_rows
 
@@ -272,6 +274,51 @@ def test_chat_answers_line_by_line_from_a_pipe(world, say, refused):
     assert json.loads(both[1])["prompt_tokens"] > rows[1]["prompt_tokens"]
     message = refused("chat", world.base, stdin="hi\n")
     assert "has no chat template" in message and "`generate`" in message
+
+
+def test_chat_shows_calls_and_takes_what_they_return(world, say, refused, tmp_path, monkeypatch):
+    """The model's words are set; prompts are made and checked by its template, as ever."""
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"name": "weather", "parameters": {"type": "object"}}]))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    asked, answers = [], [call + call, "warm", "bye"]
+
+    def scripted(self, messages, *, tools, **settings):
+        asked.append([dict(message) for message in messages])
+        prompt_ids(self.tokenizer, self.model.template, messages, tools=tools)
+        text = answers[len(asked) - 1]
+        return iter([Piece(text, Generation(text, (), (), "stop_token", 0))])
+
+    monkeypatch.setattr(ardor.LM, "stream_chat", scripted)
+    flags = ("--tools", tools, "--chat-template", "qwen2.5")
+    said = say("chat", world.base, *flags, stdin="hi\n/tool 21 C\n/tool\n/tool 7 C\nbye\n/new\n")
+    assert said.code == 0 and said.out == f"{call}{call}\nwarm\nbye\n"
+    assert "[a call of weather, and 1 more; give its result: /tool RESULT]" in said.err
+    assert "/tool needs a RESULT after it" in said.err
+    assert [len(messages) for messages in asked] == [1, 4, 6]
+    first, second = asked[1][2:]
+    assert first["content"] == "21 C" and second["content"] == "7 C"
+    calls = asked[1][1]["tool_calls"]
+    assert [c["id"] for c in calls] == [m["tool_call_id"] for m in (first, second)]
+    assert calls[0]["function"]["arguments"] == {"city": "Paris"}
+    asked.clear()
+    assert "/tool is for --tools FILE" in say("chat", world.lora, stdin="/tool x\n").err
+    tools.write_text("{}")
+    assert "expected a list of functions" in refused("chat", world.base, "--tools", tools)
+    tools.write_text('[{"name": "f"}]')
+    assert "has no place for tools" in refused("chat", world.lora, "--tools", tools, stdin="a\n")
+
+
+def test_calls_are_in_the_lines_of_json(world, say, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "f"}]')
+    template = tmp_path / "short.jinja"
+    template.write_text(
+        "{% for t in tools %}{{ t.function.name }}{% endfor %}{{ messages[-1].content }}<|im_end|>"
+    )
+    flags = ("--tools", tools, "--chat-template", template, "-n", 2, "--json")
+    line = json.loads(say("chat", world.base, *flags, stdin="hi\n").out)
+    assert line["tool_calls"] == [] and len(line["tokens"]) <= 2
 
 
 def test_score_of_a_text_and_of_a_file_are_those_of_the_library(world, say):

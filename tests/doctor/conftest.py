@@ -1,13 +1,11 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from ardor.files.runs import newest_checkpoint
 from ardor.text.chat import CHATML_SOURCE
 
-from ..tiny import make_base
+from ..tiny import copy_of, make_base
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +16,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def model(base, tmp_path) -> Path:
     """A copy of the base model to damage."""
-    newest = newest_checkpoint(base)
-    assert newest is not None
-    shutil.copytree(newest, tmp_path / "model")
-    return tmp_path / "model"
+    return copy_of(base, tmp_path / "model")
 
 
 @pytest.fixture

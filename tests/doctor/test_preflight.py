@@ -15,6 +15,7 @@ from ardor.doctor.preflight import ROWS, check_rules, preflight
 from ardor.train import finetune
 from ardor.train.config import Finetune
 
+from ..test_vocabulary import made
 from ..tiny import write_rows
 from .cases_text import BETWEEN, ENDS_TEXT
 from .damage import EMBED, template, together, value, weights
@@ -155,3 +156,44 @@ def test_completions_need_no_template(model, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", pairs(("the", " cat"), ("a", " mat")))
     run = finetune.prepare(config(model, data))
     assert not any("doctor" in note for note in run.notes)
+
+
+# What a run makes of tokens and template is judged, not what the files had before.
+
+
+def test_tokens_that_a_run_adds_are_judged_as_trained_and_nothing_is_loaded(tmp_path, monkeypatch):
+    base, data = made(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl", GOOD)
+    seen = []
+
+    def looked(*given: Any, **named: Any) -> Any:
+        seen.append(preflight(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(finetune, "preflight", looked)
+    monkeypatch.setattr(finetune, "load_model", lambda *a, **k: pytest.fail("went on to load"))
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(pytest.fail.Exception, match="went on to load"):
+        finetune.prepare(config(base, data, setup_chat_format=True, add_tokens=("<tool>",)))
+    assert not [f for f in seen[0] if f.level == "E"]
+    # The rule sees ChatML, so it knows the end that files of the base do not name.
+    assert "stop-token" not in [f.rule for f in seen[0]]
+    assert before == {path.name: path.read_bytes() for path in base.iterdir()}
+    with pytest.raises(ardor.ConfigError, match="pad_strategy=unk, but .* has no UNK token"):
+        finetune.prepare(config(base, data, setup_chat_format=True, pad_strategy="unk"))
+
+
+def test_a_template_that_a_run_takes_from_another_model_is_the_one_judged(chat, tmp_path):
+    template(BETWEEN)(chat)
+    base, data = made(tmp_path / "m"), write_rows(tmp_path / "rows.jsonl", GOOD)
+    run = finetune.prepare(config(base, data, clone_chat_template=str(chat)))
+    assert any("(template-end)" in note for note in run.notes)
+    run = finetune.prepare(config(base, data, setup_chat_format=True, output=tmp_path / "r2"))
+    assert not any("(template-end)" in note for note in run.notes)
+
+
+def test_a_reserved_row_that_a_run_makes_anew_is_no_untrained_one(tmp_path):
+    """Rows of zeros behind the vocabulary, as resized checkpoints have them."""
+    base, data = made(tmp_path / "m", rows=320), write_rows(tmp_path / "rows.jsonl", GOOD)
+    value(EMBED, slice(290, 320), 0.0)(base)
+    run = finetune.prepare(config(base, data, setup_chat_format=True))
+    assert not any("never trained on" in note for note in run.notes)

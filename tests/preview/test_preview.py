@@ -20,6 +20,7 @@ from ardor.text.tokenizer import Tokenizer
 from ardor.train import finetune
 from ardor.train.config import Finetune
 
+from ..test_vocabulary import made
 from ..tiny import make_base, write_rows
 
 TURNS = [
@@ -176,6 +177,33 @@ def test_mistakes_are_told_with_their_row(model, tmp_path):
         data = write_rows(tmp_path / "rows.jsonl", [ROWS[1], {"messages": messages}])
         with pytest.raises(ArdorError, match=rf"rows\.jsonl:2 \(messages\): .*{reason}"):
             preview(model, data, 1)
+
+
+def test_it_shows_the_tokens_and_the_template_that_a_run_would_add(tmp_path, data):
+    base = made(tmp_path / "m")
+    config = base / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048})
+    )
+    settings = {"setup_chat_format": True, "add_tokens": ("<b>",), "pad_strategy": "new"}
+    asked = {"max_length": 2048, "eval_fraction": 0.0, **settings}
+    run = finetune.prepare(
+        Finetune(model=str(base), data=str(data), output=tmp_path / "run", max_steps=1, **asked)
+    )
+    tokens = run.model.tokenizer
+    (base / "model.safetensors").unlink()
+    found = preview(base, data, 99, Settings(shuffle=True, **asked))
+    plan = run.trainer.plan
+    batch = plan.batch(plan.epoch(0)[0])
+    assert [id for ids, _ in flat(found) for id in ids] == batch.tokens[0].tolist()
+    assert {tokens.added["<|im_end|>"], tokens.added["<b>"]} <= {*batch.tokens[0].tolist()}
+    assert found.template == "ChatML"
+    assert [id for id, _, _ in found.stops] == sorted(run.model.stops.ids)
+    added, pad = found.notes
+    assert added == "added tokens: <b> (269), <|im_start|> (270), <|im_end|> (271)"
+    assert pad.startswith("padding token: '<|pad|>', id 272 (") and pad in run.notes
+    cells = [cell for document in found.batches[0].documents for cell in document.cells]
+    assert {c.kind for c in cells if c.ids == (tokens.added["<|im_end|>"],)} == {"control"}
 
 
 # The page

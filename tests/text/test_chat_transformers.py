@@ -255,11 +255,6 @@ def test_trained_tokens_are_what_the_template_adds_to_each_prompt(name, rich, th
     template = ours(name)
     assert terminator(rich, template) == rich.added[ENDS[name]]
     for messages, variables in cases(name, range(10)):
-        if name == "deepseek with calls" and str(messages).count("tool_calls") > 1:
-            # Its second call has no header, so that no prompt leads to it.
-            with pytest.raises(TextError, match="no prompt leads to them"):
-                supervise(rich, template, messages, **variables)
-            continue
         rows = supervise(rich, template, messages, **variables)
         found = [(prompt, rich.decode(run)) for row in rows for prompt, run in runs(row)]
         expected = []
@@ -268,7 +263,13 @@ def test_trained_tokens_are_what_the_template_adds_to_each_prompt(name, rich, th
                 continue
             asked = render(theirs, name, messages[:i], add_generation_prompt=True, **variables)
             whole = render(theirs, name, messages[: i + 1], **variables)
-            if not whole.startswith(asked):  # documents, a system message or a line end that moved
+            if not whole.startswith(asked) and message.get("tool_calls"):
+                # DeepSeek's second calls lack their head: they are written as the first ones are.
+                short = [{"role": "user", "content": "x"}]
+                begun = render(theirs, name, short, add_generation_prompt=True, **variables)
+                said = render(theirs, name, [*short, message], **variables)[len(begun) :]
+                assert said.startswith("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>")
+            elif not whole.startswith(asked):  # documents, a system message, a line end that moved
                 bare = render(theirs, name, messages[:i], **variables)
                 said = whole.rpartition(asked.removeprefix(bare) or "[/INST]")[2]
             else:

@@ -9,7 +9,8 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Tokenizer, Qwen2Tokenizer
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
 
 from ardor.errors import CheckpointError, TextError
 from ardor.text.legacy import has_tokenizer
@@ -198,3 +199,47 @@ def test_a_gigantic_text_is_encoded_in_time_that_grows_with_it(pair: Any):
     text = " ".join(TEXTS[:6]) * 1000
     assert len(text) > 150_000
     assert ours.encode_template(text) == theirs.encode(text)
+
+
+def test_a_tokenizer_model_is_carried_along_until_tokens_are_added(pair: Any, tmp_path: Path):
+    """For tools that read nothing else, such as llama.cpp's converter for Llama and Gemma."""
+    ours, _, _ = pair
+    named = ours.naming(pad_token=ours.token(ours.special.eos) or "")
+    for kept in (ours, ours.adding(["the"]), named):  # "the" is a piece, or made of pieces
+        folder = tmp_path / str(id(kept))
+        kept.save(folder)
+        again = Tokenizer.from_directory(folder)
+        carried = (folder / "tokenizer.model").is_file()
+        assert carried == (kept.vocab_rows == ours.vocab_rows)
+        assert not carried or again.sentencepiece == ours.sentencepiece
+        assert not (folder / "added_tokens.json").exists()
+    grown = ours.adding(["<tool>"])
+    grown.save(tmp_path / "grown")
+    assert not (tmp_path / "grown" / "tokenizer.model").exists()
+
+
+def test_tokens_that_a_tokenizer_model_lacked_from_the_start_are_named_beside_it(
+    pair: Any, tmp_path: Path
+):
+    """As Gemma 3 has its image token, and transformers' ids are ours."""
+    ours, _, _ = pair
+    ours.adding([AddedToken("<image>", special=True, normalized=False)]).save(tmp_path / "json")
+    (tmp_path / "json" / "tokenizer.model").write_bytes(ours.sentencepiece)
+    first = Tokenizer.from_directory(tmp_path / "json")
+    first.save(tmp_path / "again")
+    held = json.loads((tmp_path / "again" / "added_tokens.json").read_text())
+    assert held == {"<image>": ours.vocab_rows}
+    again = Tokenizer.from_directory(tmp_path / "again")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in (*TEXTS[:3], "a<image>b"):
+        assert again.encode(text) == first.encode(text)
+        assert theirs.encode(text, add_special_tokens=False) == first.encode_template(text)
+    assert again.fingerprint == first.fingerprint
+
+
+def test_a_file_of_that_name_in_another_format_stays_behind(pair: Any, tmp_path: Path):
+    ours, _, _ = pair
+    ours.save(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's
+    Tokenizer.from_directory(tmp_path / "m").save(tmp_path / "n")
+    assert not (tmp_path / "n" / "tokenizer.model").exists()

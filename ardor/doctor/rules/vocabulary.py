@@ -34,8 +34,10 @@ def special_ids(it: Checkpoint) -> Findings:
     """The ids of special tokens in the config files are ids that the model has.
 
     An error where no text would end. A warning for BOS and padding, and for negative ids, by which
-    the first Llamas' files say "none" (pad_token_id=-1): Ardor indexes nothing by them, and the
-    tokenizer says what begins a text; other programs index the embedding.
+    the first Llamas' files say "none" (pad_token_id=-1). No error, although programs that look up
+    the padding's row fail at it: here the tokenizer says what begins a text, padding is a length
+    and no row is looked up, what is fine-tuned names a padding token of its own, and an error would
+    keep those Llamas from being fine-tuned at all.
     """
     if it.spec is None:
         return
@@ -85,7 +87,7 @@ def untrained_rows(it: Checkpoint, matrix: torch.Tensor) -> dict[int, str]:
     if it.tokenizer is None:
         return {}
     rows = len(matrix)
-    used = written_by_template(it.tokenizer, it.template) | it.stops.ids
+    used = (written_by_template(it.tokenizer, it.template) | it.stops.ids) - it.untrained
     others = (id for id in it.tokenizer.added.values() if id < rows)
     return untrained(matrix, [id for id in used if 0 <= id < rows], [*others])
 
