@@ -2,14 +2,15 @@
 
 load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
 disk; offload-load: how often a second it can be loaded so; encode: MB/s of data, to packed batches;
-lora, qlora: seconds a step and peak.
+lora, qlora: seconds a step and peak; sft: useful tokens/s against TRL; sft-agreement: losses of
+the same steps against TRL's.
 """
 
 import argparse
 import json
 import os
 
-from benchmarks import load_quantized, tune
+from benchmarks import load_quantized, sft, tune
 from benchmarks.duel import duel
 from benchmarks.encode import KINDS, encode_duel
 from benchmarks.load import load_duel
@@ -17,11 +18,12 @@ from benchmarks.shapes import MODELS
 
 OFFLOAD = ("offload", "offload-load")
 TUNE = ("lora", "qlora")
+SFT = ("sft", "sft-agreement")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    tasks = ["decode", "prefill", "train", "load", "encode", *OFFLOAD, *TUNE]
+    tasks = ["decode", "prefill", "train", "load", "encode", *OFFLOAD, *TUNE, *SFT]
     parser.add_argument("task", choices=tasks)
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
@@ -39,6 +41,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     parser.add_argument("--kind", choices=KINDS, default="text", help="encode: what the rows are")
     parser.add_argument("--megabytes", type=int, default=100, help="encode: size of the file")
+    parser.add_argument(
+        "--peer-mode", choices=["padding", "packing"], default="padding", help="sft: TRL's batches"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="sft: timed steps of each process")
     args = parser.parse_args()
     if args.task == "encode":
         given = {"megabytes": args.megabytes, "vocab": 16000, "max_length": 1024, "folder": None}
@@ -55,6 +61,14 @@ def main() -> None:
     if args.task in TUNE:
         given = {"task": args.task, "model": args.model, "threads": args.threads, "steps": 3}
         print(json.dumps(tune.duel(args.rounds, given), indent=2))
+        return
+    if args.task == "sft":
+        given = options | {"model": args.model, "mode": args.peer_mode, "steps": args.steps}
+        found = sft.duel(args.rounds, given)
+        print(f"{json.dumps(found, indent=2)}\n{sft.line(found)}")
+        return
+    if args.task == "sft-agreement":
+        print(json.dumps(sft.agreement(args.threads), indent=2))
         return
     if args.task == "train":
         options["compiled"] = args.compile
