@@ -3,14 +3,14 @@
 load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
 disk; offload-load: how often a second it can be loaded so; encode: MB/s of data, to packed batches;
 lora, qlora: seconds a step and peak; sft: useful tokens/s against TRL; sft-agreement: losses of
-the same steps against TRL's.
+the same steps against TRL's; curves: 500 steps of LoRA and QLoRA against PEFT's.
 """
 
 import argparse
 import json
 import os
 
-from benchmarks import load_quantized, sft, tune
+from benchmarks import curves, load_quantized, sft, tune
 from benchmarks.duel import duel
 from benchmarks.encode import KINDS, encode_duel
 from benchmarks.load import load_duel
@@ -18,7 +18,7 @@ from benchmarks.shapes import MODELS
 
 OFFLOAD = ("offload", "offload-load")
 TUNE = ("lora", "qlora")
-SFT = ("sft", "sft-agreement")
+SFT = ("sft", "sft-agreement", "curves")
 
 
 def main() -> None:
@@ -69,6 +69,10 @@ def main() -> None:
         return
     if args.task == "sft-agreement":
         print(json.dumps(sft.agreement(args.threads), indent=2))
+        return
+    if args.task == "curves":
+        found = curves.compare(args.threads)
+        print(f"{json.dumps(found, indent=2)}\n{curves.lines(found)}")
         return
     if args.task == "train":
         options["compiled"] = args.compile

@@ -17,17 +17,20 @@ from benchmarks.load_quantized import peer_python
 
 SEEDS = (0, 1, 2)  # of the adapters' start, the order of the data, and which rows are held out
 METHODS = ("lora", "qlora")
-STEPS, TOKENS, LENGTH = 500, 1024, 256
-RANK, ALPHA, RATE, BETAS, MAX_NORM = 8, 16, 1e-3, (0.9, 0.999), 1.0
+BASE_STEPS, STEPS, TOKENS, LENGTH = 300, 500, 1024, 256
+RANK, ALPHA, RATE, BETAS, MAX_NORM = 8, 16.0, 1e-3, (0.9, 0.999), 1.0
 
 
 def compare(threads: int, steps: int = STEPS) -> dict[str, Any]:
     """Held-out losses of both sides: of each seed, their means, deviations and differences."""
+    import torch
+
+    torch.set_num_threads(threads)
     python = str(peer_python("peft, bitsandbytes, accelerate"))
     result: dict[str, Any] = {"task": "curves", "steps": steps, "threads": threads, "runs": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        second = _base(folder, threads)
+        second = base(folder)
         for method in METHODS:
             for seed in SEEDS:
                 given = {"folder": scratch, "method": method, "seed": seed, "threads": threads}
@@ -75,20 +78,17 @@ def _compared(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _base(folder: Path, threads: int) -> Path:
+def base(folder: Path, steps: int = BASE_STEPS) -> Path:
     """A Llama that learns half of the standard library's sources; the other half, to tune on."""
-    import torch
-
     from ardor.train import pretrain
     from ardor.train.config import Train
     from benchmarks.adapter_inits import texts
 
-    torch.set_num_threads(threads)
     first, second = texts(folder)
     config = Train(
         data=str(first),
         output=folder / "base",
-        max_steps=300,
+        max_steps=steps,
         vocab_size=1024,
         hidden_size=128,
         intermediate_size=256,
@@ -97,7 +97,7 @@ def _base(folder: Path, threads: int) -> Path:
         max_length=LENGTH,
         tokens_per_batch=2048,
         dtype="float32",
-        eval_steps=300,
+        eval_steps=steps,
     )
     for _ in pretrain.prepare(config).events():
         pass
