@@ -78,16 +78,17 @@ def _compared(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def base(folder: Path, steps: int = BASE_STEPS) -> Path:
+def base(folder: Path, steps: int = BASE_STEPS, rows: int = 600) -> Path:
     """A Llama that learns half of the standard library's sources; the other half, to tune on."""
+    from ardor.save import write_files
     from ardor.train import pretrain
     from ardor.train.config import Train
     from benchmarks.adapter_inits import texts
 
-    first, second = texts(folder)
+    first, second = texts(folder, rows)
     config = Train(
         data=str(first),
-        output=folder / "base",
+        output=folder / "pretrained",
         max_steps=steps,
         vocab_size=1024,
         hidden_size=128,
@@ -99,8 +100,11 @@ def base(folder: Path, steps: int = BASE_STEPS) -> Path:
         dtype="float32",
         eval_steps=steps,
     )
-    for _ in pretrain.prepare(config).events():
+    run = pretrain.prepare(config)
+    for _ in run.events():
         pass
+    (folder / "base").mkdir()
+    write_files(run.model, folder / "base")
     return second
 
 

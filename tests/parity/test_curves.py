@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     made = tmp_path_factory.mktemp("curves")
-    return made, curves.base(made, steps=2)
+    return made, curves.base(made, steps=2, rows=40)
 
 
 @pytest.mark.parametrize("method", curves.METHODS)
