@@ -181,15 +181,17 @@ def peer(options: dict[str, Any]) -> dict[str, Any]:
         mean_loss = model(input_ids=padded, attention_mask=mask, labels=labels).loss
         return mean_loss * count, count
 
+    # Never model.eval(): there is no dropout, and bitsandbytes then packs 4-bit weights anew for a
+    # CPU, rounding their scales, and does not get the old ones back in training.
+    model.train()
+
     @torch.inference_mode()
     def heldout() -> float:
-        model.eval()
         rows = run["heldout"]
         found = [nats(rows[i : i + 8]) for i in range(0, len(rows), 8)]
         return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 
     before, losses = heldout(), []
-    model.train()
     for rows, rate in zip(run["batches"], run["rates"], strict=True):
         total, count = nats(rows)
         loss = total / count
