@@ -182,8 +182,7 @@ def trl(options: dict[str, Any]) -> dict[str, Any]:
     import datasets
     import torch
     import transformers
-    from trl import SFTConfig, SFTTrainer
-    from trl import __version__ as version
+    import trl as their_trl  # pyrefly: ignore[missing-import]  # in the peers' environment only
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -195,7 +194,7 @@ def trl(options: dict[str, Any]) -> dict[str, Any]:
         def on_step_end(self, *_: object, **__: object) -> None:
             clock.append(time.perf_counter())
 
-    class Counted(SFTTrainer):
+    class Counted(their_trl.SFTTrainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any, **keys: Any) -> Any:
             # Packed rows are laid end to end without padding, so they have no mask.
             mask = inputs.get("attention_mask", inputs["input_ids"])
@@ -206,7 +205,7 @@ def trl(options: dict[str, Any]) -> dict[str, Any]:
             return loss
 
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
+        config = their_trl.SFTConfig(
             output_dir=folder,
             max_steps=WARMUP + steps,
             max_length=LONGEST,
@@ -235,7 +234,8 @@ def trl(options: dict[str, Any]) -> dict[str, Any]:
             model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
         )
         trainer.train()
-    about = f"TRL {version}, transformers {transformers.__version__}, torch {torch.__version__}"
+    versions = their_trl.__version__, transformers.__version__, torch.__version__
+    about = "TRL {}, transformers {}, torch {}".format(*versions)
     return _found(clock, counted, losses, about)
 
 
