@@ -2,14 +2,16 @@
 
 load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
 disk; offload-load: how often a second it can be loaded so; encode: MB/s of data, to packed batches;
-lora, qlora: seconds a step and peak; entropy: seconds and peak of a loss over large vocabularies.
+lora, qlora: seconds a step and peak; entropy: seconds and peak of a loss over large vocabularies;
+sft: useful tokens/s against TRL; sft-agreement: losses of the same steps against TRL's; curves: 500
+steps of LoRA and QLoRA against PEFT's.
 """
 
 import argparse
 import json
 import os
 
-from benchmarks import entropy, load_quantized, tune
+from benchmarks import curves, entropy, load_quantized, sft, tune
 from benchmarks.duel import duel
 from benchmarks.encode import KINDS, encode_duel
 from benchmarks.load import load_duel
@@ -17,11 +19,12 @@ from benchmarks.shapes import MODELS
 
 OFFLOAD = ("offload", "offload-load")
 TUNE = ("lora", "qlora")
+SFT = ("sft", "sft-agreement", "curves")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    tasks = ["decode", "prefill", "train", "load", "encode", "entropy", *OFFLOAD, *TUNE]
+    tasks = ["decode", "prefill", "train", "load", "encode", "entropy", *OFFLOAD, *TUNE, *SFT]
     parser.add_argument("task", choices=tasks)
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
@@ -39,6 +42,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="train: torch.compile on both sides")
     parser.add_argument("--kind", choices=KINDS, default="text", help="encode: what the rows are")
     parser.add_argument("--megabytes", type=int, default=100, help="encode: size of the file")
+    parser.add_argument(
+        "--peer-mode", choices=["padding", "packing"], default="padding", help="sft: TRL's batches"
+    )
+    parser.add_argument("--steps", type=int, default=4, help="sft: timed steps of each process")
     args = parser.parse_args()
     if args.task == "encode":
         given = {"megabytes": args.megabytes, "vocab": 16000, "max_length": 1024, "folder": None}
@@ -56,6 +63,9 @@ def main() -> None:
         given = {"task": args.task, "model": args.model, "threads": args.threads, "steps": 3}
         print(json.dumps(tune.duel(args.rounds, given), indent=2))
         return
+    if args.task in SFT:
+        _against_trainers(args, options)
+        return
     if args.task == "entropy":
         print(json.dumps(entropy.duel(args.rounds, options), indent=2))
         return
@@ -70,6 +80,19 @@ def main() -> None:
 
         options["checkpoint"] = str(checkpoint(args.model, args.dtype))
     print(json.dumps(duel(args.task, args.rounds, options), indent=2))
+
+
+def _against_trainers(args: argparse.Namespace, options: dict[str, object]) -> None:
+    """What TRL and PEFT are measured by, with rows for a table."""
+    if args.task == "sft":
+        given = options | {"model": args.model, "mode": args.peer_mode, "steps": args.steps}
+        found = sft.duel(args.rounds, given)
+        print(f"{json.dumps(found, indent=2)}\n{sft.line(found)}")
+    elif args.task == "sft-agreement":
+        print(json.dumps(sft.agreement(args.threads), indent=2))
+    else:
+        found = curves.compare(args.threads)
+        print(f"{json.dumps(found, indent=2)}\n{curves.lines(found)}")
 
 
 if __name__ == "__main__":

@@ -31,15 +31,15 @@ WAYS: dict[str, dict[str, object]] = {
 }
 
 
-def texts(folder: Path) -> tuple[Path, Path]:
+def texts(folder: Path, rows: int = 600) -> tuple[Path, Path]:
     """Two halves of the library, in files of 1200 characters a row."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     halves = sources[0::2][:40], sources[1::2][:40]
     paths = folder / "first.jsonl", folder / "second.jsonl"
     for path, files in zip(paths, halves, strict=True):
         whole = "\n".join(file.read_text(errors="ignore") for file in files)
-        rows = [whole[i : i + 1200] for i in range(0, len(whole), 1200)][:600]
-        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        pieces = [whole[i : i + 1200] for i in range(0, len(whole), 1200)][:rows]
+        path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     return paths
 
 

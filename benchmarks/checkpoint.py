@@ -21,13 +21,19 @@ def checkpoint(model: str, dtype: str) -> Path:
     path = Path(tempfile.gettempdir()) / f"ardor-benchmarks-{model}-{dtype}"
     if path.is_dir():
         return path
+    with atomic_directory(path) as folder:
+        write_checkpoint(folder, model, dtype)
+    return path
+
+
+def write_checkpoint(folder: Path, model: str, dtype: str) -> None:
+    """Its config.json and its weights, into a directory that exists."""
     config = shapes.MODELS[model] | {"dtype": dtype}
     family = FAMILIES[config["model_type"]]
     spec = family.spec(HFConfig(dict(config), path="benchmarks/shapes.py"))
-    with torch.no_grad(), atomic_directory(path) as folder:
+    with torch.no_grad():
         decoder = Decoder(spec).to(dtype_of(dtype))
         initialise(decoder, torch.Generator().manual_seed(0))
         held = dict(decoder.named_parameters())
         write_weights(folder, family.rules(spec).to_disk(lambda name: held[name]))
         (folder / "config.json").write_text(json.dumps(config))
-    return path

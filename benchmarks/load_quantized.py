@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoint import checkpoint
 from benchmarks.duel import PEERS
 
 
 def duel(rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Median seconds and peak bytes of both sides over alternating rounds, and their ratios."""
+    from benchmarks.checkpoint import checkpoint  # later: a peer's Python has nothing of ours
+
     folder = checkpoint(options["model"], "bfloat16")
     needs = "transformers"
     if options["quantization"] != "none":

@@ -73,6 +73,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
+# Of llama2.c, with positions for rows of 1024 tokens. Their parameters: 15.2 M and 109.5 M.
+for _name, _width, _inner, _layers in (("15m", 288, 768, 6), ("110m", 768, 2048, 12)):
+    MODELS[f"llama-{_name}"] = MODELS["tinyllama"] | {
+        "hidden_size": _width,
+        "intermediate_size": _inner,
+        "num_hidden_layers": _layers,
+        "num_attention_heads": _layers,
+        "num_key_value_heads": _layers,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+    }
+# llama-15m cut down, for losses that are compared step by step.
+MODELS["llama-small"] = MODELS["llama-15m"] | {"vocab_size": 8192, "num_hidden_layers": 3}
 MODELS["tinyllama-4"] = MODELS["tinyllama"] | {"num_hidden_layers": 4}
 DECODE_PROMPT, PREFILL_PROMPT = 128, 512
 LEARNING_RATE, MAX_NORM = 1e-4, 1.0
