@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from ardor.arch import spec as specs
 from ardor.memory.optimizers import STATES
+from ardor.memory.products import KEPT
 from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
 from ardor.memory.shapes import Shape, count, is_linear, is_quantized, parameters
 
@@ -30,9 +31,9 @@ CONTEXT = 500 * MIB
 # what comes and goes in such blocks is.
 LARGE_BLOCK = 32 * MIB
 KEPT_FREE = 0.3
-# oneDNN compiles a bfloat16 product for each new number of rows, and keeps the last so many.
-# Measured with AVX-512: 0.57 MiB each, growing little from 1024 on; for float32 it keeps nothing.
-KERNEL, MOST_KERNELS = int(0.57 * MIB), 1024
+# oneDNN compiles a bfloat16 product for each new number of rows; see products for how many it
+# keeps. Measured with AVX-512: 0.57 MiB each, whatever the sizes; for float32 it keeps nothing.
+KERNEL = int(0.57 * MIB)
 LOSS_CHUNK = 16 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
@@ -303,7 +304,7 @@ class Held:
             if isinstance(ffn, specs.Experts):
                 mean = use.tokens * ffn.router.per_token / ffn.count
                 found += ways * of_experts * math.ceil(1.2 * mean)
-        return KERNEL * min(found, MOST_KERNELS)
+        return KERNEL * min(found, KEPT)
 
     def kept_free(self, index: int) -> int:
         """What the allocator keeps of one layer's activations, copies and gradients; see above."""

@@ -14,9 +14,10 @@ from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ArdorError
 from ardor.load import CONFIG, Model
-from ardor.memory.estimate import Use, counted
+from ardor.memory.estimate import PROCESS, Use, counted
 from ardor.memory.fit import Choice, expected
-from ardor.memory.machine import Machine, peak_resident, this_machine
+from ardor.memory.machine import Machine, forget_peak, peak_resident, this_machine
+from ardor.memory.products import bound_products
 from ardor.outline import beside, outline, outline_of
 from ardor.precision import training_compute
 from ardor.quant.formats import format_name
@@ -116,8 +117,23 @@ def _updates(config: Optimisation) -> dict[str, Any]:
     }
 
 
+def begin_measuring() -> int:
+    """Let `measured` speak of the run that begins now; the bytes that are there before it.
+
+    That is what the process holds beyond what one that only trains would: another model, or memory
+    that an earlier run gave back and the allocator keeps. Where the system does not let a peak be
+    forgotten, it is the earlier peak.
+    """
+    bound_products()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
+    forget_peak()
+    return max(0, (peak_resident() or 0) - PROCESS["train"])
+
+
 def measured(device: torch.device) -> int | None:
-    """The most bytes that this process has held so far, of the kind that was predicted."""
+    """The most bytes that this process has held since, of the kind that was predicted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return peak_resident()
