@@ -4,6 +4,7 @@ Axes: B batch, T positions, N rows of hidden states, D model width, V vocabulary
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ardor.kernels import entropy
+
 IGNORE = -100  # a target that teaches nothing: prompt, or the last position of a document
 
 Head = Callable[..., Tensor]
-"""(states [n, D], *parameters) -> logits [n, V]"""
+"""(states [n, D], *parameters) -> logits [n, V]; one with a `finish`, as arch.linear.LinearHead has
+it, is finish(states W^T + b) of its parameters W and perhaps b."""
 
-CHUNK_BYTES = 16 << 20  # of float32 logits alive at a time; about what a core's caches hold
+# Of logits and what is made of them, alive at a time: on a CPU products of 256 and more rows are as
+# fast as any; a GPU wants thousands to be busy.
+CHUNK_BYTES = {"cpu": 64 << 20}
+ACCELERATOR_CHUNK_BYTES = 512 << 20
+# Zeros fill the last rows up to a multiple of this: some counts, like 511, divide into blocks so
+# badly that a product takes half as long again.
+ROWS = 8
+TILE_BYTES = 4 << 20  # of a weight's gradient that is made at a time
 
 
 class LossSum(NamedTuple):
@@ -41,6 +52,7 @@ def chunked_next_token_loss(
     head: Head,
     parameters: tuple[Tensor, ...],
     *,
+    known: int | None = None,
     chunk: int | None = None,
 ) -> LossSum:
     """`next_token_loss(head(hidden, *parameters), targets)` that never holds [tokens, vocab].
@@ -49,7 +61,8 @@ def chunked_next_token_loss(
     `head` ([n, D] -> [n, V]) `chunk` rows at a time, with `parameters` cast once to their dtype;
     where a gradient is wanted, of `hidden` or of a parameter, it is taken in the same pass and
     summed in the parameter's own dtype, so that no logits outlive their chunk in either direction.
-    Double backward is not supported.
+    Ids from `known` on belong to no token: their logits count as -inf. Double backward is not
+    supported.
 
     Source: the idea of gradients in the forward pass is Hsu et al. 2024, arXiv:2410.10989, 3.2.
     """
@@ -59,7 +72,7 @@ def chunked_next_token_loss(
         rows, wanted = rows.index_select(0, kept), wanted.index_select(0, kept)
     if not torch.is_grad_enabled():
         rows, parameters = rows.detach(), tuple(p.detach() for p in parameters)
-    nats = _ChunkedLoss.apply(head, chunk, rows, wanted, *parameters)
+    nats = _ChunkedLoss.apply(head, known, chunk, rows, wanted, *parameters)
     return LossSum(nats, torch.tensor(len(kept), device=targets.device))
 
 
@@ -69,33 +82,52 @@ def chunked_token_logprobs(
     head: Head,
     parameters: tuple[Tensor, ...],
     *,
+    known: int | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "N"]:
     """log p of each target that is not IGNORE, in order, in nats; never holds [tokens, vocab].
 
     For losses that weigh tokens differently: how much each counts is known in the backward pass
-    only, so logits are computed in both, `chunk` rows at a time. Double backward is not supported.
+    only, so logits are computed in both, `chunk` rows at a time. `known` as above. Double backward
+    is not supported.
     """
     kept = (targets != IGNORE).flatten().nonzero().squeeze(-1)
     rows, wanted = hidden.flatten(0, 1)[kept], targets.flatten()[kept]
-    return _ChunkedLogprobs.apply(head, chunk, rows, wanted, *parameters)
+    return _ChunkedLogprobs.apply(head, known, chunk, rows, wanted, *parameters)
+
+
+def token_nats(
+    logits: Float[Tensor, "n V"],
+    targets: Int[Tensor, "n"],
+    slope: Float[Tensor, "n V"] | None,
+    factors: Float[Tensor, "n"] | None = None,
+) -> Float[Tensor, "n"]:
+    """-log p of each target; `slope` takes its derivative in the logits, times the factor."""
+    if entropy.takes(logits):
+        return entropy.cross_entropy(logits, targets, slope, factors)
+    log_p, index = logits.float().log_softmax(-1), targets[:, None]
+    nats = -log_p.gather(-1, index)[:, 0]
+    if slope is not None:
+        # softmax - onehot(target), in the memory of log_p
+        minus_one = torch.full((1, 1), -1.0, device=logits.device).expand_as(index)
+        found = log_p.exp_().scatter_add_(-1, index, minus_one)
+        slope.copy_(found if factors is None else found.mul_(factors[:, None]))
+    return nats
 
 
 class _Pieces:
-    """`head` of a few rows at a time, and what is summed over them: gradients of what wants one.
-
-    Iterating gives (which rows, their logits); `add` takes the slope of the loss in these logits.
-    """
+    """`head` of a few rows at a time, and what is summed over them: gradients of what wants one."""
 
     def __init__(
         self,
         head: Head,
+        known: int | None,
         chunk: int | None,
         rows: Float[Tensor, "N D"],
         parameters: Sequence[Tensor],
         wanted: Sequence[bool],  # of the rows, then of each parameter
     ):
-        self.head, self.chunk, self.rows = head, chunk, rows
+        self.head, self.known, self.rows = head, known, rows
         self._wants_rows, *wants = wanted
         self._leaves = [
             p.detach().to(rows.dtype).requires_grad_(wants_it)
@@ -107,26 +139,88 @@ class _Pieces:
             torch.zeros_like(p) if wants_it else None
             for p, wants_it in zip(parameters, wants, strict=True)
         ]
+        self.chunk = chunk or self._fitting()
 
-    def __iter__(self) -> Iterator[tuple[slice, Float[Tensor, "n V"]]]:
-        start = 0
-        while start < len(self.rows):
-            # The first chunk is one row only when nobody said otherwise: it tells V.
-            piece = slice(start, min(len(self.rows), start + (self.chunk or 1)))
-            with torch.set_grad_enabled(bool(self._wants_rows or self._inputs)):
-                self._part = self.rows[piece].detach().requires_grad_(self._wants_rows)
-                logits = self.head(self._part, *self._leaves)
-            yield piece, logits
-            self.chunk = self.chunk or max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
-            start = piece.stop
+    def nats(
+        self, targets: Int[Tensor, "N"], factors: Float[Tensor, "N"] | None = None
+    ) -> Float[Tensor, "N"]:
+        """-log p of each target, in float32; where gradients are wanted, they are summed too."""
+        found = torch.zeros(len(self.rows), device=self.rows.device)
+        differentiated, slopes = bool(self._wants_rows or self._inputs), None
+        for piece in self._slices():
+            count = piece.stop - piece.start
+            part = F.pad(self.rows[piece].detach(), (0, 0, 0, -count % ROWS))
+            logits, add = self._logits(part, differentiated)
+            if differentiated and slopes is None:
+                slopes = torch.empty_like(logits)
+                slopes[:, self.known or logits.shape[1] :] = 0  # and stay so
+            found[piece] = token_nats(
+                logits.detach()[:count, : self.known],
+                targets[piece],
+                None if slopes is None else slopes[:count, : self.known],
+                None if factors is None else factors[piece],
+            )
+            if slopes is not None:
+                slopes[count : len(logits)] = 0
+                add(piece, slopes[: len(logits)])
+            del logits, add  # before the next ones are made
+        return found
 
-    def add(self, piece: slice, logits: Float[Tensor, "n V"], slope: Float[Tensor, "n V"]) -> None:
-        inputs = [self._part, *self._inputs] if self._wants_rows else self._inputs
-        gradients = list(torch.autograd.grad(logits, inputs, slope.to(logits.dtype)))
+    def _logits(
+        self, part: Float[Tensor, "n D"], differentiated: bool
+    ) -> tuple[Float[Tensor, "n V"], Callable[[slice, Tensor], None]]:
+        """Logits, and what adds up gradients when it is given their slope."""
+        if not hasattr(self.head, "finish") or self.head.finish is not None:
+            part.requires_grad_(self._wants_rows)
+            with torch.set_grad_enabled(differentiated):
+                logits = self.head(part, *self._leaves)
+            return logits, partial(self._add, part, logits)
+        with torch.no_grad():
+            return self.head(part, *self._leaves), partial(self._add_linear, part)
+
+    def _add(
+        self,
+        part: Float[Tensor, "n D"],
+        logits: Float[Tensor, "n V"],
+        piece: slice,
+        slope: Float[Tensor, "n V"],
+    ) -> None:
+        inputs = [part, *self._inputs] if self._wants_rows else self._inputs
+        gradients = list(torch.autograd.grad(logits, inputs, slope))
         if self.d_rows is not None:
-            self.d_rows[piece] = gradients.pop(0)
+            self.d_rows[piece] = gradients.pop(0)[: piece.stop - piece.start]
         for sum_, gradient in zip((s for s in self.sums if s is not None), gradients, strict=True):
             sum_ += gradient
+
+    def _add_linear(
+        self, part: Float[Tensor, "n D"], piece: slice, slope: Float[Tensor, "n V"]
+    ) -> None:
+        """The same where logits are part W^T + b: no gradient as large as W is made beside its sum.
+
+        New memory costs a page fault for each 4 KiB, which would be half of this work.
+        """
+        weight = self._leaves[0]
+        if self.d_rows is not None:
+            self.d_rows[piece] = (slope @ weight)[: piece.stop - piece.start]
+        if (sum_ := self.sums[0]) is not None:
+            tile = max(1, TILE_BYTES // (weight.shape[1] * weight.element_size()))
+            for start in range(0, len(weight), tile):
+                sum_[start : start + tile] += slope[:, start : start + tile].T @ part
+        if len(self.sums) > 1 and (sum_ := self.sums[1]) is not None:
+            sum_ += slope.sum(0)
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, len(self.rows), self.chunk):
+            yield slice(start, min(len(self.rows), start + self.chunk))
+
+    @torch.no_grad()
+    def _fitting(self) -> int:
+        """So many rows of logits and slopes fit a chunk, and of float32 where torch makes them."""
+        none = self.head(self.rows[:0], *self._leaves)
+        beside = 0 if entropy.takes(none) else 2 * 4
+        bytes = CHUNK_BYTES.get(self.rows.device.type, ACCELERATOR_CHUNK_BYTES)
+        fitting = bytes // (none.shape[-1] * (2 * none.element_size() + beside))
+        return max(1, fitting // ROWS * ROWS)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -134,32 +228,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: Head,
+        known: int | None,
         chunk: int | None,
         rows: Float[Tensor, "N D"],
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, "N"]:
-        pieces = _Pieces(head, chunk, rows, parameters, (False,) * (1 + len(parameters)))
-        found = [torch.zeros(0, device=rows.device)]
-        for piece, logits in pieces:
-            log_p = logits.float().log_softmax(-1)
-            found.append(log_p.gather(-1, targets[piece, None])[:, 0])
-        ctx.head, ctx.chunk = head, pieces.chunk
+        unwanted = (False,) * (1 + len(parameters))
+        pieces = _Pieces(head, known, chunk, rows, parameters, unwanted)
+        ctx.head, ctx.known, ctx.chunk = head, known, pieces.chunk
         ctx.save_for_backward(rows, targets, *parameters)
-        return torch.cat(found)
+        return -pieces.nats(targets)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = upstream
         rows, targets, *parameters = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
-        pieces = _Pieces(ctx.head, ctx.chunk, rows, parameters, wanted)
-        for piece, logits in pieces:
-            index, weight = targets[piece, None], weights[piece, None].float()
-            # d log p / d logits = onehot(target) - softmax
-            slope = logits.detach().float().softmax(-1).mul_(-weight)
-            pieces.add(piece, logits, slope.scatter_add_(-1, index, weight))
-        return (None, None, pieces.d_rows, None, *pieces.sums)
+        wanted = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
+        pieces = _Pieces(ctx.head, ctx.known, ctx.chunk, rows, parameters, wanted)
+        pieces.nats(targets, -weights.float())
+        return (None, None, None, pieces.d_rows, None, *pieces.sums)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -167,30 +255,25 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: Head,
+        known: int | None,
         chunk: int | None,
         rows: Float[Tensor, "N D"],
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, ""]:
-        wanted = (ctx.needs_input_grad[2], *ctx.needs_input_grad[4:])
-        pieces = _Pieces(head, chunk, rows, parameters, wanted)
-        total = torch.zeros((), device=rows.device, dtype=torch.float32)
-        minus_one = torch.full((1, 1), -1.0, device=rows.device)
-        for piece, logits in pieces:
-            index = targets[piece, None]
-            log_p = logits.detach().float().log_softmax(-1)
-            total -= log_p.gather(-1, index).sum()
-            if logits.requires_grad:
-                # d nats / d logits = softmax - onehot(target), in the memory of log_p
-                slope = log_p.exp_().scatter_add_(-1, index, minus_one.expand_as(index))
-                pieces.add(piece, logits, slope)
-        ctx.save_for_backward(pieces.d_rows, *pieces.sums)
+        wanted = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
+        pieces = _Pieces(head, known, chunk, rows, parameters, wanted)
+        total = pieces.nats(targets).sum()
+        ctx.found = (pieces.d_rows, *pieces.sums)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = upstream
-        d_rows, *sums = (
-            None if saved is None else saved * factor.to(saved.dtype) for saved in ctx.saved_tensors
-        )
-        return (None, None, d_rows, None, *sums)
+        if ctx.found is None:
+            raise RuntimeError("the chunked loss has been differentiated; it is only once")
+        # Multiplied where they lie and given away: a head's gradient may be a gigabyte.
+        (factor,), (d_rows, *sums), ctx.found = upstream, ctx.found, None
+        for found in (d_rows, *sums):
+            if found is not None:
+                found.mul_(factor)
+        return (None, None, None, d_rows, None, *sums)

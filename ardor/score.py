@@ -87,7 +87,12 @@ def document_loss(
     device = decoder.device
     tokens, layout = batch.tokens.to(device), Packed((batch.lengths,))
     hidden = decoder.hidden(tokens, layout, routings=routings)
-    return chunked_next_token_loss(hidden, batch.targets.to(device), *decoder.loss_parts())
+    return chunked_next_token_loss(
+        hidden,
+        batch.targets.to(device),
+        *decoder.head_parts(),
+        known=decoder.tokens_known,
+    )
 
 
 class DocumentLogprobs(NamedTuple):
@@ -105,7 +110,9 @@ def document_logprobs(
     device = decoder.device
     tokens, targets = batch.tokens.to(device), batch.targets.to(device)
     hidden = decoder.hidden(tokens, Packed((batch.lengths,)), routings=routings)
-    found = chunked_token_logprobs(hidden, targets, *decoder.loss_parts())
+    found = chunked_token_logprobs(
+        hidden, targets, *decoder.head_parts(), known=decoder.tokens_known
+    )
     marked = (batch.targets[0] != IGNORE).split(list(batch.lengths))
     counts = [int(part.sum()) for part in marked]
     # Not index_add: on a GPU it adds in another order each time.

@@ -2,14 +2,14 @@
 
 load: seconds and peak of memory, a fresh process for each; offload: tokens/s with all layers on
 disk; offload-load: how often a second it can be loaded so; encode: MB/s of data, to packed batches;
-lora, qlora: seconds a step and peak.
+lora, qlora: seconds a step and peak; entropy: seconds and peak of a loss over large vocabularies.
 """
 
 import argparse
 import json
 import os
 
-from benchmarks import load_quantized, tune
+from benchmarks import entropy, load_quantized, tune
 from benchmarks.duel import duel
 from benchmarks.encode import KINDS, encode_duel
 from benchmarks.load import load_duel
@@ -21,7 +21,7 @@ TUNE = ("lora", "qlora")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    tasks = ["decode", "prefill", "train", "load", "encode", *OFFLOAD, *TUNE]
+    tasks = ["decode", "prefill", "train", "load", "encode", "entropy", *OFFLOAD, *TUNE]
     parser.add_argument("task", choices=tasks)
     parser.add_argument(
         "--model", choices=list(MODELS), default="tinyllama", help="of what is read"
@@ -55,6 +55,9 @@ def main() -> None:
     if args.task in TUNE:
         given = {"task": args.task, "model": args.model, "threads": args.threads, "steps": 3}
         print(json.dumps(tune.duel(args.rounds, given), indent=2))
+        return
+    if args.task == "entropy":
+        print(json.dumps(entropy.duel(args.rounds, options), indent=2))
         return
     if args.task == "train":
         options["compiled"] = args.compile

@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "precision": ("errors",),
     "arch": (*LAYER_0, "kernels"),
-    "loss": LAYER_0,
+    "loss": (*LAYER_0, "kernels"),
     "kernels": LAYER_0,
     "files": LAYER_0,
     "text": (*LAYER_0, "files"),

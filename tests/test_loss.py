@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ardor import loss
+from ardor.arch.linear import LinearHead
 from ardor.loss import IGNORE, chunked_next_token_loss, next_token_loss
 
 B, T, D, V = 3, 7, 8, 50
@@ -26,9 +28,9 @@ def test_it_is_the_masked_sum_of_the_literature():
             if targets[b, t] != IGNORE:
                 p = logits[b, t].float().softmax(-1)[targets[b, t]]
                 by_hand -= float(p.log())
-    loss = next_token_loss(logits, targets)
-    assert float(loss.nats) == pytest.approx(by_hand, rel=1e-5)
-    assert int(loss.targets) == B * T - 5
+    found = next_token_loss(logits, targets)
+    assert float(found.nats) == pytest.approx(by_hand, rel=1e-5)
+    assert int(found.targets) == B * T - 5
 
 
 def test_loss_of_a_batch_equals_its_unequal_microbatches():
@@ -56,13 +58,59 @@ def test_chunked_equals_whole_in_value_and_gradient(chunk):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("chunk", [3, None])
+def test_ids_without_a_token_have_no_probability_and_no_gradient(chunk, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("ardor.kernels.entropy.takes", lambda logits: False)
+    hidden, weight, targets = case(torch.float32)
+    known = V - 7
+    targets = targets.clamp(max=known - 1)
+    whole = next_token_loss((hidden @ weight.T)[..., :known], targets)
+    wanted = torch.autograd.grad(whole.nats, [hidden, weight])
+    mine = chunked_next_token_loss(
+        hidden, targets, lambda h, w: h @ w.T, (weight,), known=known, chunk=chunk
+    )
+    torch.testing.assert_close(mine.nats, whole.nats)
+    found = torch.autograd.grad(mine.nats, [hidden, weight])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not found[1][known:].any()
+
+
 def test_chunked_trains_the_states_under_a_frozen_head():
     hidden, weight, targets = case(torch.float32)
     frozen = weight.detach()
     whole = next_token_loss(hidden @ frozen.T, targets)
     mine = chunked_next_token_loss(hidden, targets, lambda h, w: h @ w.T, (frozen,), chunk=4)
-    (a,), (b,) = (torch.autograd.grad(loss.nats, [hidden]) for loss in (mine, whole))
+    (a,), (b,) = (torch.autograd.grad(found.nats, [hidden]) for found in (mine, whole))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("finish", [None, lambda logits: 3 * torch.tanh(logits / 3)])
+@pytest.mark.parametrize("tile", [1, 1 << 20])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_head_has_its_gradient_in_pieces(biased, tile, finish, monkeypatch):
+    monkeypatch.setattr(loss, "TILE_BYTES", tile)
+    hidden, weight, targets = case(torch.float32)
+    bias = torch.linspace(-1, 1, V).requires_grad_()
+    parameters = (weight, bias) if biased else (weight,)
+    head = LinearHead(finish)
+    whole = next_token_loss(head(hidden, *parameters), targets)
+    mine = chunked_next_token_loss(hidden, targets, head, parameters, chunk=4)
+    torch.testing.assert_close(mine.nats, whole.nats)
+    leaves = [hidden, *parameters]
+    wanted = torch.autograd.grad(whole.nats / 3, leaves)
+    for a, b in zip(torch.autograd.grad(mine.nats / 3, leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_differentiated_once():
+    hidden, weight, targets = case(torch.float32)
+    nats = chunked_next_token_loss(hidden, targets, LinearHead(), (weight,)).nats
+    nats.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        nats.backward()
 
 
 def test_chunked_measures_where_no_gradient_is_wanted():
@@ -76,11 +124,11 @@ def test_chunked_measures_where_no_gradient_is_wanted():
 
 def test_nothing_to_learn_is_zero_with_zero_gradient():
     hidden, weight, targets = case(torch.float32)
-    loss = chunked_next_token_loss(
+    found = chunked_next_token_loss(
         hidden, torch.full_like(targets, IGNORE), lambda h, w: h @ w.T, (weight,)
     )
-    loss.nats.backward()
-    assert float(loss.nats.detach()) == 0 and int(loss.targets) == 0
+    found.nats.backward()
+    assert float(found.nats.detach()) == 0 and int(found.targets) == 0
     assert weight.grad is not None and not weight.grad.any()
 
 

@@ -120,10 +120,3 @@ class CausalLM(nn.Module):
         if self.tokens_known is not None:
             logits[..., self.tokens_known :] = -torch.inf
         return logits
-
-    def loss_parts(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """`head_parts`, whose function gives the logits of the ids that belong to tokens only."""
-        function, parameters = self.head_parts()
-        if self.tokens_known is None:
-            return function, parameters
-        return lambda x, *p: function(x, *p)[..., : self.tokens_known], parameters

@@ -21,12 +21,11 @@ from ardor.arch.experts import Experts, Routing
 from ardor.arch.inputs import Embedding, TokenGate, TokenInputs, scaled
 from ardor.arch.latent import LatentAttention
 from ardor.arch.layout import Layout, Packed, Reach
-from ardor.arch.linear import Linear
+from ardor.arch.linear import Linear, LinearHead
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import HeadNorm, norm
 from ardor.arch.positions import Rotation, growth, rotate, rotation
 from ardor.errors import ShapeError
-from ardor.kernels.linear import linear
 
 Rotations = dict[specs.Rope, Rotation]
 
@@ -313,32 +312,37 @@ class Decoder(CausalLM):
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits in the dtype of `hidden`."""
         if self.lm_head is None:
-            return self._tied_logits(hidden, self.embed_tokens.weight)
-        return self._finished(self.lm_head(hidden))
+            return LinearHead(self._finish())(hidden, self.embed_tokens.weight)
+        logits, finish = self.lm_head(hidden), self._finish()
+        return logits if finish is None else finish(logits)
 
     def head_parts(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """(function, parameters): `head(x)` is function(x, *parameters), for the chunked loss.
 
         Whatever module stands in for the head, its trained parameters are among them.
         """
-        head = self.lm_head
+        head, finish = self.lm_head, self._finish()
         if head is None:
-            return self._tied_logits, (self.embed_tokens.weight,)
+            return LinearHead(finish), (self.embed_tokens.weight,)
+        if type(head) is Linear:
+            bias = () if head.bias is None else (head.bias,)
+            return LinearHead(finish), (head.weight, *bias)
         named = dict(head.named_parameters())
 
         def with_parameters(x: Tensor, *values: Tensor) -> Tensor:
             made = functional_call(head, dict(zip(named, values, strict=True)), (x,))
-            return self._finished(made)
+            return made if finish is None else finish(made)
 
         return with_parameters, tuple(named.values())
 
-    def _tied_logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._finished(linear(x, weight.to(x.dtype), None))
+    def _finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What the spec does with logits after the head, if anything."""
+        scale, cap = self.spec.logit_scale, self.spec.logit_softcap
+        if scale == 1.0 and cap is None:
+            return None
 
-    def _finished(self, logits: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.logit_scale != 1.0:
-            logits = logits * spec.logit_scale
-        if spec.logit_softcap is not None:
-            logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-        return logits
+        def finish(logits: Tensor) -> Tensor:
+            logits = logits * scale if scale != 1.0 else logits
+            return logits if cap is None else torch.tanh(logits / cap) * cap
+
+        return finish

@@ -1,5 +1,6 @@
 """The one seam for linear maps: quantized, LoRA-wrapped and sharded linears replace this module."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -45,3 +46,23 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"
+
+
+class LinearHead:
+    """logits = finish(x W^T + b), with W and b as arguments.
+
+    Being told apart from other functions, the chunked loss can take the gradient of W in pieces.
+    """
+
+    def __init__(self, finish: Callable[[Tensor], Tensor] | None = None):
+        self.finish = finish
+
+    def __call__(
+        self,
+        x: Float[Tensor, "*rows D"],
+        weight: Float[Tensor, "V D"],
+        bias: Float[Tensor, "V"] | None = None,
+    ) -> Float[Tensor, "*rows V"]:
+        bias = None if bias is None else bias.to(x.dtype)
+        logits = linear(x, weight.to(x.dtype), bias)
+        return logits if self.finish is None else self.finish(logits)

@@ -21,6 +21,7 @@ from torch import Tensor
 HEADERS = ("gate.h", "scalar.h")
 SOURCES = (
     "attention.c",
+    "entropy.c",
     "flash.c",
     "gate.c",
     "matvec.c",
@@ -48,6 +49,7 @@ SIGNATURES = {
     "gelu_gate_backward_{}": "pppppni",
     "attend_last_scratch": "nnn>n",
     "attend_last_{}": "pppppppppnnnnnnnnffi",
+    "cross_entropy_{}": "ppppppnnnni",
     "flash_scratch": "nn>n",
     "flash_forward": "ppppppppnnnnnnnffi",
     "flash_backward": "ppppppppppppnnnnnnnffi",

@@ -100,6 +100,31 @@ static inline void coded_row(const float *x, int8_t *codes, float largest, int64
 QUANTIZE(bfloat16, uint16_t, widened)
 QUANTIZE(float32, float, same)
 
+/* The values of two codes a byte, of half a block: in registers, where the processor can look up so */
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+static inline void look_up_bfloat16(const uint8_t *codes, const uint16_t *values, uint16_t *w) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
+    __m512i places = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), low);
+    __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)values));
+    _mm512_storeu_si512(w, _mm512_permutexvar_epi16(places, table)); /* places are below 16 */
+}
+#else
+static inline void look_up_bfloat16(const uint8_t *codes, const uint16_t *values, uint16_t *w) {
+    for (int j = 0; j < BLOCK / 4; j++) {
+        w[2 * j] = values[codes[j] >> 4];
+        w[2 * j + 1] = values[codes[j] & 15];
+    }
+}
+#endif
+static inline void look_up_float32(const uint8_t *codes, const float *values, float *w) {
+    for (int j = 0; j < BLOCK / 4; j++) {
+        w[2 * j] = values[codes[j] >> 4];
+        w[2 * j + 1] = values[codes[j] & 15];
+    }
+}
+
 /* A block has 16 values, so each is multiplied and rounded once, and then looked up. */
 #define DEQUANTIZE(NAME, TYPE, NARROW)                                                             \
     void dequantize_4bit_##NAME(const uint8_t *packed, const float *scales, const float *levels,   \
@@ -108,11 +133,8 @@ QUANTIZE(float32, float, same)
         for (int64_t b = 0; b < blocks; b++) {                                                     \
             TYPE values[16], *w = out + b * BLOCK;                                                 \
             for (int i = 0; i < 16; i++) values[i] = NARROW(levels[i] * scales[b]);                \
-            const uint8_t *codes = packed + b * BLOCK / 2;                                         \
-            for (int j = 0; j < BLOCK / 2; j++) {                                                  \
-                w[2 * j] = values[codes[j] >> 4];                                                  \
-                w[2 * j + 1] = values[codes[j] & 15];                                              \
-            }                                                                                      \
+            look_up_##NAME(packed + b * BLOCK / 2, values, w);                                     \
+            look_up_##NAME(packed + b * BLOCK / 2 + BLOCK / 4, values, w + BLOCK / 2);             \
         }                                                                                          \
     }
 DEQUANTIZE(bfloat16, uint16_t, rounded)
