@@ -16,6 +16,7 @@ from importlib import import_module
 
 from ardor import __version__
 from ardor.errors import ArdorError, ConfigError
+from ardor.memory.products import bound_products
 
 # Verb -> its module (with `Config` and `run(config) -> int`), and its line in the help.
 VERBS = {
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit code; nothing but a killed process leaves another way."""
     args = sys.argv[1:] if argv is None else argv
     _open_closed_streams()
+    bound_products()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -54,6 +54,7 @@ def run(config: Config) -> int:
     out.print("2/4  a tokenizer and a small Llama from scratch")
     base = stages.prepare_base(folder, data, steps=config.steps, seed=config.seed)
     watch(base, "training", json=config.json, verb="train")
+    del base  # its memory is not the next run's
     out.print("3/4  QLoRA: the base again from disk in 4 bits, adapters on the pairs")
     tuning = stages.prepare_tuning(folder, data, epochs=config.epochs, seed=config.seed)
     before, *_, after = watch(tuning, "qlora", json=config.json, verb="finetune")

@@ -92,7 +92,10 @@ def stopped_line(trainer: Trainer) -> str:
 def memory_line(event: Mapping[str, Any]) -> str:
     """What was held at the peak, beside what was foretold."""
     peak, told = event["peak_memory"], event["predicted_memory"]
-    return f"peak memory {peak / 2**30:.2f} GiB, predicted {told / 2**30:.2f} GiB"
+    line = f"peak memory {peak / 2**30:.2f} GiB, predicted {told / 2**30:.2f} GiB"
+    if "held_before" not in event:
+        return line
+    return f"{line} and {event['held_before'] / 2**30:.2f} GiB that this process held before"
 
 
 def evaluation_line(event: Mapping[str, Any]) -> str:

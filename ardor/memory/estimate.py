@@ -8,13 +8,14 @@ Axes: D model width, V vocabulary, N tokens of a micro-batch, R adapter rank.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ardor.arch import spec as specs
 from ardor.memory.optimizers import STATES
+from ardor.memory.products import KEPT
 from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
 from ardor.memory.shapes import Shape, count, is_linear, is_quantized, parameters
 
@@ -30,12 +31,13 @@ CONTEXT = 500 * MIB
 # what comes and goes in such blocks is.
 LARGE_BLOCK = 32 * MIB
 KEPT_FREE = 0.3
-# oneDNN compiles a bfloat16 product for each new number of rows, and keeps the last so many.
-# Measured with AVX-512: 0.57 MiB each, growing little from 1024 on; for float32 it keeps nothing.
-KERNEL, MOST_KERNELS = int(0.57 * MIB), 1024
+# oneDNN compiles a bfloat16 product for each new number of rows; see products for how many it
+# keeps. Measured with AVX-512: 0.57 MiB each, whatever the sizes; for float32 it keeps nothing.
+KERNEL = int(0.57 * MIB)
 LOSS_CHUNK = 16 * MIB  # of float32 logits (loss.CHUNK_BYTES)
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
+Named = TypeVar("Named")
 GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")
 
 
@@ -61,9 +63,13 @@ class Use:
     in_backward: bool = False  # a gradient is forgotten once its weight is updated
     offloaded: bool = False  # the optimizer's state waits in the CPU's memory
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
-    adapted: frozenset[str] | None = None  # linears with an adapter; None: all of the layers
-    trained_rows: int = 0  # of the embedding, beside the adapters
+    ranks: Mapping[str, int] | None = None  # of the adapted linears; None: all of the layers
+    offset: bool = False  # A and B as they began are kept beside them: PiSSA, OLoRA
+    dora: bool = False
+    trained: Mapping[str, Shape] | None = None  # parameters that train; None: all, or adapters
     evaluated: int = 0  # tokens of the largest batch of held-out data
+    reference: int = 0  # of the largest pass of the model that preferences are measured against
+    surveyed: int = 0  # of the largest batch whose inputs EVA looks at
     accelerator: bool = False
     mapped: bool = True  # weights are pages of their file
     beside: int = 0  # bytes of the file's pages that stay in memory beside copies of them
@@ -193,13 +199,37 @@ class Held:
         use, found = self.use, {}
         if use.method == "full" or use.task != "train":
             return found
-        for name, shape in self.shapes.items():
-            linear = name.removesuffix(".weight")
-            chosen = is_linear(name, shape) if use.adapted is None else linear in use.adapted
-            if chosen and name.endswith(".weight"):
-                experts = math.prod(shape[:-2])
-                found[linear] = experts * use.rank * sum(shape[-2:])
+        for linear, r in self.ranks.items():
+            shape = self.shapes[f"{linear}.weight"]
+            found[linear] = math.prod(shape[:-2]) * r * sum(shape[-2:])
         return found
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """Of the adapters."""
+        use = self.use
+        if use.method == "full" or use.task != "train":
+            return {}
+        if use.ranks is not None:
+            return use.ranks
+        linears = (n for n, s in self.shapes.items() if is_linear(n, s))
+        return dict.fromkeys((n.removesuffix(".weight") for n in linears), use.rank)
+
+    @property
+    def constants(self) -> int:
+        """Bytes that adapters hold and do not train: what they began with; norms of rows, twice."""
+        begun = sum(self.adapters.values()) if self.use.offset else 0
+        return 4 * (begun + (2 * self._outputs(self.ranks) if self.use.dora else 0))
+
+    @property
+    def widened(self) -> int:
+        """Bytes of the largest adapted weight in float32, which DoRA's norms are taken of."""
+        if not self.use.dora:
+            return 0
+        return 4 * max((math.prod(self.shapes[f"{name}.weight"]) for name in self.ranks), default=0)
+
+    def _outputs(self, linears: Iterable[str]) -> int:
+        return sum(self.shapes[f"{name}.weight"][-2] for name in linears)
 
     @property
     def trained(self) -> int:
@@ -207,18 +237,35 @@ class Held:
         return count(self.changed)
 
     @cached_property
-    def changed(self) -> dict[str, Shape]:
+    def changed(self) -> Mapping[str, Shape]:
         """What the optimizer changes."""
-        use = self.use
-        if use.method == "full":
+        if self.use.trained is not None:
+            return self.use.trained
+        if self.use.method == "full":
             return self.shapes
         found: dict[str, Shape] = {}
-        for linear in self.adapters:
+        for linear, r in self.ranks.items():
             *experts, outputs, inputs = self.shapes[f"{linear}.weight"]
-            found[f"{linear}.lora_A"] = (*experts, use.rank, inputs)
-            found[f"{linear}.lora_B"] = (*experts, outputs, use.rank)
-        narrow = self.spec.embed_width or self.spec.width
-        return found | {"embed_tokens.rows": (use.trained_rows, narrow)}
+            found[f"{linear}.lora_A"] = (*experts, r, inputs)
+            found[f"{linear}.lora_B"] = (*experts, outputs, r)
+            if self.use.dora:
+                found[f"{linear}.lora_magnitude_vector"] = (outputs,)
+        return found
+
+    @cached_property
+    def first(self) -> int:
+        """The lowest layer that a gradient reaches; below it nothing waits for one."""
+        above = ("layers.", "norm.", "lm_head.", "embed_out_proj.")
+        if any(not name.startswith(above) for name in self.changed):
+            return 0
+        layers = (int(n.split(".")[1]) for n in self.changed if n.startswith("layers."))
+        return min(layers, default=len(self.spec.layers))
+
+    @cached_property
+    def trains_head(self) -> bool:
+        """Whether the whole weight that makes logits is trained."""
+        name = "embed_tokens" if self.spec.tied else "lm_head"
+        return any(n in self.changed for n in (f"{name}.weight", f"{name}.copy.weight"))
 
     @property
     def master(self) -> int:
@@ -238,8 +285,7 @@ class Held:
         return max(math.prod(shape) for shape in self.changed.values())
 
     def of_layer(self, index: int) -> dict[str, Shape]:
-        start = f"layers.{index}."
-        return {n: s for n, s in self.shapes.items() if n.startswith(start)}
+        return _within(index, self.shapes)
 
     def part_bytes(self, part: str) -> int:
         """Of the weights of a module: "layers.3", "embed_tokens"."""
@@ -254,22 +300,24 @@ class Held:
 
     def gradients(self, index: int) -> int:
         """Of one layer's trained numbers."""
-        if self.use.method == "full":
-            return self.master * count(self.of_layer(index))
-        start = f"layers.{index}."
-        return 4 * sum(n for name, n in self.adapters.items() if name.startswith(start))
+        return self.master * count(_within(index, self.changed))
 
     def casts(self, index: int) -> int:
         """Copies of one layer's float32 masters in the compute dtype: autograd keeps them.
 
         Frozen weights are held in the compute dtype already.
         """
-        if self.width >= self.master:
+        if self.width >= self.master or index < self.first:
             return 0
-        return self.width * self.gradients(index) // self.master
+        if self.use.method == "full":  # those that are frozen too: the input's gradient needs them
+            return self.width * count(self.of_layer(index))
+        begun = sum(_within(index, self.adapters).values()) if self.use.offset else 0
+        return self.width * (count(_within(index, self.changed)) + begun)
 
     def saved(self, index: int) -> int:
         """Activations of one layer that wait for the backward pass."""
+        if index < self.first:
+            return 0
         if self.use.recompute == "layers":
             return self.use.tokens * self.spec.width * self.width
         layer = self.spec.layers[index]
@@ -280,7 +328,7 @@ class Held:
     def again(self, index: int) -> int:
         """Activations of one layer that come to be only when its backward pass begins."""
         layer, how = self.spec.layers[index], self._how(index)
-        if self.use.recompute == "none":
+        if self.use.recompute == "none" or index < self.first:
             return 0
         of = per_token if self.use.recompute == "layers" else ffn_per_token
         return self.use.tokens * of(self.spec.width, layer, how)
@@ -303,7 +351,7 @@ class Held:
             if isinstance(ffn, specs.Experts):
                 mean = use.tokens * ffn.router.per_token / ffn.count
                 found += ways * of_experts * math.ceil(1.2 * mean)
-        return KERNEL * min(found, MOST_KERNELS)
+        return KERNEL * min(found, KEPT)
 
     def kept_free(self, index: int) -> int:
         """What the allocator keeps of one layer's activations, copies and gradients; see above."""
@@ -341,14 +389,15 @@ class Held:
 
     def _how(self, index: int) -> How:
         use = self.use
-        start = f"layers.{index}."
-        names = {n.removeprefix(start) for n in self.adapters if n.startswith(start)}
+        start, changed = f"layers.{index}.", _within(index, self.changed)
+        adapted = _within(index, self.ranks)
+        whole = {n.removesuffix(".weight").removesuffix(".copy") for n in changed}
         flash = use.compute == "bfloat16" and use.compiled and not use.accelerator
         return How(
             width=self.width,
-            full=use.method == "full" and use.task == "train",
-            adapted=frozenset(names),
-            rank=use.rank,
+            trained=frozenset(n.removeprefix(start) for n in whole if use.task == "train"),
+            adapted={n.removeprefix(start): r * (1 + use.offset) for n, r in adapted.items()},
+            scaled=self._outputs(adapted) if use.dora else 0,
             flash=flash and use.length >= 32,
             compiled=use.compiled,
             ragged=use.ragged,
@@ -360,15 +409,16 @@ class Held:
         return math.prod(self.shapes["embed_tokens.weight" if self.spec.tied else "lm_head.weight"])
 
     def loss(self) -> int:
-        """The chunked loss: logits of one chunk in both dtypes, and in full training its gradient.
+        """The chunked loss: logits of one chunk in both dtypes; its gradient where it is trained.
 
         The head's gradient is summed in float32, and added to from a part in the compute dtype,
         made with a copy of the head in it.
         """
         states = 2 * self.use.tokens * self.spec.width * self.width  # and their gradient
         least = 4 * self.spec.vocab  # one row of logits
-        logits = max(LOSS_CHUNK, least) * (2 * self.width + 4 + (4 if self.width < 4 else 0)) // 4
-        if self.use.method != "full":
+        chunk = min(max(LOSS_CHUNK, least), self.use.tokens * least)
+        logits = chunk * (2 * self.width + 4 + (4 if self.width < 4 else 0)) // 4
+        if not self.trains_head:
             return states + logits
         cast = self.width * self.head if self.width < 4 else 0
         return states + logits + cast + self.width * self.head
@@ -410,11 +460,11 @@ def _generating(held: Held) -> Iterator[tuple[Any, ...]]:
 def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     """An optimizer step after the first: before it there are no moments."""
     use, layers = held.use, range(len(held.spec.layers))
-    full = use.method == "full"
+    own = 0 if use.method == "full" else 4 * held.trained + held.constants
     fixed = [
         _process(use),
         *_weights(held),
-        Term("adapters", 0 if full else 4 * held.trained, f"rank {use.rank}, float32"),
+        Term("adapters", own, f"rank {use.rank}, float32"),
         Term("optimizer", _states(held), f"{use.optim}'s state"),
         Term("kernels", held.kernels(), "products compiled for each number of rows"),
     ]
@@ -424,7 +474,7 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     saved = [held.saved(i) + kept[i] for i in layers]
     gradients = [held.gradients(i) for i in layers]
     wide = held.master
-    head = wide * held.head if full else 0
+    head = wide * held.head if held.trains_head else 0
     rest = wide * held.trained - sum(gradients) - head  # of tables and the last norm
     waiting = wide * held.trained if use.accumulation > 1 else 0
     most = wide * held.largest if use.in_backward else wide * held.trained
@@ -442,22 +492,59 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
         )
 
     yield moment("the loss", head, sum(saved), held.loss())
+    yield from _before(held)
+    if held.widened:
+        yield moment("the last layer's norms", 0, sum(saved[:-1]), held.widened)
     for index in layers:
         done = head + sum(gradients[index + 1 :])
         working = held.working(index, training=True, tokens=use.tokens) + held.again(index)
         working += copies[index] - kept[index]
+        working += held.widened if use.recompute == "layers" else 0
         yield moment(f"backward, layer {index}", done, sum(saved[: index + 1]), working)
     # The gradient of the whole table; where it is tied, beside that of the head.
-    table = wide * held.head if full and held.spec.tied else 0
+    table = wide * held.head if held.trains_head and held.spec.tied else 0
     yield moment("the embedding's gradient", head + sum(gradients) + rest, 0, table)
     if wide < 4:
         # One weight, its gradient and its state, in float32 and rounded.
         there = 4 * held.largest * 4
         yield moment("the update", wide * held.trained, 0, there)
     if use.evaluated:
-        stream = 3 * use.evaluated * held.spec.width * held.width
-        working = (held.working(i, training=False, tokens=use.evaluated) for i in layers)
-        yield moment("evaluation", 0, 0, stream + max(working))
+        yield moment("evaluation", 0, 0, _forward(held, use.evaluated))
+    if use.reference:
+        done = waiting if use.accumulation > 1 else 0
+        yield moment("the reference", done, 0, _forward(held, use.reference))
+
+
+def _forward(held: Held, tokens: int) -> int:
+    """What comes and goes in a pass that nothing is learnt from."""
+    layers = range(len(held.spec.layers))
+    working = max(held.working(i, training=False, tokens=tokens) for i in layers)
+    return 3 * tokens * held.spec.width * held.width + max(working, held.widened)
+
+
+def _before(held: Held) -> Iterator[tuple[Any, ...]]:
+    """What EVA takes to find the principal inputs, before there are adapters.
+
+    The inputs of one linear in float32, these with the directions so far, the copy that LAPACK
+    destroys, both factors and its workspace (gesdd: 4 m^2 where m is the smaller side); and the
+    directions of all linears.
+    """
+    if not held.use.surveyed:
+        return
+    most = kept = 0
+    for name, r in held.ranks.items():
+        if ".experts." in name:  # EVA leaves them out
+            continue
+        inputs, rows = held.shapes[f"{name}.weight"][-1], held.use.surveyed
+        directions = max(2 * r, 64)
+        both, kept = rows + directions, kept + directions * inputs
+        least = min(both, inputs)
+        factors = least * (both + inputs + 4 * least)
+        most = max(most, rows * inputs + 2 * both * inputs + factors)
+    found = 4 * most + _forward(held, held.use.surveyed)
+    working = Term("working set", found, "of one linear's singular vectors")
+    directions = Term("activations", 4 * kept, "directions of the inputs")
+    yield ("EVA's directions", _process(held.use), *_weights(held), directions, working)
 
 
 def _states(held: Held) -> int:
@@ -467,6 +554,12 @@ def _states(held: Held) -> int:
         return held.states
     state = STATES[use.optim]
     return max(state(name, shape, held.master) for name, shape in held.changed.items())
+
+
+def _within(index: int, named: Mapping[str, Named]) -> dict[str, Named]:
+    """Of what is named, what belongs to one layer."""
+    start = f"layers.{index}."
+    return {name: held for name, held in named.items() if name.startswith(start)}
 
 
 def _shown(terms: list[Term]) -> tuple[Term, ...]:

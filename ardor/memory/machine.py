@@ -1,6 +1,7 @@
 """The memory that a machine has: this one's, or one that is described."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,16 +45,27 @@ def this_machine() -> Machine:
 
 
 def peak_resident() -> int | None:
-    """The most bytes that this process has had resident so far; None where nobody counts them.
+    """The most bytes that this process has had resident so far, or since `forget_peak`.
 
-    Linux's VmHWM, which counts pages of mapped files too. Not ru_maxrss: a child begins with its
-    parent's.
+    Linux's VmHWM, which counts pages of mapped files too; None where nobody counts them. Not
+    ru_maxrss: a child begins with its parent's.
     """
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let `peak_resident` begin anew, where the system allows it."""
+    # Some containers have no such file, or forbid to write it: then the peak is the process's.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
+    return int(lines[name].split()[0]) * 1024 if name in lines else None
 
 
 def shown(count: int) -> str:

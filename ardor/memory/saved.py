@@ -7,6 +7,7 @@ up; attention keeps queries, keys, values, its result and a float32 per head, ne
 Axes: D model width, H query heads, K kv heads, d head width, F ffn width, R adapter rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ardor.arch import spec as specs
@@ -20,23 +21,23 @@ class How:
     """How a layer is computed."""
 
     width: int  # bytes of an activation
-    full: bool  # every weight is trained
-    adapted: frozenset[str]  # linears of the layer with an adapter
-    rank: int
+    trained: frozenset[str]  # linears of the layer whose weights are trained
+    adapted: Mapping[str, int]  # those with an adapter, and the rows of what its A gives
+    scaled: int = 0  # outputs of linears that DoRA's magnitudes are applied to
     flash: bool  # attention in compiled blocks
     compiled: bool
     ragged: bool  # the results of documents of different lengths are joined in one more tensor
 
     def keeps_input(self, *linears: str) -> bool:
         """Whether the input that these linears share is kept."""
-        return self.full or any(name in self.adapted for name in linears)
+        return any(name in self.adapted or name in self.trained for name in linears)
 
 
 def per_token(width: int, layer: specs.Layer, how: How) -> int:
     """Bytes that one layer keeps of a token."""
     # What A gives, which B's gradient needs; that of experts is counted with them.
-    low = how.rank * sum(not name.startswith(f"{EXPERTS}.") for name in how.adapted)
-    numbers = _stream(width, layer, how) + low
+    low = sum(r for name, r in how.adapted.items() if not name.startswith(f"{EXPERTS}."))
+    numbers = _stream(width, layer, how) + low + how.scaled
     if isinstance(layer.mixer, specs.LatentAttention):
         numbers += _latent(layer.mixer, how)
     else:
@@ -48,7 +49,7 @@ def ffn_per_token(width: int, layer: specs.Layer, how: How) -> int:
     """Of these, what the feed-forward keeps beside its input."""
     if isinstance(layer.ffn, specs.Experts):
         return how.width * _experts(width, layer.ffn, how)
-    return how.width * _mlp(layer.ffn, how, "ffn", trained=how.full)
+    return how.width * _mlp(layer.ffn, how, "ffn")
 
 
 def working_per_token(width: int, layer: specs.Layer, how: How, *, training: bool) -> int:
@@ -108,9 +109,8 @@ def _latent(mixer: specs.LatentAttention, how: How) -> int:
     return queries + 2 * mixer.kv_rank + heads * (2 * wide + 2 * mixer.value_width)
 
 
-def _mlp(ffn: specs.Mlp, how: How, name: str, *, trained: bool) -> int:
-    """`trained`: the inputs of its linears are kept; else only where they are adapted."""
-    product = trained or f"{name}.down_proj" in how.adapted
+def _mlp(ffn: specs.Mlp, how: How, name: str) -> int:
+    product = how.keeps_input(f"{name}.down_proj")
     if not ffn.gated:
         kept = {"relu": 1, "gelu": 1, "gelu_tanh": 1, "silu": 1, "quick_gelu": 2, "relu2": 1}
         shared = ffn.act == "relu"  # its result is what its gradient needs
@@ -128,13 +128,13 @@ def _experts(width: int, ffn: specs.Experts, how: How) -> int:
     What comes out is kept twice, for its product with the weight and for the sum over experts. What
     goes in is kept where the experts are trained or adapted.
     """
-    inner = _mlp(ffn.expert, how, EXPERTS, trained=how.full)
-    inner += how.rank * sum(name.startswith(f"{EXPERTS}.") for name in how.adapted)
+    inner = _mlp(ffn.expert, how, EXPERTS)
+    inner += sum(r for name, r in how.adapted.items() if name.startswith(f"{EXPERTS}."))
     reads = how.keeps_input(f"{EXPERTS}.gate_proj", f"{EXPERTS}.up_proj")
     numbers = ffn.router.per_token * (inner + width * (2 + reads))
     numbers += 2 * ffn.count * 4 // how.width  # the router's scores, float32
     if ffn.shared is not None:
-        numbers += _mlp(ffn.shared, how, "ffn.shared", trained=how.full) + width
+        numbers += _mlp(ffn.shared, how, "ffn.shared") + width
     if ffn.norm is not None:
         numbers += 2 * width * (2 if ffn.shared is not None else 1)
     return numbers

@@ -28,7 +28,7 @@ from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
-from ardor.train.peak import check_finetune
+from ardor.train.peak import begin_measuring, check_finetune
 from ardor.train.prefer import Preference, check_judged, prefer
 from ardor.train.preference import kind_of
 from ardor.train.ranks import Ranks
@@ -64,6 +64,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     Raises: an ArdorError before anything is written.
     """
     Ranks.take_device()
+    held_before = begin_measuring()
     config = _with_rate(config)
     folder = output_folder(config, "finetune")
     rows = Mixture(config.data, streaming=config.streaming)
@@ -111,7 +112,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
         ),
         record=packed,
     )
-    run.opening = _opening(first[0], config)
+    run.opening, run.held_before = _opening(first[0], config), held_before
     return run
 
 

@@ -7,21 +7,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ardor.adapters.embedding import TrainableTokens
-from ardor.adapters.lora import lora_modules
+from ardor.adapters.lora import LoraLinear, lora_modules
 from ardor.arch import spec as specs
+from ardor.arch.causal import CausalLM
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ArdorError
 from ardor.load import CONFIG, Model
-from ardor.memory.estimate import Use, counted
+from ardor.memory.estimate import PROCESS, Use, counted
 from ardor.memory.fit import Choice, expected
-from ardor.memory.machine import Machine, peak_resident, this_machine
+from ardor.memory.machine import Machine, forget_peak, peak_resident, this_machine
+from ardor.memory.products import bound_products
 from ardor.outline import beside, outline, outline_of
 from ardor.precision import training_compute
 from ardor.quant.formats import format_name
 from ardor.train.config import Finetune, Optimisation
 from ardor.train.evaluate import TOKENS
+from ardor.train.optim import trainable
+from ardor.train.preference import WITHOUT_REFERENCE
 
 
 def check_finetune(config: Finetune, device: torch.device) -> None:
@@ -93,15 +96,14 @@ def predicted(
         quantization=model.quantization,
         accumulation=accumulation,
         **_updates(config),
-        adapted=frozenset(name for name, _ in lora_modules(model.decoder)),
         rank=1 if model.adapter is None else model.adapter.r,
-        trained_rows=_trained_rows(model),
+        **trains(model.decoder),
+        **_passes(plan, heldout, config),
         scratch=full,
-        evaluated=0 if heldout is None else min(TOKENS, int(heldout.lengths.sum())),
         beside=beside(
             outline_of(model.config, Path(CONFIG)), config.master_dtype if full else compute, method
         ),
-        **_largest_batch(plan, steps),
+        **_largest_batch(plan, steps, config),
     )
     return expected(spec, use, _machine(model.decoder.device), "this run")
 
@@ -116,27 +118,70 @@ def _updates(config: Optimisation) -> dict[str, Any]:
     }
 
 
+def begin_measuring() -> int:
+    """Let `measured` speak of the run that begins now; the bytes that are there before it.
+
+    That is what the process holds beyond what one that only trains would: another model, or memory
+    that an earlier run gave back and the allocator keeps. Where the system does not let a peak be
+    forgotten, it is the earlier peak.
+    """
+    bound_products()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
+    forget_peak()
+    return max(0, (peak_resident() or 0) - PROCESS["train"])
+
+
 def measured(device: torch.device) -> int | None:
-    """The most bytes that this process has held so far, of the kind that was predicted."""
+    """The most bytes that this process has held since, of the kind that was predicted."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return peak_resident()
 
 
-def _largest_batch(plan: BatchPlan, steps: int | None) -> dict[str, Any]:
+def _sizes(plan: BatchPlan, steps: int | None = None) -> list[int]:
+    """Tokens of the micro-batches of the first epoch, or of its first `steps`."""
+    lengths = plan.dataset.lengths
+    return [int(lengths[list(members)].sum()) for members in plan.epoch(0)[:steps]]
+
+
+def _largest_batch(plan: BatchPlan, steps: int | None, config: Optimisation) -> dict[str, Any]:
     """The micro-batch of the first epoch that has the most tokens, and how many sizes there are."""
-    lengths, batches = plan.dataset.lengths, [list(members) for members in plan.epoch(0)]
-    sizes = [int(lengths[members].sum()) for members in batches[:steps]]
-    found = np.asarray(lengths[batches[int(np.argmax(sizes))]])
+    sizes = _sizes(plan, steps)
+    found = plan.batch(plan.epoch(0)[int(np.argmax(sizes))]).lengths
+    if isinstance(config, Finetune) and config.objective == "kto":
+        found = found[::2]  # the others, answers to other prompts, are read without a gradient
     different = {"batch_sizes": len({*sizes})}
-    if len({*found.tolist()}) == 1:
-        return {"rows": len(found), "length": int(found[0]), **different}
-    return {"rows": 1, "length": int(found.sum()), "ragged": True, **different}
+    if len({*found}) == 1:
+        return {"rows": len(found), "length": found[0], **different}
+    return {"rows": 1, "length": sum(found), "ragged": True, **different}
 
 
-def _trained_rows(model: Model) -> int:
-    modules = model.decoder.modules()
-    return sum(len(m.token_ids) for m in modules if isinstance(m, TrainableTokens))
+def trains(decoder: CausalLM) -> dict[str, Any]:
+    """What the optimizer changes, and what adapters hold beside it."""
+    adapters = dict(lora_modules(decoder))
+    linears = [one for one in adapters.values() if isinstance(one, LoraLinear)]
+    return {
+        "trained": {name: tuple(p.shape) for name, p in trainable(decoder).items()},
+        "ranks": {name: one.r for name, one in adapters.items()},
+        "offset": any(one.offset_A is not None for one in adapters.values()),
+        "dora": any(one.lora_magnitude_vector is not None for one in linears),
+    }
+
+
+def _passes(plan: BatchPlan, heldout: Dataset | None, config: Optimisation) -> dict[str, int]:
+    """Tokens of the largest pass of each kind that nothing is learnt from."""
+    found = {"evaluated": 0 if heldout is None else min(TOKENS, int(heldout.lengths.sum()))}
+    if not isinstance(config, Finetune):
+        return found
+    most = max(_sizes(plan))
+    if config.init_lora_weights == "eva" and config.method != "full":
+        found["surveyed"] = most
+    if config.objective not in ("sft", *WITHOUT_REFERENCE):
+        early = config.precompute_ref_log_probs
+        found["reference"] = min(TOKENS, int(plan.dataset.lengths.sum())) if early else most
+    return found
 
 
 def _machine(device: torch.device) -> Machine:

@@ -28,7 +28,7 @@ from ardor.train.blueprint import Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
-from ardor.train.peak import check_scratch
+from ardor.train.peak import begin_measuring, check_scratch
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
     Run,
@@ -55,6 +55,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     cannot hold is refused before it is allocated.
     """
     Ranks.take_device()
+    held_before = begin_measuring()
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
@@ -104,6 +105,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
         other_model=differences(model.decoder.spec, blueprint.spec),
     )
     write_atomic(folder / SPEC, blueprint.to_yaml())
+    run.held_before = held_before
     return run
 
 

@@ -53,6 +53,7 @@ class Run:
     notes: tuple[str, ...]  # for people: what was found and chosen
     opening: str | None = None  # of a text to continue; None where the data are conversations
     predicted: int | None = None  # bytes at the peak
+    held_before: int = 0  # bytes that were there before it, and are in the measured peak
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last."""
@@ -73,6 +74,8 @@ class Run:
             return
         row = {"step": self.trainer.progress.step, "kind": "memory", "peak_memory": peak}
         row["predicted_memory"] = self.predicted
+        if self.held_before:
+            row["held_before"] = self.held_before
         file = self.folder / METRICS
         Metrics(file, keep_bytes=file.stat().st_size).append(row)
         yield row

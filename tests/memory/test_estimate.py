@@ -66,7 +66,7 @@ def test_adapters_are_counted_as_add_lora_makes_them():
     add_lora(decoder, LoraConfig(r=3))
     use = replace(TRAIN, method="lora", rank=3)
     assert Held(SMALL, use).trained == sum(p.numel() for p in lora_parameters(decoder))
-    some = replace(use, adapted=frozenset({"layers.0.mixer.q_proj"}))
+    some = replace(use, ranks={"layers.0.mixer.q_proj": 3})
     assert Held(SMALL, some).trained == 3 * 2 * SMALL.width
 
 
@@ -89,7 +89,7 @@ def test_what_autograd_saves_is_what_is_said(name, method):
     how = Held(spec, replace(TRAIN, method=method, rank=4))._how(0)
     said = sum(per_token(spec.width, layer, how) for layer in spec.layers)
     assert said == pytest.approx((many - few) / 128, rel=0.05)
-    without = per_token(spec.width, spec.layers[0], replace(how, full=False, adapted=frozenset()))
+    without = per_token(spec.width, spec.layers[0], replace(how, trained=frozenset(), adapted={}))
     assert without != per_token(spec.width, spec.layers[0], how)  # the probe can tell
 
 
@@ -134,9 +134,7 @@ def test_the_peak_is_the_largest_moment_and_the_sum_of_its_terms():
 
 def test_compiled_attention_keeps_shared_keys_once():
     layer = known("tinyllama-1.1b").spec.layers[0]
-    how = How(
-        width=2, full=True, adapted=frozenset(), rank=1, flash=True, compiled=True, ragged=False
-    )
+    how = How(width=2, trained=frozenset(), adapted={}, flash=True, compiled=True, ragged=False)
     assert per_token(2048, layer, replace(how, flash=False)) > per_token(2048, layer, how)
 
 
