@@ -17,6 +17,7 @@ from ardor.loss import IGNORE
 from ardor.place import Spread
 from ardor.precision import dtype_of
 from ardor.score import document_loss
+from ardor.train.compiled import compile_parts
 from ardor.train.config import Optimisation
 from ardor.train.optim import Optimizer, trainable
 from benchmarks import shapes
@@ -35,8 +36,7 @@ def train(dtype: str, compiled: bool) -> Callable[[], tuple[int, float]]:
     """One optimizer step over a batch of whole rows."""
     decoder = _decoder(shapes.TRAIN, dtype_of(dtype))
     if compiled:
-        for layer in decoder.layers:
-            layer.compile()
+        compile_parts(decoder)
     parameters = trainable(decoder)
     optimizer = Optimizer(parameters, Optimisation(adam_beta2=0.999, weight_decay=0.01))
     optimizer.set_rate(shapes.LEARNING_RATE)

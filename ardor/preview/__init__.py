@@ -16,23 +16,8 @@ from ardor.data.readers import Row
 from ardor.data.shown import Document, document
 from ardor.data.sources import read_rows
 from ardor.errors import ConfigError
-from ardor.files.hub import resolve
-from ardor.files.json import read_object
-from ardor.load import (
-    CONFIG,
-    GENERATION,
-    Model,
-    find_origin,
-    read_texts,
-    stops_of,
-    text_home,
-    tokenizer_of,
-)
-from ardor.loss import IGNORE
-from ardor.outline import outline
-from ardor.preview.visible import visible_parts
+from ardor.load import Model, tokenizer_of
 from ardor.sketch import sketch
-from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.stops import StopSet
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune

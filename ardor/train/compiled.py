@@ -1,0 +1,48 @@
+"""torch.compile for what is the same in every batch: norms and feed-forwards.
+
+Batches are ragged. Attention depends on where documents end, so that compiling whole layers would
+compile again for almost every batch; these parts know only how many positions there are, and one
+graph serves all layers and all batches.
+"""
+
+import os
+import shutil
+
+import torch
+
+from ardor.arch.causal import CausalLM
+from ardor.arch.decoder import Decoder
+from ardor.arch.mlp import Mlp
+from ardor.arch.norm import LayerNorm, RMSNorm
+from ardor.errors import ConfigError
+
+
+def compile_parts(decoder: CausalLM) -> int:
+    """Have norms and dense feed-forwards compiled when they are first called; how many.
+
+    Feed-forwards with quantized weights stay as they are: those are expanded by kernels of our own.
+
+    Raises: ConfigError for a model whose layers are not ours, or without a C++ compiler.
+    """
+    if not isinstance(decoder, Decoder):
+        raise ConfigError(
+            "torch_compile is for models that Ardor runs itself, and this one is run by "
+            "transformers; leave it out"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if decoder.device.type == "cpu" and not any(map(shutil.which, (compiler, "clang++"))):
+        raise ConfigError(
+            f"torch_compile wants a C++ compiler, and there is no {compiler} or clang++; install "
+            "one, or leave it out"
+        )
+    count = 0
+    for layer in decoder.layers.modules():
+        dense = isinstance(layer, Mlp) and not any(
+            hasattr(m, "dequantized") for m in layer.modules()
+        )
+        if dense or isinstance(layer, RMSNorm | LayerNorm):
+            layer.compile(dynamic=True)
+            count += 1
+    # Each of training and measuring, with and without gradients, is a graph of its own.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    return count
