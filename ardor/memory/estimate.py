@@ -34,7 +34,8 @@ KEPT_FREE = 0.3
 # oneDNN compiles a bfloat16 product for each new number of rows; see products for how many it
 # keeps. Measured with AVX-512: 0.57 MiB each, whatever the sizes; for float32 it keeps nothing.
 KERNEL = int(0.57 * MIB)
-LOSS_CHUNK = 16 * MIB  # of float32 logits (loss.CHUNK_BYTES)
+# Of logits and slopes at a time (loss.CHUNK_BYTES, and its ACCELERATOR_CHUNK_BYTES).
+LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 64 * MIB, 512 * MIB
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 Named = TypeVar("Named")
@@ -409,19 +410,22 @@ class Held:
         return math.prod(self.shapes["embed_tokens.weight" if self.spec.tied else "lm_head.weight"])
 
     def loss(self) -> int:
-        """The chunked loss: logits of one chunk in both dtypes; its gradient where it is trained.
+        """The chunked loss: logits and slopes of one chunk, and what a trained head takes beside.
 
-        The head's gradient is summed in float32, and added to from a part in the compute dtype,
-        made with a copy of the head in it.
+        Its weight is cast to the compute dtype; its gradient is summed in the weight's own, beside
+        that of earlier micro-batches.
         """
-        states = 2 * self.use.tokens * self.spec.width * self.width  # and their gradient
-        least = 4 * self.spec.vocab  # one row of logits
-        chunk = min(max(LOSS_CHUNK, least), self.use.tokens * least)
-        logits = chunk * (2 * self.width + 4 + (4 if self.width < 4 else 0)) // 4
+        use = self.use
+        states = 2 * use.tokens * self.spec.width * self.width  # and their gradient
+        compiled = use.compiled and not use.accelerator
+        each = self.spec.vocab * (2 * self.width + (0 if compiled else 8))  # else in float32 too
+        chunk = ACCELERATOR_LOSS_CHUNK if use.accelerator else LOSS_CHUNK
+        logits = each * min(use.tokens, max(1, chunk // each))
         if not self.trains_head:
             return states + logits
         cast = self.width * self.head if self.width < 4 else 0
-        return states + logits + cast + self.width * self.head
+        earlier = 4 * self.head if use.accumulation > 1 else 0
+        return states + logits + cast + earlier
 
 
 def _process(use: Use) -> Term:

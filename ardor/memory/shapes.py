@@ -4,7 +4,7 @@ Axes: D model width, V vocabulary, F ffn width, E experts, L layers, P width of 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ardor.arch import spec as specs
 
@@ -17,7 +17,7 @@ def parameters(spec: specs.Decoder) -> dict[str, Shape]:
     return dict(_decoder(spec))
 
 
-def count(shapes: dict[str, Shape]) -> int:
+def count(shapes: Mapping[str, Shape]) -> int:
     """How many numbers they hold."""
     return sum(map(math.prod, shapes.values()))
 

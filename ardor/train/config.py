@@ -160,6 +160,9 @@ class Optimisation:
     gradient_checkpointing: Recompute = "none"
     """Activations computed again in the backward pass instead of kept: none, selective (the
     feed-forwards'), or layers (all but each layer's input)."""
+    torch_compile: bool = False
+    """Compile norms and dense feed-forwards with torch.compile, which takes some seconds at first;
+    on a CPU it gains little over our own kernels (docs/BENCHMARKS.md)."""
     neftune_noise_alpha: float = 0.0
     """NEFTune: noise on embeddings, uniform within this over the root of (length x width)."""
     train_sampling_strategy: Order = "random"

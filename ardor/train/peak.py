@@ -170,7 +170,7 @@ def trains(decoder: CausalLM) -> dict[str, Any]:
     }
 
 
-def _passes(plan: BatchPlan, heldout: Dataset | None, config: Optimisation) -> dict[str, int]:
+def _passes(plan: BatchPlan, heldout: Dataset | None, config: Optimisation) -> dict[str, Any]:
     """Tokens of the largest pass of each kind that nothing is learnt from."""
     found = {"evaluated": 0 if heldout is None else min(TOKENS, int(heldout.lengths.sum()))}
     if not isinstance(config, Finetune):

@@ -27,6 +27,7 @@ from ardor.score import document_loss
 from ardor.text.tokenizer import Tokenizer
 from ardor.train import randomness, watchdog
 from ardor.train.checkpoint import Progress, read_checkpoint, write_checkpoint
+from ardor.train.compiled import compile_parts
 from ardor.train.config import Optimisation
 from ardor.train.groups import rate_shares
 from ardor.train.metrics import Metrics
@@ -133,6 +134,8 @@ class Trainer:
             home=torch.device("cpu") if config.offload_optimizer else None,
         )
         recompute(decoder, config.gradient_checkpointing)
+        if config.torch_compile:
+            compile_parts(decoder)
         alpha = config.neftune_noise_alpha
         self.noise = Noise(decoder, alpha) if alpha > 0 else None
         self.steps = self._count_steps()

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import ardor
+from ardor import loss
 from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
 from ardor.arch.cache import KVCache
 from ardor.arch.decoder import Decoder
 from ardor.memory.estimate import (
+    ACCELERATOR_LOSS_CHUNK,
+    LOSS_CHUNK,
     Held,
     Use,
     cache_bytes,
@@ -154,3 +157,8 @@ def test_a_quantized_load_holds_the_bytes_that_are_said(tmp_path, family, format
     held = sum({t.data_ptr(): t.nbytes for t in state if t.numel()}.values())
     assert Held(lm.spec, use).weights == held
     assert Held(lm.spec, replace(use, quantization=None)).weights > 2 * held
+
+
+def test_the_loss_is_counted_in_the_chunks_that_it_takes():
+    assert loss.CHUNK_BYTES["cpu"] == LOSS_CHUNK
+    assert loss.ACCELERATOR_CHUNK_BYTES == ACCELERATOR_LOSS_CHUNK
