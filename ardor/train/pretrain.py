@@ -74,8 +74,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     held = None if apart is None else encode(apart, tokenizer, **cut).dataset
     train, held = split(config, data, held)
     check_scratch(blueprint.spec, config, device)
-    size = f"{count(parameters(blueprint.spec)) / 1e6:,.1f} M parameters"
-    notes = (*blueprint.notes(), f"{size}; {blueprint.spec.vocab:,} embedding rows")
+    notes = (*blueprint.notes(), _sizes(blueprint))
     if tell is not None:
         for note in notes:
             tell(note)
@@ -107,6 +106,11 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     write_atomic(folder / SPEC, blueprint.to_yaml())
     run.held_before = held_before
     return run
+
+
+def _sizes(blueprint: Blueprint) -> str:
+    size = f"{count(parameters(blueprint.spec)) / 1e6:,.1f} M parameters"
+    return f"{size}; {blueprint.spec.vocab:,} embedding rows"
 
 
 def _tokenizer(

@@ -304,12 +304,29 @@ def test_linear_maps_have_the_names_that_adapters_use():
         False,
         1,
         False,
+        None,
     )
-    assert llama["lm_head"] == ("lm_head", 0, 1, False, 1, False)
-    assert llama["embed_tokens"] == ("model.embed_tokens", 0, 1, False, 1, False)
+    assert llama["lm_head"] == ("lm_head", 0, 1, False, 1, False, None)
+    assert llama["embed_tokens"] == ("model.embed_tokens", 0, 1, False, 1, False, None)
     assert len(llama) == (7 + 2) * 2 + 3  # norms can be trained in full
     gpt2 = FAMILIES["gpt2"].disk_linears(read(GPT2))
-    assert gpt2["layers.0.mixer.v_proj"] == ("transformer.h.0.attn.c_attn", 2, 3, True, 1, False)
-    assert gpt2["layers.2.ffn.down_proj"] == ("transformer.h.2.mlp.c_proj", 0, 1, True, 1, False)
-    assert gpt2["embed_tokens"] == ("transformer.wte", 0, 1, False, 1, False)
+    assert gpt2["layers.0.mixer.v_proj"] == (
+        "transformer.h.0.attn.c_attn",
+        2,
+        3,
+        True,
+        1,
+        False,
+        None,
+    )
+    assert gpt2["layers.2.ffn.down_proj"] == (
+        "transformer.h.2.mlp.c_proj",
+        0,
+        1,
+        True,
+        1,
+        False,
+        None,
+    )
+    assert gpt2["embed_tokens"] == ("transformer.wte", 0, 1, False, 1, False, None)
     assert len(gpt2) == (6 + 2) * 3 + 3  # its head is tied; positions have a table

@@ -156,11 +156,11 @@ def test_the_copy_of_a_tied_head_is_saved_only_where_it_was():
 
 def test_linear_maps_and_the_embedding_know_their_place_on_disk():
     assert disk_linears(RULES) == {
-        "embed_tokens": ("body.embed", 0, 1, False, 1, False),
-        "a_proj": ("body.fused", 0, 3, True, 1, False),
-        "b_proj": ("body.fused", 1, 3, True, 1, False),
-        "c_proj": ("body.fused", 2, 3, True, 1, False),
-        "norm": ("body.norm", 0, 1, False, 1, False),  # that can be trained in full
+        "embed_tokens": ("body.embed", 0, 1, False, 1, False, None),
+        "a_proj": ("body.fused", 0, 3, True, 1, False, None),
+        "b_proj": ("body.fused", 1, 3, True, 1, False, None),
+        "c_proj": ("body.fused", 2, 3, True, 1, False, None),
+        "norm": ("body.norm", 0, 1, False, 1, False, None),  # that can be trained in full
     }
 
 

@@ -263,7 +263,7 @@ def test_trained_tokens_are_what_the_template_adds_to_each_prompt(name, rich, th
                 continue
             asked = render(theirs, name, messages[:i], add_generation_prompt=True, **variables)
             whole = render(theirs, name, messages[: i + 1], **variables)
-            if not whole.startswith(asked) and message.get("tool_calls"):
+            if not whole.startswith(asked) and message.get("tool_calls") and "deepseek" in name:
                 # DeepSeek's second calls lack their head: they are written as the first ones are.
                 short = [{"role": "user", "content": "x"}]
                 begun = render(theirs, name, short, add_generation_prompt=True, **variables)
