@@ -40,6 +40,7 @@ C = TypeVar("C")
 STDIN = "(standard input)"  # stands for a lone "-", which cyclopts takes for a flag
 
 SHORT = {"output": "-o", "max_new_tokens": "-n", "temperature": "-t", "purpose": "--for"}
+ONE_EACH = ("adapter",)  # given again for each value, so that MODEL may follow; others take several
 ARGUMENTS = Group("Arguments", sort_key=0)
 OPTIONS = Group("Options", sort_key=1)
 
@@ -104,6 +105,7 @@ def _signature(config_class: type) -> inspect.Signature:
             alias=SHORT.get(field.name, ()),
             group=ARGUMENTS if leads else OPTIONS,
             converter=CONVERTERS.get(hints[field.name]),
+            consume_multiple=field.name not in ONE_EACH,
             show_default=_shown if isinstance(_default(field), tuple) else None,
         )
         parameters.append(

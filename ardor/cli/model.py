@@ -37,8 +37,8 @@ class ModelFlags:
     load_in_8bit: bool = False
     """The same as --quantization int8."""
     adapter: tuple[str, ...] = ()
-    """Adapters of PEFT, or runs, to put on the model: DIR, or several as NAME=DIR. The first is at
-    work; in a chat /adapter NAME takes another."""
+    """An adapter of PEFT, or a run, to put on the model: DIR or NAME=DIR. May be given again: the
+    first is at work; in a chat /adapter NAME takes another."""
     adapter_weights: tuple[float, ...] = ()
     """Put the sum of all adapters to work instead, each times its number: one for each."""
     attn_implementation: str | None = None

@@ -129,7 +129,8 @@ def said(capsys, *command: Any) -> Any:
 
 def test_several_from_the_command_line(runs, alone, capsys, monkeypatch):
     def put(*adapters: Any) -> list[str]:
-        return ["--adapter", *map(str, adapters), "--dtype", "float32"]
+        each = [part for one in adapters for part in ("--adapter", str(one))]
+        return [*each, "--dtype", "float32"]
 
     base, text, short = runs / "b", "the cat sat", ["-n", 4, "-t", 0]
     first = said(capsys, "score", base, text, "--text", *put(runs / "dora", f"p={runs / 'plain'}"))
@@ -150,10 +151,19 @@ def test_several_from_the_command_line(runs, alone, capsys, monkeypatch):
     assert "there is no adapter 'dora'" in heard.err and "there is no adapter 'nope'" in heard.err
 
 
+def test_the_model_may_come_after_its_adapter(runs, alone, capsys):
+    short = ["-n", "4", "-t", "0", "--dtype", "float32"]
+    found = said(capsys, "generate", "--adapter", runs / "plain", runs / "b", "the cat", *short)
+    assert found["tokens"] == list(alone["plain"].generate("the cat", **SHORT).tokens)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--adapter", "x/a", "y/a"], "--adapter: 'a' is the name of two; write NAME=y/a"),
+        (
+            ["--adapter", "x/a", "--adapter", "y/a"],
+            "--adapter: 'a' is the name of two; write NAME=y/a",
+        ),
         (["--adapter", "x", "--adapter-weights", "1", "2"], "found 2 adapter_weights for 1"),
         (["--adapter-weights", "1"], "found 1 adapter_weights for 0 adapters"),
     ],

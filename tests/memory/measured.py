@@ -50,12 +50,14 @@ class Case:
     what: str  # generate | nf4 | lora | qlora | full
     rows: int = 2
     length: int = 128
+    recompute: str = "none"
     sizes: dict[str, int] = field(default_factory=dict)  # that differ from the preset's
 
     @property
     def name(self) -> str:
         layers = self.sizes.get("num_hidden_layers")
-        return f"{self.preset}{f' ({layers} layers)' if layers else ''}, {self.what}"
+        again = "" if self.recompute == "none" else f", {self.recompute} recomputed"
+        return f"{self.preset}{f' ({layers} layers)' if layers else ''}, {self.what}{again}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,13 @@ CASES = [
     Case(preset="smollm2-135m", stored="bfloat16", what="lora", rows=4),
     Case(preset="smollm2-135m", stored="bfloat16", what="qlora"),
     Case(preset="smollm2-135m", stored="bfloat16", what="full"),
+    Case(preset="smollm2-135m", stored="bfloat16", what="lora", rows=4, recompute="layers"),
     Case(preset="llama-110m", stored="float32", what="generate"),
     Case(preset="llama-110m", stored="float32", what="full", rows=4, length=256),
+    *(
+        Case(preset="llama-110m", stored="float32", what="full", rows=4, length=256, recompute=what)
+        for what in ("selective", "layers")
+    ),
     Case(preset="qwen3-0.6b", stored="bfloat16", what="generate"),
     Case(preset="qwen3-0.6b", stored="bfloat16", what="lora"),
     Case(preset="tinyllama-1.1b", stored="bfloat16", what="generate"),
@@ -105,6 +112,7 @@ def measure(case: Case, work: Path) -> Found:
     run = work / "run"
     flags = ["-o", run, "--method", case.what, "--max-length", case.length, "--max-steps", 2]
     flags += ["--per-device-train-batch-size", case.rows, "--eval-fraction", 0]
+    flags += ["--gradient-checkpointing", case.recompute]
     _verb("finetune", model, rows, *flags)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     row = next(line for line in lines if line["kind"] == "memory")
