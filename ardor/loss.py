@@ -18,12 +18,11 @@ IGNORE = -100  # a target that teaches nothing: prompt, or the last position of 
 
 Head = Callable[..., Tensor]
 """(states [n, D], *parameters) -> logits [n, V]; one with a `finish`, as arch.linear.LinearHead has
-it, is finish(states W^T + b) of its parameters W and perhaps b."""
+it, is states W^T + b of its parameters W and perhaps b, and `finish` of that if it is not None."""
 
 # Of logits and what is made of them, alive at a time: on a CPU products of 256 and more rows are as
 # fast as any; a GPU wants thousands to be busy.
-CHUNK_BYTES = {"cpu": 64 << 20}
-ACCELERATOR_CHUNK_BYTES = 512 << 20
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 64 << 20, 512 << 20
 # Zeros fill the last rows up to a multiple of this: some counts, like 511, divide into blocks so
 # badly that a product takes half as long again.
 ROWS = 8
@@ -170,7 +169,7 @@ class _Pieces:
         self, part: Float[Tensor, "n D"], differentiated: bool
     ) -> tuple[Float[Tensor, "n V"], Callable[[slice, Tensor], None]]:
         """Logits, and what adds up gradients when it is given their slope."""
-        if not hasattr(self.head, "finish") or self.head.finish is not None:
+        if getattr(self.head, "finish", True) is not None:  # more than a product
             part.requires_grad_(self._wants_rows)
             with torch.set_grad_enabled(differentiated):
                 logits = self.head(part, *self._leaves)
@@ -218,7 +217,7 @@ class _Pieces:
         """So many rows of logits and slopes fit a chunk, and of float32 where torch makes them."""
         none = self.head(self.rows[:0], *self._leaves)
         beside = 0 if entropy.takes(none) else 2 * 4
-        bytes = CHUNK_BYTES.get(self.rows.device.type, ACCELERATOR_CHUNK_BYTES)
+        bytes = CHUNK_BYTES if self.rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
         fitting = bytes // (none.shape[-1] * (2 * none.element_size() + beside))
         return max(1, fitting // ROWS * ROWS)
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Literal
 
 from ardor.data.batches import Batch
+from ardor.data.dataset import Dataset
 from ardor.data.visible import visible_parts
 from ardor.loss import IGNORE
 from ardor.text.stream import StreamDecoder
@@ -79,6 +80,12 @@ def document(
         trained=tuple(_runs(marks)),
         ends=any(cell.trained and cell.stop for cell in cells),
     )
+
+
+def part_of(dataset: Dataset, example: int) -> str:
+    """Which of its row's examples this is; "" where it is the only one."""
+    siblings = (dataset.row_of == dataset.row_of[example]).nonzero()[0].tolist()
+    return f"example {siblings.index(example) + 1} of {len(siblings)}" if siblings[1:] else ""
 
 
 def _runs(marks: list[bool]) -> Iterator[tuple[int, int]]:

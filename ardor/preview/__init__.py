@@ -13,7 +13,7 @@ from ardor.data.batches import Batch, BatchPlan
 from ardor.data.dataset import Census, Dataset
 from ardor.data.mixture import Mixture
 from ardor.data.readers import Row
-from ardor.data.shown import Document, document
+from ardor.data.shown import Document, document, part_of
 from ardor.data.sources import read_rows
 from ardor.errors import ConfigError
 from ardor.load import Model, tokenizer_of
@@ -159,7 +159,5 @@ def _document(
     stops: StopSet,
 ) -> Document:
     index = batch.examples[place]
-    row_of = dataset.row_of
-    siblings = [int(i) for i in (row_of == row_of[index]).nonzero()[0]]
-    part = f"example {siblings.index(index) + 1} of {len(siblings)}" if len(siblings) > 1 else ""
-    return document(batch, place, tokenizer, stops.ids, read[int(row_of[index])].where, part)
+    where, part = read[int(dataset.row_of[index])].where, part_of(dataset, index)
+    return document(batch, place, tokenizer, stops.ids, where, part)

@@ -17,8 +17,8 @@ from ardor.arch.norm import LayerNorm, RMSNorm
 from ardor.errors import ConfigError
 
 
-def compile_parts(decoder: CausalLM) -> int:
-    """Have norms and dense feed-forwards compiled when they are first called; how many.
+def compile_parts(decoder: CausalLM) -> None:
+    """Have norms and dense feed-forwards compiled when they are first called.
 
     Feed-forwards with quantized weights stay as they are: those are expanded by kernels of our own.
 
@@ -35,14 +35,11 @@ def compile_parts(decoder: CausalLM) -> int:
             f"torch_compile wants a C++ compiler, and there is no {compiler} or clang++; install "
             "one, or leave it out"
         )
-    count = 0
-    for layer in decoder.layers.modules():
-        dense = isinstance(layer, Mlp) and not any(
-            hasattr(m, "dequantized") for m in layer.modules()
+    for module in decoder.layers.modules():
+        dense = isinstance(module, Mlp) and not any(
+            hasattr(part, "dequantized") for part in module.modules()
         )
-        if dense or isinstance(layer, RMSNorm | LayerNorm):
-            layer.compile(dynamic=True)
-            count += 1
+        if dense or isinstance(module, RMSNorm | LayerNorm):
+            module.compile(dynamic=True)
     # Each of training and measuring, with and without gradients, is a graph of its own.
     torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
-    return count

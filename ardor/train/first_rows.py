@@ -9,7 +9,7 @@ from typing import Any
 from ardor.data.batches import Batch, BatchPlan
 from ardor.data.mixture import Mixture
 from ardor.data.preferences import Judged
-from ardor.data.shown import Cell, Document, document
+from ardor.data.shown import Cell, Document, document, part_of
 from ardor.errors import CheckpointError
 from ardor.files.atomic import write_atomic
 from ardor.files.json import read_json
@@ -88,7 +88,4 @@ def _part(plan: BatchPlan, batch: Batch, place: int, labels: bool) -> str:
             liked = "a good answer" if dataset.likes(example) else "a bad answer"
             return "the answer to another prompt, to measure how far it moved" if second else liked
         return "rejected" if second else "chosen"
-    siblings = [int(i) for i in (dataset.row_of == dataset.row_of[example]).nonzero()[0]]
-    if len(siblings) < 2:
-        return ""
-    return f"example {siblings.index(example) + 1} of {len(siblings)}"
+    return part_of(dataset, example)

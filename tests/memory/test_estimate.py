@@ -160,5 +160,5 @@ def test_a_quantized_load_holds_the_bytes_that_are_said(tmp_path, family, format
 
 
 def test_the_loss_is_counted_in_the_chunks_that_it_takes():
-    assert loss.CHUNK_BYTES["cpu"] == LOSS_CHUNK
+    assert loss.CHUNK_BYTES == LOSS_CHUNK
     assert loss.ACCELERATOR_CHUNK_BYTES == ACCELERATOR_LOSS_CHUNK

@@ -8,9 +8,14 @@ import torch
 from ardor.adapters.config import LoraConfig
 from ardor.adapters.lora import LoraLinear, add_lora, lora_modules, lora_parameters
 from ardor.arch.decoder import Decoder
-from ardor.memory.estimate import Held, Use
+from ardor.data.batches import Batch
+from ardor.memory.estimate import Held, Use, estimate
 from ardor.plan import known
+from ardor.score import document_loss
 from ardor.train.peak import trains
+from ardor.train.recompute import recompute
+
+from .live import live_peak
 
 LLAMA = known("llama-15m").spec
 SMALL = replace(LLAMA, vocab=64, layers=LLAMA.layers[:3])
@@ -56,3 +61,41 @@ def test_frozen_layers_keep_nothing():
     assert held.saved(0) == held.saved(1) == held.gradients(1) == 0
     assert held.saved(2) == every.saved(2) and held.states < every.states / 2
     assert every.saved(0) > 0 and every.trains_head and not held.trains_head
+
+
+# What is there before a step, or is the process's; the rest comes and goes with it.
+LASTING = ("process", "weights", "adapters", "optimizer", "kernels", "allocator")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("what", ["none", "selective", "layers"])
+def test_a_step_takes_what_is_said_and_less_than_a_working_set_beside(method, what):
+    spec = replace(SMALL, vocab=512)
+    decoder = Decoder(spec)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if method == "lora":
+        add_lora(decoder.to(torch.bfloat16), LoraConfig(r=8))
+        for parameter in lora_parameters(decoder):
+            parameter.requires_grad_(True)
+    decoder.compute = torch.bfloat16
+    recompute(decoder.train(), what)
+    tokens = torch.randint(0, spec.vocab, (1, 2 * 160))
+    batch = Batch(tokens, tokens.clone(), (160, 160), (0, 1))
+
+    def step() -> None:
+        loss = document_loss(decoder, batch)
+        (loss.nats / loss.targets).backward()
+        decoder.zero_grad()
+
+    step()  # what is compiled or allocated once
+    found = live_peak(step)
+    use = replace(TRAIN, method=method, compute="bfloat16", length=160, recompute=what)
+    use = replace(use, weights="float32" if method == "full" else "bfloat16", **trains(decoder))
+    terms = [
+        {t.name: t.bytes for t in moment.terms if t.name not in LASTING}
+        for moment in estimate(spec, use).moments
+    ]
+    said = max(terms, key=lambda moment: sum(moment.values()))
+    # It counts all that a layer recomputes and all that it works with at once; not all is.
+    assert sum(said.values()) - said["working set"] / 2 < found < 1.03 * sum(said.values())

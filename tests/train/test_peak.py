@@ -1,11 +1,14 @@
 """Runs foretell the memory they take, and record what they took."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from ardor.errors import ConfigError
 from ardor.memory.machine import Machine, peak_resident
+from ardor.memory.products import KEPT, VARIABLES
 from ardor.train import finetune, peak
 from ardor.train.config import Finetune
 
@@ -25,6 +28,31 @@ def test_a_run_ends_with_its_predicted_and_measured_peak(base, pairs, tmp_path):
     now = peak_resident()
     assert now is not None and 2**26 < last["peak_memory"] <= now
     assert last["predicted_memory"] == run.predicted
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system lets no peak be forgotten"
+)
+def test_a_run_s_peak_is_its_own_and_what_was_held_before_is_told(base, pairs, tmp_path):
+    before = torch.ones(400 << 18)  # 400 MiB
+    held = peak_resident()
+    del before
+    run = finetune.prepare(config(base("llama"), pairs, tmp_path / "run"))
+    last = list(run.events())[-1]
+    assert held is not None and last["peak_memory"] < held - (300 << 20)
+    kept = torch.ones(400 << 18)
+    again = finetune.prepare(config(base("llama"), pairs, tmp_path / "again"))
+    assert again.held_before >= run.held_before + (300 << 20)
+    assert list(again.events())[-1]["held_before"] == again.held_before
+    assert kept.numel()
+
+
+def test_few_compiled_products_are_kept_unless_somebody_said_otherwise(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(VARIABLES[0], "7")
+    peak.begin_measuring()
+    assert [os.environ[name] for name in VARIABLES] == ["7", str(KEPT)]
 
 
 def test_a_longer_micro_batch_is_predicted_to_take_more(base, pairs, tmp_path):
