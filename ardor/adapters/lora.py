@@ -4,7 +4,7 @@ Axes: R adapter rank, E experts.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -401,7 +401,6 @@ def select(decoder: nn.Module, config: LoraConfig, names: Callable[[str], str]) 
 def _check_targets(
     decoder: nn.Module, config: LoraConfig, both: Mapping[str, tuple[str, str]]
 ) -> None:
-    known = sorted({end for pair in both.values() for end in _endings(pair)})
     rest = f"{ALL_LINEAR!r} takes every linear of the layers"
     if isinstance(config.target_modules, str):
         if not any(config.targets(full) for pair in both.values() for full in pair):
@@ -419,10 +418,9 @@ def _check_targets(
                 "target module 'lm_head': this model's head is its embedding; target embed_tokens, "
                 "and both follow"
             )
-        near = difflib.get_close_matches(target, known, n=3, cutoff=0.5) or known[:8]
         raise ConfigError(
-            f"target module {target!r} matches no linear of this model; "
-            f"did you mean {', '.join(near)}? {rest}"
+            f"target module {target!r} matches no linear of this model, nor embed_tokens; "
+            f"{_there_is(target, both.values())}; {rest}"
         )
     if not any(config.targets(full) for pair in both.values() for full in pair):
         raise ConfigError(
@@ -453,11 +451,9 @@ def select_saved(
                 "modules_to_save names lm_head, but this model's head is its embedding; name "
                 "embed_tokens, and both are trained"
             )
-        known = sorted({end for pair in both.values() for end in _endings(pair)})
-        near = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) or known[:8]
         raise ConfigError(
-            f"modules_to_save: {entry!r} matches no module with a full weight of its own; did you "
-            f"mean {', '.join(near)}?"
+            f"modules_to_save: {entry!r} matches no module with a full weight of its own; "
+            f"{_there_is(entry, both.values())}"
         )
     return tuple(
         name
@@ -531,6 +527,16 @@ def size_of(linear: nn.Module) -> tuple[int, int]:
     inputs, outputs = getattr(linear, "inputs", None), getattr(linear, "outputs", None)
     assert isinstance(inputs, int) and isinstance(outputs, int), f"{linear} is no linear of ours"
     return inputs, outputs
+
+
+def _there_is(wanted: str, names: Iterable[tuple[str, str]]) -> str:
+    """The nearest names, and the last part of every one."""
+    pairs = [*names]
+    known = sorted({end for pair in pairs for end in _endings(pair)})
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    last = sorted({full.rpartition(".")[2] for pair in pairs for full in pair})
+    there = f"there are {', '.join(last)}"
+    return f"did you mean {', '.join(near)}? {there}" if near else there
 
 
 def _endings(names: tuple[str, str]) -> Iterator[str]:

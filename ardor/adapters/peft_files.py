@@ -236,7 +236,8 @@ def _take(group: Group, files: _Files, key: str) -> Factors:
         keys.append(f"{key}.lora_magnitude_vector")
     if missing := [name for name in keys if name not in files.tensors]:
         raise CheckpointError(
-            f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for"
+            f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for on this "
+            "base; load the base that it was trained on, or copy the adapter again"
         )
     a, b, *rest = (files.tensors.pop(name).float() for name in keys)
     for leaf in ("weight", "bias"):  # a head's, which PEFT saves again
