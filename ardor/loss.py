@@ -217,6 +217,10 @@ class _Pieces:
         """So many rows of logits and slopes fit a chunk, and of float32 where torch makes them."""
         none = self.head(self.rows[:0], *self._leaves)
         beside = 0 if entropy.takes(none) else 2 * 4
+        if (
+            getattr(self.head, "finish", None) is not None
+        ):  # a cap's tanh, and two slopes on the way
+            beside += 3 * none.element_size()
         bytes = CHUNK_BYTES if self.rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
         fitting = bytes // (none.shape[-1] * (2 * none.element_size() + beside))
         return max(1, fitting // ROWS * ROWS)

@@ -418,7 +418,9 @@ class Held:
         use = self.use
         states = 2 * use.tokens * self.spec.width * self.width  # and their gradient
         compiled = use.compiled and not use.accelerator
-        each = self.spec.vocab * (2 * self.width + (0 if compiled else 8))  # else in float32 too
+        finished = self.spec.logit_softcap is not None or self.spec.logit_scale != 1.0
+        number = 2 * self.width + (0 if compiled else 8)  # else in float32 too
+        each = self.spec.vocab * (number + (3 * self.width if finished else 0))
         chunk = ACCELERATOR_LOSS_CHUNK if use.accelerator else LOSS_CHUNK
         logits = each * min(use.tokens, max(1, chunk // each))
         if not self.trains_head:
