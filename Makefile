@@ -69,7 +69,7 @@ $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
 $(PEERS)/.installed: constraints.txt
 	@test -n "$(PYTHON)" || { echo "ardor needs Python 3.11 or newer on PATH" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(PEERS)
-	$(call INSTALL,$(PEERS)) torch transformers peft trl accelerate datasets
+	$(call INSTALL,$(PEERS)) torch transformers peft trl accelerate datasets bitsandbytes jaxtyping
 	@touch $@
 
 clean:

@@ -343,7 +343,8 @@ class Arrival:
         dense = self.decoder.get_submodule(owner)
         module = make(None)
         # As it is, on the meta device too: its own rule fills it.
-        module.register_parameter("bias", getattr(dense, "bias", None))
+        bias: Any = getattr(dense, "bias", None)
+        module.register_parameter("bias", bias)
         self.decoder.set_submodule(owner, module)
         self.quantized.append(owner)
 

@@ -68,7 +68,7 @@ def main(side: str, options: dict[str, Any]) -> None:
 
     F.linear(hidden.detach()[:, :8], weight.detach()[:8]).sum()  # what torch makes on first use
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-    before, seconds = resident("VmRSS"), []
+    before, seconds, nats = resident("VmRSS"), [], 0.0
     for _ in range(STEPS):
         began = time.perf_counter()
         nats = step()

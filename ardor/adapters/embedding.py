@@ -191,7 +191,8 @@ class SavedModule(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return getattr(self.copy, "bias", None)
+        found: Any = getattr(self.copy, "bias", None)
+        return found
 
     def forward(self, x: Tensor) -> Any:
         made = self.copy(x)

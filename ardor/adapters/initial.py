@@ -46,7 +46,7 @@ def dense_weight(base: nn.Module, dtype: torch.dtype = torch.float32) -> Float[T
 
     Raises: ConfigError for a module that has none.
     """
-    dequantized = getattr(base, "dequantized", None)  # of whatever format
+    dequantized: Any = getattr(base, "dequantized", None)  # of whatever format
     if dequantized is not None:
         return dequantized(dtype)
     if is_packed(base):  # such as GPT-2's linear in a model that transformers runs
@@ -67,7 +67,7 @@ def starts(
     Raises: ConfigError if this beginning cannot be had for this map.
     """
     kind = config.init_lora_weights
-    count = getattr(base, "count", None)
+    count: Any = getattr(base, "count", None)
     if kind.startswith(OFF_BASE) and is_packed(base):
         raise ConfigError(
             f"init_lora_weights={kind} takes a part of the full weight, but {name} is held packed "

@@ -11,7 +11,7 @@ Axes: R adapter rank, E experts.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def groups_of(decoder: nn.Module, disk_names: Mapping[str, DiskLinear]) -> list[
         place = disk_names[names[0]]
         assert len(names) == place.parts, f"{disk} is not whole in {names}"
         modules = [decoder.get_submodule(name) for name in names]
-        experts = getattr(modules[0], "count", 0) if is_experts(modules[0]) else 0
+        experts: Any = getattr(modules[0], "count", 0) if is_experts(modules[0]) else 0
         sizes = tuple(size_of(module)[1] for module in modules)
         found.append(
             Group(

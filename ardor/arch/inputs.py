@@ -3,7 +3,7 @@
 Axes: B batch rows, T positions, D model width, L layers, P width of a layer's vector.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Embedding(nn.Module):
 def scaled(x: Tensor, scale: float, table: nn.Module) -> Tensor:
     """x * scale, rounded as the weights of the table are: what such models were trained with."""
     # An adapted table makes its whole weight when asked for it; what it was has the dtype too.
-    held = getattr(table, "base_weight", None)
+    held: Any = getattr(table, "base_weight", None)
     dtype = cast(Tensor, table.weight).dtype if held is None else held.dtype
     return x * torch.tensor(scale, dtype=dtype, device=x.device).to(x.dtype)
 

@@ -1,7 +1,7 @@
 """The one seam for linear maps: quantized, LoRA-wrapped and sharded linears replace this module."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ def place_of(model: nn.Module, name: str) -> Literal["layers", "head"] | None:
     Adapters and quantization take linears of the layers unless told otherwise. A model whose parts
     have other names than Decoder's answers itself, in a method of this name.
     """
-    own = getattr(model, "place_of", None)
+    own: Any = getattr(model, "place_of", None)
     if own is not None:
         return own(name)
     if name == "lm_head":

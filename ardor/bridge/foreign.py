@@ -390,7 +390,7 @@ def _head_name(foreign: nn.Module) -> str | None:
 def _mark_linears(foreign: nn.Module) -> None:
     """Give linears the two names by which adapters know one; see `ardor.adapters.lora`."""
     for module in foreign.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.Linear):
             _mark(module, module.in_features, module.out_features)
         elif _is_conv1d(module) and weight is not None:

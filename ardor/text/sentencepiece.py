@@ -70,7 +70,7 @@ def parse_model(data: bytes, path: str = "tokenizer.model") -> Model:
         fields = dict(listed)
         trainer, normal = (dict(_fields(fields.get(number, b""))) for number in (2, 3))
         kind, byte_fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
-    except (IndexError, ValueError, struct.error, TypeError, UnicodeDecodeError) as error:
+    except (IndexError, ValueError, struct.error, TypeError) as error:
         raise TextError(
             f"{path} is no SentencePiece model, or is cut off ({error}); fetch the file again"
         ) from error

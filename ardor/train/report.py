@@ -294,7 +294,7 @@ def _data(rows: Sequence[Document]) -> str:
 def _settings(settings: Row) -> str:
     if not settings:
         return ""
-    rows = ((str(key), _shown(value)) for key, value in settings.items())
+    rows = ((key, _shown(value)) for key, value in settings.items())
     return f"<h2>Settings</h2>{table(rows)}"
 
 
