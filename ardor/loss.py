@@ -138,6 +138,9 @@ class _Pieces:
             torch.zeros_like(p) if wants_it else None
             for p, wants_it in zip(parameters, wants, strict=True)
         ]
+        # Nothing but a product: its slopes are written over its logits.
+        self._linear = getattr(head, "finish", head) is None
+        self._sheet: Tensor | None = None
         self.chunk = chunk or self._fitting()
 
     def nats(
@@ -150,9 +153,8 @@ class _Pieces:
             count = piece.stop - piece.start
             part = F.pad(self.rows[piece].detach(), (0, 0, 0, -count % ROWS))
             logits, add = self._logits(part, differentiated)
-            if differentiated and slopes is None:
-                slopes = torch.empty_like(logits)
-                slopes[:, self.known or logits.shape[1] :] = 0  # and stay so
+            if differentiated:
+                slopes = logits if self._linear else _like(logits, slopes)
             found[piece] = token_nats(
                 logits.detach()[:count, : self.known],
                 targets[piece],
@@ -160,8 +162,9 @@ class _Pieces:
                 None if factors is None else factors[piece],
             )
             if slopes is not None:
-                slopes[count : len(logits)] = 0
-                add(piece, slopes[: len(logits)])
+                slopes[count:] = 0
+                slopes[:, self.known or slopes.shape[1] :] = 0
+                add(piece, slopes)
             del logits, add  # before the next ones are made
         return found
 
@@ -169,13 +172,24 @@ class _Pieces:
         self, part: Float[Tensor, "n D"], differentiated: bool
     ) -> tuple[Float[Tensor, "n V"], Callable[[slice, Tensor], None]]:
         """Logits, and what adds up gradients when it is given their slope."""
-        if getattr(self.head, "finish", True) is not None:  # more than a product
+        if not self._linear:
             part.requires_grad_(self._wants_rows)
             with torch.set_grad_enabled(differentiated):
                 logits = self.head(part, *self._leaves)
             return logits, partial(self._add, part, logits)
-        with torch.no_grad():
-            return self.head(part, *self._leaves), partial(self._add_linear, part)
+        return self._product(part), partial(self._add_linear, part)
+
+    @torch.no_grad()
+    def _product(self, part: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """part W^T + b in the memory of the piece before."""
+        weight, *bias = self._leaves
+        if self._sheet is None:
+            most = min(self.chunk, len(self.rows) + -len(self.rows) % ROWS)
+            self._sheet = part.new_empty(_of_few_sizes(most), len(weight))
+        out = self._sheet[: len(part)]
+        if bias:
+            return torch.addmm(bias[0], part, weight.T, out=out)
+        return torch.mm(part, weight.T, out=out)
 
     def _add(
         self,
@@ -222,8 +236,24 @@ class _Pieces:
         ):  # a cap's tanh, and two slopes on the way
             beside += 3 * none.element_size()
         bytes = CHUNK_BYTES if self.rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-        fitting = bytes // (none.shape[-1] * (2 * none.element_size() + beside))
+        logits_and_slopes = (1 if self._linear else 2) * none.element_size()
+        fitting = bytes // (none.shape[-1] * (logits_and_slopes + beside))
         return max(1, fitting // ROWS * ROWS)
+
+
+def _like(logits: Float[Tensor, "n V"], slopes: Tensor | None) -> Float[Tensor, "n V"]:
+    """Room for the slope of `logits`: that of an earlier piece, which is no smaller."""
+    return torch.empty_like(logits) if slopes is None else slopes[: len(logits)]
+
+
+def _of_few_sizes(rows: int) -> int:
+    """`rows` or somewhat more: one of eight numbers between a power of two and the next.
+
+    The number of targets differs in each step. A block of memory that is as large as the one before
+    is found again; among blocks of any size the heap grows to half as much again.
+    """
+    step = max(ROWS, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

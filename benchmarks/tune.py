@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from benchmarks.checkpoint import checkpoint
@@ -113,17 +114,27 @@ def peer(folder: str, task: str) -> Side:
     return step, f"PEFT {peft.__version__}, transformers {transformers.__version__}, {task}"
 
 
+def around(side: str) -> AbstractContextManager[None]:
+    """What a run does around its steps."""
+    if side == "peer":
+        return nullcontext()
+    from ardor.memory.heap import freed_memory_kept
+
+    return freed_memory_kept()
+
+
 def main(side: str, options: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(options["threads"])
     step, about = {"ours": ours, "peer": peer}[side](options["folder"], options["task"])
-    step()  # what is made once is no part of a step
-    seconds = []
-    for _ in range(options["steps"]):
-        began = time.perf_counter()
-        loss = step()
-        seconds.append(time.perf_counter() - began)
+    with around(side):
+        loss = step()  # what is made once is no part of a step
+        seconds = []
+        for _ in range(options["steps"]):
+            began = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - began)
     taken = {"seconds": statistics.median(seconds), "peak": resident("VmHWM"), "loss": loss}
     print(json.dumps({**taken, "about": f"{about}, torch {torch.__version__}"}), flush=True)
 

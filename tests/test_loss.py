@@ -58,9 +58,12 @@ def test_chunked_equals_whole_in_value_and_gradient(chunk):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", [lambda h, w: h @ w.T, LinearHead()])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("chunk", [3, None])
-def test_ids_without_a_token_have_no_probability_and_no_gradient(chunk, compiled, monkeypatch):
+def test_ids_without_a_token_have_no_probability_and_no_gradient(
+    chunk, compiled, head, monkeypatch
+):
     if not compiled:
         monkeypatch.setattr("ardor.kernels.entropy.takes", lambda logits: False)
     hidden, weight, targets = case(torch.float32)
@@ -68,9 +71,7 @@ def test_ids_without_a_token_have_no_probability_and_no_gradient(chunk, compiled
     targets = targets.clamp(max=known - 1)
     whole = next_token_loss((hidden @ weight.T)[..., :known], targets)
     wanted = torch.autograd.grad(whole.nats, [hidden, weight])
-    mine = chunked_next_token_loss(
-        hidden, targets, lambda h, w: h @ w.T, (weight,), known=known, chunk=chunk
-    )
+    mine = chunked_next_token_loss(hidden, targets, head, (weight,), known=known, chunk=chunk)
     torch.testing.assert_close(mine.nats, whole.nats)
     found = torch.autograd.grad(mine.nats, [hidden, weight])
     for a, b in zip(found, wanted, strict=True):
@@ -133,15 +134,18 @@ def test_nothing_to_learn_is_zero_with_zero_gradient():
 
 
 class Largest(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation makes."""
+    """Counts the elements of the largest tensor that any operation makes, and keeps them all."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.elements, self.made = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
+                self.made.append(tensor)
         return out
 
 
@@ -165,3 +169,25 @@ def test_an_oracle_that_knows_the_next_token_has_no_loss():
     oracle = 50.0 * F.one_hot(targets.clamp(min=0), 9).float()
     assert float(next_token_loss(oracle, targets).nats) < 1e-6
     assert float(next_token_loss(oracle, tokens).nats) > 10  # shifted wrongly it is not
+
+
+def test_slopes_of_a_plain_head_are_written_over_its_logits_and_all_pieces_share_them():
+    g = torch.Generator().manual_seed(0)
+    tokens, vocab = 300, 512
+    hidden = torch.randn(1, tokens, D, generator=g).requires_grad_()
+    weight = torch.randn(vocab, D, generator=g).requires_grad_()
+    targets = torch.randint(0, vocab, (1, tokens), generator=g)
+
+    def blocks(head) -> int:
+        with Largest() as seen:
+            chunked_next_token_loss(hidden, targets, head, (weight,), chunk=104).nats.backward()
+        storages = (tensor.untyped_storage() for tensor in seen.made)
+        return len({s.data_ptr() for s in storages if s.nbytes() == 4 * 104 * vocab})
+
+    assert blocks(LinearHead()) == 1
+    assert blocks(F.linear) > 1  # the probe sees what it looks for
+
+
+def test_room_for_logits_has_few_sizes():
+    assert {loss._of_few_sizes(n) for n in range(1025, 2049)} == set(range(1152, 2049, 128))
+    assert all(n <= loss._of_few_sizes(n) < n * 1.125 + loss.ROWS for n in range(1, 5000))

@@ -148,25 +148,20 @@ class LoraLinear(_Adapted):
         return super().train(mode)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        y = self.base(x)
+        rows = x.reshape(-1, self.inputs)
         b = self.lora_B
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
         if self.offset_A is not None and self.offset_B is not None:
-            low = torch.cat([low, F.linear(x, self.offset_A.to(x.dtype))], -1)
+            low = torch.cat([low, F.linear(rows, self.offset_A.to(x.dtype))], -1)
             b = torch.cat([b, -self.offset_B], 1)
-        # One pass over y, and one rounding, for the product, the scale and the sum.
-        flat = torch.addmm(
-            y.reshape(-1, self.outputs),
-            low.reshape(-1, b.shape[1]),
-            b.to(x.dtype).T,
-            alpha=self.scale,
-        )
+        # Product, scale and sum in one pass over what the base made, in place and rounded once.
+        flat = self.base(rows).addmm_(low, b.to(x.dtype).T, alpha=self.scale)
         if self.lora_magnitude_vector is not None:
             gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
             bias = getattr(self.base, "bias", None)
             shift = None if bias is None else bias.to(x.dtype)
             flat = flat * gain if shift is None else (flat - shift) * gain + shift
-        return flat.view(y.shape)
+        return flat.view(*x.shape[:-1], self.outputs)
 
     def merged(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
         found = super().merged(weight)
@@ -203,16 +198,16 @@ class LoraExperts(_Adapted):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return getattr(self.base, "bias", None)
+        found: Any = getattr(self.base, "bias", None)
+        return found
 
     def of(self, expert: int, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
-        y = self._base.of(expert, x)
         b = self.lora_B[expert]
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A[expert].to(x.dtype))
         if self.offset_A is not None and self.offset_B is not None:
             low = torch.cat([low, F.linear(x, self.offset_A[expert].to(x.dtype))], -1)
             b = torch.cat([b, -self.offset_B[expert]], 1)
-        return torch.addmm(y, low, b.to(x.dtype).T, alpha=self.scale)
+        return self._base.of(expert, x).addmm_(low, b.to(x.dtype).T, alpha=self.scale)
 
 
 Wrapper = LoraLinear | LoraExperts | LoraEmbedding | TrainableTokens | SavedModule

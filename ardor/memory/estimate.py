@@ -410,7 +410,9 @@ class Held:
         return math.prod(self.shapes["embed_tokens.weight" if self.spec.tied else "lm_head.weight"])
 
     def loss(self) -> int:
-        """The chunked loss: logits and slopes of one chunk, and what a trained head takes beside.
+        """The chunked loss: logits of one chunk, and what a trained head takes beside.
+
+        Slopes are written over the logits of a plain product, and beside those of a finished one.
 
         Its weight is cast to the compute dtype; its gradient is summed in the weight's own, beside
         that of earlier micro-batches.
@@ -419,8 +421,8 @@ class Held:
         states = 2 * use.tokens * self.spec.width * self.width  # and their gradient
         compiled = use.compiled and not use.accelerator
         finished = self.spec.logit_softcap is not None or self.spec.logit_scale != 1.0
-        number = 2 * self.width + (0 if compiled else 8)  # else in float32 too
-        each = self.spec.vocab * (number + (3 * self.width if finished else 0))
+        number = (5 if finished else 1) * self.width + (0 if compiled else 8)  # else float32 too
+        each = self.spec.vocab * number
         chunk = ACCELERATOR_LOSS_CHUNK if use.accelerator else LOSS_CHUNK
         logits = each * min(use.tokens, max(1, chunk // each))
         if not self.trains_head:

@@ -24,6 +24,7 @@ from ardor.files.yaml import to_yaml
 from ardor.load import CONFIG as MODEL
 from ardor.load import Model
 from ardor.memory.fit import note
+from ardor.memory.heap import freed_memory_kept
 from ardor.save import write_files
 from ardor.train.config import Optimisation
 from ardor.train.first_rows import FILE as FIRST_ROWS
@@ -58,10 +59,11 @@ class Run:
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last."""
         first = self.trainer.ranks.first
-        for event in self.trainer.events():
-            if event["kind"] == "checkpoint" and first:
-                write_report(self.folder)
-            yield event
+        with freed_memory_kept():
+            for event in self.trainer.events():
+                if event["kind"] == "checkpoint" and first:
+                    write_report(self.folder)
+                yield event
         if not first:
             return
         yield from self._memory()

@@ -9,7 +9,7 @@ import torch
 from ardor.errors import ConfigError
 from ardor.memory.machine import Machine, peak_resident
 from ardor.memory.products import KEPT, VARIABLES
-from ardor.train import finetune, peak
+from ardor.train import finetune, peak, run
 from ardor.train.config import Finetune
 
 
@@ -71,3 +71,19 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(base, pairs, tmp_path, m
     with pytest.raises(ConfigError, match="lora fine-tuning of .* takes about .* there are 1 MiB"):
         finetune.prepare(config(base("llama"), pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_freed_memory_stays_with_a_run_until_it_ends(base, pairs, tmp_path, monkeypatch):
+    order = []
+
+    class Kept:
+        def __enter__(self):
+            order.append("kept")
+
+        def __exit__(self, *exception):
+            order.append("given back")
+
+    monkeypatch.setattr(run, "freed_memory_kept", Kept)
+    for event in finetune.prepare(config(base("llama"), pairs, tmp_path / "run")).events():
+        order.append(event["kind"])
+    assert order[0] == "kept" and order.index("train") < order.index("given back")
