@@ -22,10 +22,12 @@ it, is states W^T + b of its parameters W and perhaps b, and `finish` of that if
 
 # Of logits and what is made of them, alive at a time: on a CPU products of 256 and more rows are as
 # fast as any; a GPU wants thousands to be busy.
-CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 64 << 20, 512 << 20
-# Zeros fill the last rows up to a multiple of this: some counts, like 511, divide into blocks so
-# badly that a product takes half as long again.
-ROWS = 8
+CHUNK_BYTES, ACCELERATOR_CHUNK_BYTES = 32 << 20, 512 << 20
+# Zeros fill the last rows up to a multiple of this, and to one of so many numbers between a power
+# of two and the next. Some counts, like 511, divide into blocks so badly that a product takes half
+# as long again; and oneDNN compiles three products for each count that it meets, whose small blocks
+# of memory, here and there in the heap, let it grow by half.
+ROWS, SIZES = 8, 16
 TILE_BYTES = 4 << 20  # of a weight's gradient that is made at a time
 
 
@@ -151,7 +153,7 @@ class _Pieces:
         differentiated, slopes = bool(self._wants_rows or self._inputs), None
         for piece in self._slices():
             count = piece.stop - piece.start
-            part = F.pad(self.rows[piece].detach(), (0, 0, 0, -count % ROWS))
+            part = F.pad(self.rows[piece].detach(), (0, 0, 0, _filled(count) - count))
             logits, add = self._logits(part, differentiated)
             if differentiated:
                 slopes = logits if self._linear else _like(logits, slopes)
@@ -184,8 +186,7 @@ class _Pieces:
         """part W^T + b in the memory of the piece before."""
         weight, *bias = self._leaves
         if self._sheet is None:
-            most = min(self.chunk, len(self.rows) + -len(self.rows) % ROWS)
-            self._sheet = part.new_empty(_of_few_sizes(most), len(weight))
+            self._sheet = part.new_empty(len(part), len(weight))  # the first is the largest
         out = self._sheet[: len(part)]
         if bias:
             return torch.addmm(bias[0], part, weight.T, out=out)
@@ -238,7 +239,8 @@ class _Pieces:
         bytes = CHUNK_BYTES if self.rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
         logits_and_slopes = (1 if self._linear else 2) * none.element_size()
         fitting = bytes // (none.shape[-1] * (logits_and_slopes + beside))
-        return max(1, fitting // ROWS * ROWS)
+        step = _step(fitting)
+        return max(1, fitting // step * step)
 
 
 def _like(logits: Float[Tensor, "n V"], slopes: Tensor | None) -> Float[Tensor, "n V"]:
@@ -246,14 +248,15 @@ def _like(logits: Float[Tensor, "n V"], slopes: Tensor | None) -> Float[Tensor, 
     return torch.empty_like(logits) if slopes is None else slopes[: len(logits)]
 
 
-def _of_few_sizes(rows: int) -> int:
-    """`rows` or somewhat more: one of eight numbers between a power of two and the next.
-
-    The number of targets differs in each step. A block of memory that is as large as the one before
-    is found again; among blocks of any size the heap grows to half as much again.
-    """
-    step = max(ROWS, 1 << max(0, rows.bit_length() - 4))
+def _filled(rows: int) -> int:
+    """`rows` with those that are filled up."""
+    step = _step(rows)
     return -(-rows // step) * step
+
+
+def _step(rows: int) -> int:
+    """Between numbers of rows that are used, about `rows`."""
+    return max(ROWS, (1 << rows.bit_length() - 1) // SIZES)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

@@ -188,6 +188,6 @@ def test_slopes_of_a_plain_head_are_written_over_its_logits_and_all_pieces_share
     assert blocks(F.linear) > 1  # the probe sees what it looks for
 
 
-def test_room_for_logits_has_few_sizes():
-    assert {loss._of_few_sizes(n) for n in range(1025, 2049)} == set(range(1152, 2049, 128))
-    assert all(n <= loss._of_few_sizes(n) < n * 1.125 + loss.ROWS for n in range(1, 5000))
+def test_products_of_the_head_have_few_sizes():
+    assert {loss._filled(n) for n in range(1025, 2049)} == set(range(1088, 2049, 64))
+    assert all(n <= loss._filled(n) < n * 17 / 16 + loss.ROWS for n in range(1, 5000))

@@ -12,7 +12,9 @@ from ardor.arch.cache import KVCache
 from ardor.arch.decoder import Decoder
 from ardor.memory.estimate import (
     ACCELERATOR_LOSS_CHUNK,
+    KERNEL,
     LOSS_CHUNK,
+    RAGGED_HEAP,
     Held,
     Use,
     cache_bytes,
@@ -20,6 +22,7 @@ from ardor.memory.estimate import (
     estimate,
     weight_bytes,
 )
+from ardor.memory.products import KEPT
 from ardor.memory.saved import How, per_token
 from ardor.plan import known
 from ardor.quant.formats import FORMATS
@@ -162,3 +165,16 @@ def test_a_quantized_load_holds_the_bytes_that_are_said(tmp_path, family, format
 def test_the_loss_is_counted_in_the_chunks_that_it_takes():
     assert loss.CHUNK_BYTES == LOSS_CHUNK
     assert loss.ACCELERATOR_CHUNK_BYTES == ACCELERATOR_LOSS_CHUNK
+
+
+def test_ragged_batches_split_the_heap_for_some_dozens():
+    use = Use(task="train", weights="float32", compute="bfloat16", length=512, ragged=True)
+
+    def peak(**more) -> int:
+        return estimate(LLAMA, replace(use, **more)).peak.bytes
+
+    grown = [peak(batches=n) for n in (1, 20, 41, 1000)]
+    assert grown[0] < grown[1] < grown[2] <= grown[3] <= grown[0] + RAGGED_HEAP + KERNEL * KEPT
+    assert grown[3] - grown[0] > RAGGED_HEAP
+    assert peak(batches=1000, ragged=False) == peak(batches=1, ragged=False)
+    assert peak(batches=1000, accelerator=True) == peak(batches=1, accelerator=True)
