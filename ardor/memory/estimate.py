@@ -58,7 +58,7 @@ class Use:
     length: int  # tokens of each: the prompt's, or the longest example's
     ragged: bool = False  # the examples of a micro-batch differ in length
     batch_sizes: int = 1  # how many different numbers of tokens micro-batches have
-    batches: int = 1  # micro-batches of the whole run
+    batches: int = 1  # micro-batches of the whole run whose documents have other lengths
     new_tokens: int = 0  # of generation, beyond the prompt
     accumulation: int = 1  # micro-batches of an optimizer step
     rank: int = 16  # of adapters
@@ -352,7 +352,7 @@ class Held:
         shapes = {s for n, s in self.shapes.items() if is_linear(n, s) and len(s) == 2}
         adapters = {side for shape in shapes for side in shape} if self.adapters else set()
         found = ways * (use.batch_sizes - 1) * (len(shapes) + 2 * len(adapters))
-        found += use.batches - 1 if use.ragged else 0
+        found += use.batches - 1
         of_experts = 6 if any(".experts." in name for name in self.adapters) else 2
         for ffn in {layer.ffn for layer in self.spec.layers}:
             if isinstance(ffn, specs.Experts):
@@ -494,7 +494,7 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     most = wide * held.largest if use.in_backward else wide * held.trained
 
     kept_free = sum(map(held.kept_free, layers))
-    if use.ragged and not use.accelerator:
+    if not use.accelerator:
         kept_free += int(RAGGED_HEAP * min(1, (use.batches - 1) / RAGGED_BATCHES))
     slack = Term("allocator", kept_free, "freed memory that it keeps")
 

@@ -153,7 +153,8 @@ def _largest_batch(plan: BatchPlan, steps: int | None, config: Optimisation) -> 
     if isinstance(config, Finetune) and config.objective == "kto":
         found = found[::2]  # the others, answers to other prompts, are read without a gradient
     read = round(len(_sizes(plan)) * config.num_train_epochs) if steps is None else steps
-    different = {"batch_sizes": len({*sizes}), "batches": max(1, read)}
+    alike = len({*plan.dataset.lengths.tolist()}) == 1
+    different = {"batch_sizes": len({*sizes}), "batches": 1 if alike else max(1, read)}
     if len({*found}) == 1:
         return {"rows": len(found), "length": found[0], **different}
     return {"rows": 1, "length": sum(found), "ragged": True, **different}
