@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ardor.adapters.lora import LoraConfig
+from ardor.adapters.config import TOKEN_OWNERS, LoraConfig
 from ardor.adapters.peft_files import load_adapter
 from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ardor.adapters.peft_tables import saved_rows
 from ardor.arch import spec as specs
 from ardor.arch.attention import backend_for
 from ardor.arch.causal import CausalLM
@@ -446,17 +447,21 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
         )
 
 
-def growths_of(adapter: Path | None, rows: int) -> tuple[Growth, ...]:
+def growths_of(adapter: Path | None, rows: int, form: Form) -> tuple[Growth, ...]:
     """The tokens that were added to the base before this adapter was trained on it.
 
-    An adapter of PEFT does not say so, but trains rows that the base lacks; its tokenizer knows how
-    many there are.
+    An adapter of PEFT does not say so, but has tables of more rows than the base, or trains rows
+    that it lacks; its tokenizer knows how many there are.
     """
     if adapter is None:
         return ()
     records = _optional_json(adapter / ORIGIN).get("growths", ())
     if records:
         return tuple(Growth.read(record, str(adapter / ORIGIN)) for record in records)
+    places = form.disk_linears()
+    tables = [places[name].name for name in TOKEN_OWNERS if name in places]
+    if (held := saved_rows(adapter / ADAPTER_WEIGHTS, tables)) > rows:
+        return (Growth({}, held, rows),)
     indices = read_object(adapter / ADAPTER_CONFIG).get("trainable_token_indices") or ()
     lists = indices.values() if isinstance(indices, dict) else (indices,)
     most = max((id for ids in lists for id in ids), default=-1)
@@ -471,7 +476,7 @@ def _grown(
 ) -> tuple[Assembled, dict[str, Any], tuple[Growth, ...]]:
     """The base as it was when its adapter was trained: with the rows of added tokens."""
     decoder, form, precision, placement = assembled
-    growths = growths_of(origin.adapter, decoder.facts.vocab)
+    growths = growths_of(origin.adapter, decoder.facts.vocab, form)
     if not growths:
         return assembled, config, ()
     if not isinstance(form, Native) or placement is not None:

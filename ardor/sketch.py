@@ -64,7 +64,7 @@ def sketch(name: str | Path, revision: str | None = None) -> Model:
     config = read_object(found.path / CONFIG)
     family_of(config, str(found.path / CONFIG))
     decoder, form = _decoder(config, str(found.path / CONFIG))
-    for growth in growths_of(origin.adapter, decoder.facts.vocab):
+    for growth in growths_of(origin.adapter, decoder.facts.vocab, form):
         assert isinstance(form, Native)
         form, config = form.grow(decoder, config, growth)
     home = found.path if origin.adapter is None else text_home(origin.adapter, found.path)

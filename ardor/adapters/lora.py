@@ -5,6 +5,7 @@ Axes: R adapter rank, E experts.
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace as dataclass_replace
 from typing import Any
 
 import torch
@@ -366,12 +367,13 @@ def add_token_rows(decoder: nn.Module, rows: Mapping[str, tuple[int, ...]]) -> N
 def select(decoder: nn.Module, config: LoraConfig, names: Callable[[str], str]) -> tuple[str, ...]:
     """The modules of `decoder` that are adapted, by our names, in the decoder's order.
 
-    Raises: ConfigError for a target that matches nothing, with what there is.
+    Raises: ConfigError for a target or an exclusion that matches nothing, with what there is.
     """
     linears, targets = linear_names(decoder), config.target_modules
     both = {name: (name, names(name)) for name in linears}
     if hasattr(decoder, "embed_tokens"):
         both = {"embed_tokens": ("embed_tokens", names("embed_tokens"))} | both
+    _check_excluded(config, both)
     if targets == ALL_LINEAR:
         found = tuple(
             name
@@ -422,6 +424,19 @@ def _check_targets(
             f"target_modules={list(config.target_modules)} match, but layers_to_transform="
             f"{list(config.layers_to_transform)} and exclude_modules leave none of them"
         )
+
+
+def _check_excluded(config: LoraConfig, both: Mapping[str, tuple[str, str]]) -> None:
+    excluded = config.exclude_modules
+    for entry in filter(None, [excluded] if isinstance(excluded, str) else excluded):
+        value = entry if isinstance(excluded, str) else (entry,)
+        alone = dataclass_replace(config, exclude_modules=value, modules_to_save=())
+        heads = ("lm_head", "embed_tokens")  # out of reach of "all-linear" in any model
+        if not any(alone.excludes(full) for pair in (heads, *both.values()) for full in pair):
+            raise ConfigError(
+                f"exclude_modules: {entry!r} matches no linear of this model, so that it leaves "
+                f"nothing out; {_there_is(entry, both.values())}"
+            )
 
 
 def select_saved(

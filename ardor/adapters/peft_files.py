@@ -54,6 +54,7 @@ from ardor.adapters.peft_layout import (
     tensor_key,
 )
 from ardor.adapters.peft_older import modernise
+from ardor.adapters.peft_tables import settle_tables
 from ardor.errors import CheckpointError
 from ardor.files.json import read_object
 
@@ -98,7 +99,8 @@ class _Files:
 
     def setting(self, key: str, disk: str, pattern: str, default: Any = 8) -> Any:
         """The rank or alpha of a module of theirs."""
-        return by_pattern(self.raw.get(pattern) or {}, [disk], self.raw.get(key, default))
+        names = [disk, f"{disk}.weight"]  # the latter of a parameter among the targets
+        return by_pattern(self.raw.get(pattern) or {}, names, self.raw.get(key, default))
 
 
 def load_adapter(
@@ -122,6 +124,7 @@ def load_adapter(
     groups = groups_of(decoder, disk_names)
     ranks = note.setdefault("ranks", {})
     modernise(raw, tensors, ranks, decoder, groups, disk_names, files.weights)
+    settle_tables(raw, tensors, decoder, disk_names, path)
     present = dict(wrapped_modules(decoder))
     chosen = _targeted(raw, groups, path, embedding=disk_name(disk_names, "embed_tokens"))
     _check_present(present, groups, chosen, path)
@@ -196,6 +199,8 @@ def _targeted(
             found = not head and not config.excludes(group.disk)
         else:
             found = config.targets(group.disk)
+        if not group.transposed:
+            found = found or any(ends_with(f"{group.disk}.weight", entry) for entry in parameters)
         if found:
             chosen.append(group)
     targets = raw.get("target_modules")
@@ -369,18 +374,14 @@ def _take_others(
         key, head = f"{PREFIX}{place.name}", f"{PREFIX}lm_head"
         if f"{key}.lora_embedding_A" in tensors:
             parts = [tensors.pop(f"{key}.lora_embedding_{letter}") for letter in "AB"]
-            tensors.pop(f"{key}.base_layer.weight", None)  # the base's, which PEFT saves again
-            _require_tie(files, tied=tied, name=name)
             if tied:
                 for leaf in ("lora_A.weight", "lora_B.weight", "base_layer.weight"):
                     tensors.pop(f"{head}.{leaf}", None)
             found[name] = parts
         elif f"{key}.weight" in tensors and place.parts == 1 and raw.get("modules_to_save"):
             leaves = {leaf: tensors.pop(f"{key}.{leaf}", None) for leaf in ("weight", "bias")}
-            if name == "embed_tokens":
-                _require_tie(files, tied=tied, name=name)
-                if tied:
-                    tensors.pop(f"{head}.weight", None)
+            if name == "embed_tokens" and tied:
+                tensors.pop(f"{head}.weight", None)
             weight = leaves["weight"]
             assert weight is not None
             if place.transposed:
@@ -401,15 +402,6 @@ def _check_others(present: Mapping[str, Wrapper], others: Mapping[str, Any], pat
         rows = any(isinstance(present.get(name), TrainableTokens) for name in held ^ others.keys())
         what = "the rows of different tokens" if rows else f"different modules: {held ^ {*others}}"
         raise CheckpointError(f"{path} and this model train {what}")
-
-
-def _require_tie(files: _Files, *, tied: bool, name: str) -> None:
-    if tied and name == "embed_tokens" and not files.raw.get("ensure_weight_tying"):
-        raise CheckpointError(
-            f"{files.config}: it trained the embedding of a model whose head is tied to it, and "
-            "left the head as it was (ensure_weight_tying is false); train it again with "
-            "ensure_weight_tying=True, or merge it with peft on an untied copy of the base"
-        )
 
 
 def _place_other(

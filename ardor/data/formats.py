@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,7 +278,24 @@ def _optional_string(values: Values, column: str) -> str:
 def _messages(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"column {column!r} holds {_kind(value)}, expected a list of messages")
-    return list(value)
+    first = value[0]
+    spoken = isinstance(first, Mapping) and "from" in first and _role(first) is None
+    return _spoken(value) if spoken else list(value)
+
+
+def _spoken(turns: Sequence[Any]) -> list[Any]:
+    """ShareGPT's turns as messages."""
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            found = ", ".join(turn) if isinstance(turn, Mapping) else _kind(turn)
+            raise DataError(f"turn {number} holds {found}; expected 'from' and 'value'")
+        if turn["from"] not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            raise DataError(f"turn {number} is from {turn['from']!r}; known are {known}")
+        message = {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
+        messages.append(message | {k: v for k, v in turn.items() if k not in ("from", "value")})
+    return messages
 
 
 def _kind(value: object) -> str:
@@ -329,20 +346,8 @@ def _read_messages(values: Values) -> Conversation:
 
 
 def _read_sharegpt(values: Values) -> Conversation:
-    turns = _messages(values["conversations"], "conversations")
-    if _role(turns[0]) is not None:  # this column's name with the keys of messages
-        return _conversation(values, turns)
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-            found = ", ".join(turn) if isinstance(turn, Mapping) else _kind(turn)
-            raise DataError(f"turn {number} holds {found}; expected 'from' and 'value'")
-        if turn["from"] not in SPEAKERS:
-            known = ", ".join(SPEAKERS)
-            raise DataError(f"turn {number} is from {turn['from']!r}; known are {known}")
-        message = {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
-        messages.append(message | {k: v for k, v in turn.items() if k not in ("from", "value")})
-    return _conversation(values, messages)
+    turns = _messages(values["conversations"], "conversations")  # perhaps with a message's keys
+    return _conversation(values, turns if _role(turns[0]) is not None else _spoken(turns))
 
 
 def _read_prompt(values: Values) -> Completion | Conversation:
@@ -400,11 +405,14 @@ def read_preference(values: Values) -> Preference:
             "two lists of messages"
         )
     sides = [_messages(chosen, "chosen"), _messages(rejected, "rejected")]
+    if isinstance(prompt, str) and all(_role(side[0]) == "assistant" for side in sides):
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list | tuple):
-        sides = [[*prompt, *side] for side in sides]
-        shared = len(prompt)
+        before = _messages(prompt, "prompt") if prompt else []
+        sides = [[*before, *side] for side in sides]
+        shared = len(before)
     else:
-        # A prompt that is a string repeats what the messages begin with, as in UltraFeedback.
+        # Else a string repeats what the messages begin with, as in UltraFeedback.
         pairs = enumerate(zip(*sides, strict=False))
         shared = next((i for i, (a, b) in pairs if a != b), min(map(len, sides)))
         shared = min(shared, *(len(side) - 1 for side in sides))

@@ -213,8 +213,14 @@ class _Builder:
                 f"{self.counts['alike']:,} with two equal answers"
             )
         store, firsts = MemoryStore(), []
+        prompts = [_prompt(one[0]) for one in self.kept] if self.kind == "labels" else []
+        if prompts and len({*prompts}) == 1:
+            raise DataError(
+                f"all {len(prompts):,} labelled answers are to one prompt, and kto measures how "
+                "far the model has moved by answers to other prompts; give rows of at least two"
+            )
         for index, (first, second, row, _, unended) in enumerate(self.kept):
-            second = second or self._elsewhere(index)
+            second = second or self._elsewhere(index, prompts)
             firsts.append(len(first.tokens))
             tokens = np.concatenate([first.tokens, second.tokens])
             supervised = np.concatenate([first.supervised, second.supervised])
@@ -236,15 +242,21 @@ class _Builder:
             liked=np.array([one[3] for one in self.kept]),
         )
 
-    def _elsewhere(self, index: int) -> Marked:
+    def _elsewhere(self, index: int, prompts: list[bytes]) -> Marked:
         """The prompt of an answer, followed by the answer to another prompt."""
-        own = self.kept[index][0]
-        # From the other half of the data, as neighbours may answer the same prompt.
-        other = self.kept[(index + max(1, len(self.kept) // 2)) % len(self.kept)][0]
-        at, start = (int(np.argmax(one.supervised)) for one in (own, other))
-        tokens = np.concatenate([own.tokens[:at], other.tokens[start:]])
-        supervised = np.concatenate([own.supervised[:at], other.supervised[start:]])
+        count = len(prompts)
+        # From the other half of the data, as neighbours often answer the same prompt.
+        order = ((index + count // 2 + step) % count for step in range(count))
+        other = next(place for place in order if prompts[place] != prompts[index])
+        first, second = self.kept[index][0], self.kept[other][0]
+        at, start = (int(np.argmax(one.supervised)) for one in (first, second))
+        tokens = np.concatenate([first.tokens[:at], second.tokens[start:]])
+        supervised = np.concatenate([first.supervised[:at], second.supervised[start:]])
         return Marked(tokens, supervised).part(0, max(self.limit, at + 1))
+
+
+def _prompt(answer: Marked) -> bytes:
+    return answer.tokens[: int(np.argmax(answer.supervised))].tobytes()
 
 
 def _without_start(

@@ -172,6 +172,8 @@ def test_settings_that_mean_nothing_are_refused(llama):
         LoraConfig(init_lora_weights="pisa")
     with pytest.raises(ConfigError, match="acts on a list of target_modules"):
         LoraConfig(layers_to_transform=(1,))
+    with pytest.raises(ConfigError, match="layers_pattern says where layers_to_transform counts"):
+        LoraConfig(target_modules=("q_proj",), layers_pattern=("layers",))
     decoder = llama.ours()
     add_lora(decoder, LoraConfig(r=4))
     with pytest.raises(ConfigError, match="already has an adapter"):

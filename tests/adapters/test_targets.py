@@ -88,6 +88,10 @@ def test_what_matches_nothing_lists_what_there_is():
         ConfigError, match=r"modules_to_save: 'lm_hed' matches no module .* lm_head"
     ):
         add_lora(Holder(), LoraConfig(r=2, modules_to_save=("lm_hed",)))
+    for wrong in (("b",), "layers.*b"):  # a word that leaves nothing out is a mistake
+        with pytest.raises(ConfigError, match=r"exclude_modules: '.*b' matches no .* there are a"):
+            add_lora(Holder(), LoraConfig(r=2, exclude_modules=wrong))
+    assert select(Holder(), LoraConfig(r=2, exclude_modules=("lm_head",)), str) == ("layers.0.a",)
     with pytest.raises(ConfigError, match="exclude_modules leave none of them"):
         add_lora(Holder(), LoraConfig(r=2, target_modules=("a",), exclude_modules=("a",)))
 

@@ -60,7 +60,7 @@ CASES = {
     "a wrong fan_in_fan_out": (GPT2, {"target_modules": ["c_attn"], "fan_in_fan_out": False}),
     "one layer": (
         LLAMA,
-        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     ),
     "anchored patterns": (
         LLAMA,

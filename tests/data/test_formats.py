@@ -48,6 +48,15 @@ def test_every_conversation_format_gives_the_same_example(tokenizer, name):
     assert examples_of(row(values), tokenizer, CHATML) == supervise(tokenizer, CHATML, TURNS)
 
 
+@pytest.mark.parametrize("columns", ["messages", "prompt, completion"])
+def test_turns_of_sharegpt_are_read_in_any_column_of_messages(tokenizer, columns):
+    turns = CONVERSATIONS["sharegpt"]["conversations"]
+    values = {"messages": turns}
+    if columns != "messages":
+        values = {"prompt": turns[:-1], "completion": turns[-1:]}
+    assert examples_of(row(values), tokenizer, CHATML) == supervise(tokenizer, CHATML, TURNS)
+
+
 def test_every_format_is_tested_here():
     assert {format.name for format in FORMATS} == {*CONVERSATIONS, "text", "segments", "preference"}
 
@@ -235,6 +244,12 @@ PREFERENCES = [
     {"prompt": TURNS[:1], "chosen": [BETTER], "rejected": [WORSE]},
     {"chosen": [TURNS[0], BETTER], "rejected": [TURNS[0], WORSE]},
     {"prompt": ASK, "chosen": [TURNS[0], BETTER], "rejected": [TURNS[0], WORSE]},  # UltraFeedback
+    {"prompt": ASK, "chosen": [BETTER], "rejected": [WORSE]},  # which does not repeat it
+    {
+        "prompt": [{"from": "human", "value": ASK}],
+        "chosen": [{"from": "gpt", "value": "Yes."}],
+        "rejected": [{"from": "gpt", "value": "No."}],
+    },
 ]
 
 

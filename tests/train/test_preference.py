@@ -472,6 +472,24 @@ def test_kto_measures_with_the_answers_to_other_prompts(model):
     assert len(judged(model, preferences(3), "labels")) == 6  # a pair is two answers
 
 
+def test_an_answer_to_the_same_prompt_is_no_answer_to_another(model):
+    asked = ["the cat", "a dog", "the cat", "the cat", "the cat"]  # halves that begin alike
+    answers = [" sat", " ran away", " saw", " is", " was here"]
+    rows = [
+        {"prompt": prompt, "completion": answer, "label": True}
+        for prompt, answer in zip(asked, answers, strict=True)
+    ]
+    data, tokenizer = judged(model, rows, "labels"), tokenizer_of(model)
+    for index, prompt in enumerate(asked):
+        first, _ = data.documents(index)
+        found = tokenizer.decode(list(data[index].tokens[first:]), skip_special=True)
+        assert found in [
+            prompt + answer for other, answer in zip(asked, answers, strict=True) if other != prompt
+        ]
+    with pytest.raises(DataError, match="all 4 labelled answers are to one prompt"):
+        judged(model, [one for one in rows if one["prompt"] == "the cat"], "labels")
+
+
 # --- mistakes ---
 
 
