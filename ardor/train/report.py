@@ -95,7 +95,9 @@ def render(name: str, rows: Sequence[Row], settings: Row, data: Sequence[Documen
         chart("Stop rate of answers", [Curve("", "eval", _series(evals, "stop_rate"))]),
     ]
     lost = sum(1 for row in train if not _finite(row.get("loss")))
-    warning = f'<p class="bad">Steps without a finite loss: {lost}.</p>' if lost else ""
+    bad = [f"Steps without a finite loss: {lost}."] if lost else []
+    bad += [f"Stopped: {row['text']}" for row in rows if row["kind"] == "stopped"]
+    warning = "".join(f'<p class="bad">{escape(text)}</p>' for text in bad)
     body = [
         f"<h1>{escape(name)}</h1>",
         _tiles(train, evals),
@@ -268,21 +270,28 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
 
 
 def _samples(samples: Sequence[Row]) -> str:
+    """The first and the last of each prompt side by side, and those between them folded."""
     if not samples:
         return ""
-    steps = sorted({row["step"] for row in samples}, reverse=True)
-    parts = []
-    for step in steps:
-        texts = "".join(
-            f"<blockquote><b>{escape(str(row.get('prompt', '')))}</b>"
-            f"{escape(str(row.get('text', '')))}</blockquote>"
-            for row in samples
-            if row["step"] == step
+    steps = sorted({row["step"] for row in samples})
+    ends = dict.fromkeys((steps[0], steps[-1]))
+    prompts = dict.fromkeys(str(row.get("prompt", "")) for row in samples)
+    texts = {(row["step"], str(row.get("prompt", ""))): str(row.get("text", "")) for row in samples}
+
+    def quotes(prompt: str, chosen: Iterable[int]) -> str:
+        return "".join(
+            f"<div><h3>Step {step:,}</h3><blockquote><b>{escape(prompt)}</b>"
+            f"{escape(texts[step, prompt])}</blockquote></div>"
+            for step in chosen
+            if (step, prompt) in texts
         )
-        parts.append(f"<h3>Step {step:,}</h3>{texts}")
-    earlier = "".join(parts[1:])
-    folded = f"<details><summary>Earlier</summary>{earlier}</details>" if earlier else ""
-    return f"<h2>Samples</h2>{parts[0]}{folded}"
+
+    shown = "".join(f'<div class="samples">{quotes(prompt, ends)}</div>' for prompt in prompts)
+    between = [step for step in steps if step not in ends]
+    folded = "".join(quotes(prompt, between) for prompt in prompts)
+    if folded:
+        folded = f"<details><summary>Between them</summary>{folded}</details>"
+    return f"<h2>Samples</h2>{shown}{folded}"
 
 
 def _data(rows: Sequence[Document]) -> str:
@@ -334,7 +343,10 @@ path.dots { stroke-width: 6; stroke-linecap: round; }
 .plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 8px); transform: translateX(-50%); }
 summary { margin: 8px 0; color: var(--soft); cursor: pointer; }
-blockquote { margin: 0 0 8px; padding: 10px 14px; white-space: pre-wrap;
+.samples { display: grid; gap: 0 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
+.samples > div { min-width: 0; }
+blockquote { margin: 0 0 8px; overflow-wrap: anywhere; padding: 10px 14px; white-space: pre-wrap;
   font: 13px/1.5 ui-monospace, monospace; }
 blockquote b { color: var(--train); }
 """
