@@ -19,6 +19,7 @@ from ardor.errors import CheckpointError
 from ardor.files.atomic import write_atomic
 from ardor.files.page import page, table, tiles
 from ardor.files.yaml import read_yaml
+from ardor.memory.machine import shown
 from ardor.train.first_rows import read_first_rows
 
 Row = dict[str, Any]
@@ -91,6 +92,7 @@ def render(name: str, rows: Sequence[Row], settings: Row, data: Sequence[Documen
         *(_compared(title, key, train, evals) for title, key in JUDGED),
         chart("Learning rate", [Curve("", "train", thinned(_series(train, "learning_rate")))]),
         chart("Tokens per second", _noisy(_series(train, "tokens_per_second"))),
+        chart("MFU: share of what the device can do", _noisy(_series(train, "mfu"))),
         chart("Gradient norm", _noisy(_series(train, "grad_norm"))),
         chart("Stop rate of answers", [Curve("", "eval", _series(evals, "stop_rate"))]),
     ]
@@ -100,7 +102,7 @@ def render(name: str, rows: Sequence[Row], settings: Row, data: Sequence[Documen
     warning = "".join(f'<p class="bad">{escape(text)}</p>' for text in bad)
     body = [
         f"<h1>{escape(name)}</h1>",
-        _tiles(train, evals),
+        _tiles(train, evals, _series(rows, "peak_memory")),
         warning,
         f'<div class="charts">{"".join(curves)}</div>',
         _samples(samples),
@@ -245,13 +247,13 @@ def _span(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
+def _tiles(train: Sequence[Row], evals: Sequence[Row], peak: Sequence[tuple[float, float]]) -> str:
     facts: list[tuple[str, str]] = []
     if train:
         facts.append(("steps", f"{train[-1]['step']:,}"))
     if loss := _series(train, "loss"):
         recent = [value for _, value in loss[-max(1, len(loss) // 20) :]]
-        facts.append(("recent training loss", f"{sum(recent) / len(recent):.3f}"))
+        facts.append(("recent training loss", f"{sum(recent) / len(recent):,.3f}"))
     held_out = _series(evals, "loss")
     if held_out:
         facts.append(("held-out loss", f"{held_out[-1][1]:.3f}"))
@@ -266,6 +268,8 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
         facts.append(("stop rate", f"{stop[-1][1]:.0%}"))
     if speed := sorted(value for _, value in _series(train, "tokens_per_second")):
         facts.append(("tokens/s, median", f"{speed[len(speed) // 2]:,.0f}"))
+    if peak:
+        facts.append(("peak memory", shown(int(peak[-1][1]))))
     return tiles(facts) if facts else "<p>Nothing was logged yet.</p>"
 
 
@@ -323,7 +327,7 @@ figure.wide { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px;
   font-size: 14px; font-weight: 600; }
 .legend { font-weight: 400; color: var(--soft); }
-.key { margin-left: 14px; }
+.key { margin-left: 14px; white-space: nowrap; }
 .legend .key:first-child { margin-left: 0; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; background: var(--train); }

@@ -33,7 +33,7 @@ from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
 from ardor.train.preference import LabelObjective
 from ardor.train.ranks import Ranks
-from ardor.train.report import REPORT, write_report
+from ardor.train.report import write_report
 from ardor.train.trackers import Dashboard, Log, open_trackers
 from ardor.train.trainer import Diverged, Event, Hooks, Objective, Trainer
 
@@ -70,8 +70,7 @@ class Run:
                 yield event
             if first:
                 yield from self._memory()
-                if not (self.folder / REPORT).exists():  # killed after its last checkpoint
-                    write_report(self.folder)
+                write_report(self.folder)
         except Diverged as error:
             failed = True
             if first:
