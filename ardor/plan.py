@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ardor.adapters.config import LoraConfig
 from ardor.errors import ArdorError, ConfigError
 from ardor.memory.estimate import WIDTHS, Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
@@ -29,6 +30,8 @@ class Settings:
     purpose: Literal["generate", "finetune", "train"] = "finetune"
     method: Literal["full", "lora", "qlora"] = "lora"
     lora_r: int = 16
+    init_lora_weights: str = "default"
+    use_dora: bool = False
     optim: Optim = "adamw"
     master_dtype: MasterDtype = "float32"
     gradient_checkpointing: Recompute = "none"
@@ -151,6 +154,7 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         )
     if method == "lora" and model.quantization is not None:
         method = "qlora"  # adapters on weights that are packed in their file
+    adapter = _adapter(settings, method)
     packed = settings.quantization or model.quantization or "nf4"
     compute = _compute(machine) if settings.dtype == "auto" else settings.dtype
     weights = settings.master_dtype if method == "full" else compute
@@ -165,12 +169,36 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         length=length,
         accumulation=settings.gradient_accumulation_steps,
         rank=settings.lora_r,
+        begun=adapter.init_lora_weights,
+        offset=adapter.saves_rank > 1,
+        dora=adapter.use_dora,
         optim=settings.optim,
         recompute=settings.gradient_checkpointing,
         in_backward=settings.optimizer_in_backward,
         offloaded=settings.offload_optimizer,
         beside=beside(model, weights, method),
     )
+
+
+def _adapter(settings: Settings, method: str) -> LoraConfig:
+    """How adapters begin, and whether they have magnitudes.
+
+    Raises: ConfigError for what `finetune` refuses too.
+    """
+    begun, dora = settings.init_lora_weights, settings.use_dora
+    found = LoraConfig(r=settings.lora_r, init_lora_weights=begun, use_dora=dora)
+    if method == "full" and found != LoraConfig(r=settings.lora_r):
+        raise ConfigError(
+            f"init_lora_weights={begun}, use_dora={dora}: {settings.purpose} with method full has "
+            "no adapters; leave them out, or choose lora"
+        )
+    if (begun == "loftq" and method == "lora") or (found.saves_rank > 1 and method == "qlora"):
+        other = "qlora" if begun == "loftq" else "lora"
+        raise ConfigError(
+            f"init_lora_weights={begun} is for method {other}, and method is {method}; choose "
+            f"that, or another beginning (docs/ADAPTERS.md)"
+        )
+    return found
 
 
 def expected_generation(name: str, settings: Settings, *, on_cpu: bool) -> Choice | None:

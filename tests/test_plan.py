@@ -1,17 +1,18 @@
 """Names, settings and machines into plans."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ardor.errors import ArdorError, ConfigError
 from ardor.memory.estimate import estimate
-from ardor.memory.machine import Machine
+from ardor.memory.machine import Machine, this_machine
 from ardor.outline import beside, outline, rearranged
 from ardor.plan import Settings, described, known, make_plan, use_of
 from ardor.train.presets import PRESETS
 
-from .tiny import make_world
+from .tiny import make_world, write_rows
 
 GIB = 2**30
 HERE = Machine((), 16 * GIB)
@@ -62,6 +63,11 @@ def test_what_is_no_model_is_refused(tmp_path):
         ({"quantization": "nf4", "method": "lora"}, "is for method qlora"),
         ({"dtype": "int3"}, "int3"),
         ({"purpose": "generate", "max_length": 4096}, "more than the 256 positions"),
+        ({"init_lora_weights": "pizza"}, "'pizza' is not known; choose one of default"),
+        ({"init_lora_weights": "loftq"}, "loftq is for method qlora, and method is lora"),
+        ({"init_lora_weights": "olora", "method": "qlora"}, "for method lora, and method is qlora"),
+        ({"use_dora": True, "method": "full"}, "has no adapters"),
+        ({"use_dora": True, "purpose": "train"}, "train with method full has no adapters"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
@@ -135,3 +141,52 @@ def test_adapters_on_packed_weights_are_planned_as_qlora(tmp_path):
     assert (use.method, use.quantization) == ("qlora", "gptq")
     aliased = use_of(known("llama-15m"), Settings(purpose="generate", quantization="int8"), HERE)
     assert aliased.quantization == "llm-int8"
+
+
+ADAPTERS = (
+    {},
+    {"use_dora": True},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora", "use_dora": True},
+    {"init_lora_weights": "eva"},
+    {"method": "qlora"},
+    {"method": "qlora", "init_lora_weights": "loftq"},
+)
+
+
+@pytest.mark.parametrize("settings", ADAPTERS, ids=str)
+def test_a_plan_and_the_run_it_plans_foretell_the_same_bytes(settings, world, tmp_path):
+    """Where every example is as long as the plan says, and nothing is held out."""
+    from ardor.train.config import Finetune
+    from ardor.train.finetune import prepare
+
+    text = " ".join(["the cat sat on the mat and saw one dog"] * 60)
+    data = write_rows(tmp_path / "long.jsonl", [{"text": text}] * 8)
+    run = prepare(
+        Finetune(
+            model=str(world.base),
+            data=str(data),
+            output=tmp_path / "run",
+            max_length=48,
+            over_length="truncate_left",
+            per_device_train_batch_size=2,
+            max_steps=1,
+            eval_fraction=0.0,
+            train_sampling_strategy="sequential",
+            lora_r=4,
+            **settings,
+        )
+    )
+    planned = Settings(max_length=48, batch_size=2, lora_r=4, **settings)
+    model = known(str(world.base))
+    asked = estimate(model.spec, use_of(model, planned, this_machine()))
+    assert run.predicted == asked.bytes
+    plain = replace(planned, use_dora=False, init_lora_weights="default", lora_r=1)
+    assert estimate(model.spec, use_of(model, plain, this_machine())).bytes != asked.bytes
+
+
+def test_on_packed_weights_a_plan_begins_plainly_instead_of_from_the_full_ones():
+    settings = Settings(init_lora_weights="pissa", gpus="none", ram="3GiB", max_length=128)
+    found = make_plan("tinyllama-1.1b", settings).cheapest
+    assert found is not None and found.use.method == "qlora" and not found.use.offset
+    assert "--init-lora-weights default" in found.changes

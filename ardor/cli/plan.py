@@ -31,6 +31,11 @@ class Config:
     """Of fine-tuning."""
     lora_r: int = 16
     """Rank of the adapters, on all linear maps of the layers."""
+    init_lora_weights: str = "default"
+    """Where adapters begin, as in `finetune`: default, gaussian, orthogonal, pissa, pissa_niter_N,
+    olora, eva or loftq."""
+    use_dora: bool = False
+    """Train a magnitude of each output beside the adapters (DoRA)."""
     optim: Optim = "adamw"
     """adamw, adamw_8bit, lion, lion_8bit, adafactor, muon, sgd or schedule_free_adamw."""
     master_dtype: MasterDtype = "float32"
@@ -129,8 +134,11 @@ def _described(choice: Choice) -> str:
     if use.task == "generate":
         return f"generate from {size} + {use.new_tokens:,}, {held} weights"
     method = "training from scratch" if use.scratch else f"{use.method} fine-tuning"
-    said = f"{method}, micro-batches of {size}, {held} weights, computing in {use.compute}"
-    return said if use.optim == "adamw" else f"{said}, {use.optim}"
+    said = [f"{method}, micro-batches of {size}, {held} weights, computing in {use.compute}"]
+    said += [f"adapters from {use.begun}"] if use.begun != "default" else []
+    said += ["DoRA"] if use.dora else []
+    said += [use.optim] if use.optim != "adamw" else []
+    return ", ".join(said)
 
 
 def _verdict(choice: Choice) -> str:

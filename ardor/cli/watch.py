@@ -9,6 +9,7 @@ from typing import Any
 
 from ardor.cli.console import Progress, print_json, program, remarks
 from ardor.errors import CheckpointError
+from ardor.files.runs import newest_checkpoint
 from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
 from ardor.train.trainer import Trainer
@@ -36,7 +37,7 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     loss = None
     with (
         _told(again),
-        _stop_on_interrupt(run),
+        _stop_on_interrupt(run, again),
         Progress(label, trainer.steps, console=console) as progress,
     ):
         for event in run.events():
@@ -122,7 +123,7 @@ def _told(again: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_interrupt(run: Run) -> Iterator[None]:
+def _stop_on_interrupt(run: Run, again: str) -> Iterator[None]:
     """Ctrl-C, and SIGTERM, end the run after the current step, with a checkpoint; twice: at once.
 
     SIGTERM is what schedulers send before they take a machine away.
@@ -130,7 +131,12 @@ def _stop_on_interrupt(run: Run) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if run.trainer.stop_requested:
-            raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
+            newest = newest_checkpoint(run.folder)
+            if newest is None:
+                raise KeyboardInterrupt(
+                    "stopped at once, before a checkpoint was written; begin again with", again
+                )
+            raise KeyboardInterrupt(f"stopped at once; go on from {newest} with", again)
         run.trainer.stop_requested = True
         remarks().print("stopping after this step (Ctrl-C again: at once)")
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from ardor.arch import spec as specs
+from ardor.memory.beginnings import factored
 from ardor.memory.optimizers import STATES
 from ardor.memory.products import KEPT
 from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
@@ -69,12 +70,13 @@ class Use:
     offloaded: bool = False  # the optimizer's state waits in the CPU's memory
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     ranks: Mapping[str, int] | None = None  # of the adapted linears; None: all of the layers
+    begun: str = "default"  # init_lora_weights: what adapters begin with
     offset: bool = False  # A and B as they began are kept beside them: PiSSA, OLoRA
     dora: bool = False
     trained: Mapping[str, Shape] | None = None  # parameters that train; None: all, or adapters
     evaluated: int = 0  # tokens of the largest batch of held-out data
     reference: int = 0  # of the largest pass of the model that preferences are measured against
-    surveyed: int = 0  # of the largest batch whose inputs EVA looks at
+    surveyed: int = 0  # of the largest batch whose inputs EVA looks at; 0: as large as the others
     accelerator: bool = False
     mapped: bool = True  # weights are pages of their file
     beside: int = 0  # bytes of the file's pages that stay in memory beside copies of them
@@ -540,28 +542,39 @@ def _forward(held: Held, tokens: int) -> int:
 
 
 def _before(held: Held) -> Iterator[tuple[Any, ...]]:
-    """What EVA takes to find the principal inputs, before there are adapters.
+    """What it takes to begin adapters with more than chance, before any is there."""
+    use = held.use
+    if use.begun == "eva":
+        found, kept = _surveying(held)
+        working = Term("working set", found, "of one linear's singular vectors")
+        directions = Term("activations", kept, "directions of the inputs")
+        yield ("EVA's directions", _process(use), *_weights(held), directions, working)
+        return
+    shapes = (held.shapes[f"{name}.weight"] for name in held.ranks)
+    if found := 4 * max((factored(use.begun, shape) for shape in shapes), default=0):
+        beginnings = Term("adapters", 4 * held.trained + held.constants, f"rank {use.rank}")
+        working = Term("working set", found, "of the largest weight's factors, float32")
+        yield ("the adapters' beginning", _process(use), *_weights(held), beginnings, working)
+
+
+def _surveying(held: Held) -> tuple[int, int]:
+    """Bytes that come and go, and that stay, while EVA finds the principal inputs.
 
     The inputs of one linear in float32, these with the directions so far, the copy that LAPACK
     destroys, both factors and its workspace (gesdd: 4 m^2 where m is the smaller side); and the
     directions of all linears.
     """
-    if not held.use.surveyed:
-        return
-    most = kept = 0
+    most, kept, rows = 0, 0, held.use.surveyed or held.use.tokens
     for name, r in held.ranks.items():
         if ".experts." in name:  # EVA leaves them out
             continue
-        inputs, rows = held.shapes[f"{name}.weight"][-1], held.use.surveyed
+        inputs = held.shapes[f"{name}.weight"][-1]
         directions = max(2 * r, 64)
         both, kept = rows + directions, kept + directions * inputs
         least = min(both, inputs)
         factors = least * (both + inputs + 4 * least)
         most = max(most, rows * inputs + 2 * both * inputs + factors)
-    found = 4 * most + _forward(held, held.use.surveyed)
-    working = Term("working set", found, "of one linear's singular vectors")
-    directions = Term("activations", 4 * kept, "directions of the inputs")
-    yield ("EVA's directions", _process(held.use), *_weights(held), directions, working)
+    return 4 * most + _forward(held, rows), 4 * kept
 
 
 def _states(held: Held) -> int:

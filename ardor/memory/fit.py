@@ -214,6 +214,9 @@ def _lesser(use: Use) -> Iterator[tuple[Use, tuple[str, ...]]]:
         yield use, (*changes, "--method lora")
     for format in ("nf4", "nf4-dq"):
         if use.quantization not in (format, "nf4-dq"):
+            if use.offset:  # a part of the full weights, which are not there then
+                use = replace(use, begun="default", offset=False)
+                changes = (*changes, "--init-lora-weights default")
             use = replace(use, method="qlora", quantization=format)
             flag = "" if format == "nf4" else " --quantization nf4-dq"
             yield use, (*changes, f"--method qlora{flag}")

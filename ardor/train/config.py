@@ -100,7 +100,8 @@ class Optimisation:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoint-N/, report.html. Default: the next
     free runs/VERB-N."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 2e-3 from scratch, 2e-4 for adapters, 2e-5 for all weights."""
+    """Peak learning rate. Default: 2e-3 from scratch, 2e-4 for adapters, 2e-5 for all weights; of
+    preference tuning 1e-5 for adapters and 1e-6 for all weights."""
     num_train_epochs: float = 1.0
     """Passes over the data; a fraction ends within one."""
     max_steps: int | None = None

@@ -52,6 +52,7 @@ from ardor.train.tokens import (
     row_of_part,
     rows_to_train,
 )
+from ardor.train.trackers import check_trackers
 from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -67,6 +68,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     held_before = begin_measuring()
     config = _with_rate(config)
     folder = output_folder(config, "finetune")
+    check_trackers(config.report_to)
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded

@@ -51,6 +51,8 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
         **_updates(config),
         length=1,
         rank=config.lora_r,
+        begun="default" if full else config.init_lora_weights,
+        dora=config.use_dora,
     )
     expected(found.spec, use, _machine(device), f"{config.method} fine-tuning of {config.model}")
 
@@ -173,13 +175,16 @@ def trains(decoder: CausalLM) -> dict[str, Any]:
 
 
 def _passes(plan: BatchPlan, heldout: Dataset | None, config: Optimisation) -> dict[str, Any]:
-    """Tokens of the largest pass of each kind that nothing is learnt from."""
-    found = {"evaluated": 0 if heldout is None else min(TOKENS, int(heldout.lengths.sum()))}
+    """How adapters begin, and tokens of the largest passes that nothing is learnt from."""
+    found: dict[str, Any] = {
+        "evaluated": 0 if heldout is None else min(TOKENS, int(heldout.lengths.sum()))
+    }
     if not isinstance(config, Finetune):
         return found
     most = max(_sizes(plan))
-    if config.init_lora_weights == "eva" and config.method != "full":
-        found["surveyed"] = most
+    if config.method != "full":
+        found["begun"] = config.init_lora_weights
+        found["surveyed"] = most if config.init_lora_weights == "eva" else 0
     if config.objective not in ("sft", *WITHOUT_REFERENCE):
         early = config.precompute_ref_log_probs
         found["reference"] = min(TOKENS, int(plan.dataset.lengths.sum())) if early else most

@@ -40,6 +40,7 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
+from ardor.train.trackers import check_trackers
 
 LEARNING_RATE = 2e-3
 VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
@@ -56,9 +57,9 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     """
     Ranks.take_device()
     held_before = begin_measuring()
-    if config.learning_rate is None:
-        config = replace(config, learning_rate=LEARNING_RATE)
+    config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
     folder = output_folder(config, "train")
+    check_trackers(config.report_to)
     blueprint, device = read_blueprint(config), default_device()
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)

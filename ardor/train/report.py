@@ -19,6 +19,7 @@ from ardor.errors import CheckpointError
 from ardor.files.atomic import write_atomic
 from ardor.files.page import page, table, tiles
 from ardor.files.yaml import read_yaml
+from ardor.memory.machine import shown
 from ardor.train.first_rows import read_first_rows
 
 Row = dict[str, Any]
@@ -91,14 +92,17 @@ def render(name: str, rows: Sequence[Row], settings: Row, data: Sequence[Documen
         *(_compared(title, key, train, evals) for title, key in JUDGED),
         chart("Learning rate", [Curve("", "train", thinned(_series(train, "learning_rate")))]),
         chart("Tokens per second", _noisy(_series(train, "tokens_per_second"))),
+        chart("MFU: share of what the device can do", _noisy(_series(train, "mfu"))),
         chart("Gradient norm", _noisy(_series(train, "grad_norm"))),
         chart("Stop rate of answers", [Curve("", "eval", _series(evals, "stop_rate"))]),
     ]
     lost = sum(1 for row in train if not _finite(row.get("loss")))
-    warning = f'<p class="bad">Steps without a finite loss: {lost}.</p>' if lost else ""
+    bad = [f"Steps without a finite loss: {lost}."] if lost else []
+    bad += [f"Stopped: {row['text']}" for row in rows if row["kind"] == "stopped"]
+    warning = "".join(f'<p class="bad">{escape(text)}</p>' for text in bad)
     body = [
         f"<h1>{escape(name)}</h1>",
-        _tiles(train, evals),
+        _tiles(train, evals, _series(rows, "peak_memory")),
         warning,
         f'<div class="charts">{"".join(curves)}</div>',
         _samples(samples),
@@ -243,13 +247,13 @@ def _span(low: float, high: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
+def _tiles(train: Sequence[Row], evals: Sequence[Row], peak: Sequence[tuple[float, float]]) -> str:
     facts: list[tuple[str, str]] = []
     if train:
         facts.append(("steps", f"{train[-1]['step']:,}"))
     if loss := _series(train, "loss"):
         recent = [value for _, value in loss[-max(1, len(loss) // 20) :]]
-        facts.append(("recent training loss", f"{sum(recent) / len(recent):.3f}"))
+        facts.append(("recent training loss", f"{sum(recent) / len(recent):,.3f}"))
     held_out = _series(evals, "loss")
     if held_out:
         facts.append(("held-out loss", f"{held_out[-1][1]:.3f}"))
@@ -264,25 +268,34 @@ def _tiles(train: Sequence[Row], evals: Sequence[Row]) -> str:
         facts.append(("stop rate", f"{stop[-1][1]:.0%}"))
     if speed := sorted(value for _, value in _series(train, "tokens_per_second")):
         facts.append(("tokens/s, median", f"{speed[len(speed) // 2]:,.0f}"))
+    if peak:
+        facts.append(("peak memory", shown(int(peak[-1][1]))))
     return tiles(facts) if facts else "<p>Nothing was logged yet.</p>"
 
 
 def _samples(samples: Sequence[Row]) -> str:
+    """The first and the last of each prompt side by side, and those between them folded."""
     if not samples:
         return ""
-    steps = sorted({row["step"] for row in samples}, reverse=True)
-    parts = []
-    for step in steps:
-        texts = "".join(
-            f"<blockquote><b>{escape(str(row.get('prompt', '')))}</b>"
-            f"{escape(str(row.get('text', '')))}</blockquote>"
-            for row in samples
-            if row["step"] == step
+    steps = sorted({row["step"] for row in samples})
+    ends = dict.fromkeys((steps[0], steps[-1]))
+    prompts = dict.fromkeys(str(row.get("prompt", "")) for row in samples)
+    texts = {(row["step"], str(row.get("prompt", ""))): str(row.get("text", "")) for row in samples}
+
+    def quotes(prompt: str, chosen: Iterable[int]) -> str:
+        return "".join(
+            f"<div><h3>Step {step:,}</h3><blockquote><b>{escape(prompt)}</b>"
+            f"{escape(texts[step, prompt])}</blockquote></div>"
+            for step in chosen
+            if (step, prompt) in texts
         )
-        parts.append(f"<h3>Step {step:,}</h3>{texts}")
-    earlier = "".join(parts[1:])
-    folded = f"<details><summary>Earlier</summary>{earlier}</details>" if earlier else ""
-    return f"<h2>Samples</h2>{parts[0]}{folded}"
+
+    shown = "".join(f'<div class="samples">{quotes(prompt, ends)}</div>' for prompt in prompts)
+    between = [step for step in steps if step not in ends]
+    folded = "".join(quotes(prompt, between) for prompt in prompts)
+    if folded:
+        folded = f"<details><summary>Between them</summary>{folded}</details>"
+    return f"<h2>Samples</h2>{shown}{folded}"
 
 
 def _data(rows: Sequence[Document]) -> str:
@@ -314,7 +327,7 @@ figure.wide { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px;
   font-size: 14px; font-weight: 600; }
 .legend { font-weight: 400; color: var(--soft); }
-.key { margin-left: 14px; }
+.key { margin-left: 14px; white-space: nowrap; }
 .legend .key:first-child { margin-left: 0; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 6px;
   vertical-align: middle; border-radius: 2px; background: var(--train); }
@@ -334,7 +347,10 @@ path.dots { stroke-width: 6; stroke-linecap: round; }
 .plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
 .plot .x { top: calc(100% + 8px); transform: translateX(-50%); }
 summary { margin: 8px 0; color: var(--soft); cursor: pointer; }
-blockquote { margin: 0 0 8px; padding: 10px 14px; white-space: pre-wrap;
+.samples { display: grid; gap: 0 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
+.samples > div { min-width: 0; }
+blockquote { margin: 0 0 8px; overflow-wrap: anywhere; padding: 10px 14px; white-space: pre-wrap;
   font: 13px/1.5 ui-monospace, monospace; }
 blockquote b { color: var(--train); }
 """

@@ -34,8 +34,9 @@ from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
 from ardor.train.preference import LabelObjective
 from ardor.train.ranks import Ranks
-from ardor.train.report import REPORT, write_report
-from ardor.train.trainer import Event, Hooks, Objective, Trainer
+from ardor.train.report import write_report
+from ardor.train.trackers import Dashboard, Log, open_trackers
+from ardor.train.trainer import Diverged, Event, Hooks, Objective, Trainer
 
 SPLIT_FROM = 10  # examples
 HIGH = 100  # times the usual learning rate
@@ -55,32 +56,54 @@ class Run:
     opening: str | None = None  # of a text to continue; None where the data are conversations
     predicted: int | None = None  # bytes at the peak
     held_before: int = 0  # bytes that were there before it, and are in the measured peak
+    dashboards: tuple[Dashboard, ...] = ()
 
     def events(self) -> Iterator[Event]:
-        """Train to the end; report.html follows every checkpoint, peak memory comes last."""
-        first = self.trainer.ranks.first
-        with freed_memory_kept():
-            for event in self.trainer.events():
-                if event["kind"] == "checkpoint" and first:
-                    write_report(self.folder)
-                yield event
-        if not first:
-            return
-        yield from self._memory()
-        if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
-            write_report(self.folder)
+        """Train to the end; report.html follows every checkpoint, peak memory comes last.
+
+        Raises: what `Trainer.events` does, after the report tells it too.
+        """
+        first, failed = self.trainer.ranks.first, False
+        try:
+            with freed_memory_kept():
+                for event in self.trainer.events(self._logs):
+                    if event["kind"] == "checkpoint" and first:
+                        write_report(self.folder)
+                    yield event
+            if first:
+                yield from self._memory()
+                write_report(self.folder)
+        except Diverged as error:
+            failed = True
+            if first:
+                self._append({"kind": "stopped", "text": str(error)})
+                write_report(self.folder)
+            raise
+        except Exception:
+            failed = True
+            raise
+        finally:
+            for dashboard in self.dashboards:
+                dashboard.close(failed)
+
+    @property
+    def _logs(self) -> list[Log]:
+        return [dashboard.log for dashboard in self.dashboards]
+
+    def _append(self, row: dict[str, Any]) -> dict[str, Any]:
+        """To metrics.jsonl, a row of the step that was done last."""
+        row, file = {"step": self.trainer.progress.step, **row}, self.folder / METRICS
+        Metrics(file, keep_bytes=file.stat().st_size, logs=self._logs).append(row)
+        return row
 
     def _memory(self) -> Iterator[Event]:
         peak = measured(self.model.decoder.device)
         if peak is None or self.predicted is None:
             return
-        row = {"step": self.trainer.progress.step, "kind": "memory", "peak_memory": peak}
-        row["predicted_memory"] = self.predicted
+        row = {"kind": "memory", "peak_memory": peak, "predicted_memory": self.predicted}
         if self.held_before:
             row["held_before"] = self.held_before
-        file = self.folder / METRICS
-        Metrics(file, keep_bytes=file.stat().st_size).append(row)
-        yield row
+        yield self._append(row)
 
 
 def output_folder(config: Optimisation, verb: str) -> Path:
@@ -231,13 +254,14 @@ def begin(
             torch.manual_seed(config.seed + ranks.rank)
         ranks.wait()  # all have seen the folder as it was
         notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
+    dashboards = open_trackers(config, folder, trainer.progress.step) if ranks.first else ()
     if ranks.first:
         text = to_yaml(replace(config, output=folder, resume=False))
         write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed, record) + text)
         if not (resumed and (folder / FIRST_ROWS).exists()):
             labels = isinstance(objective, LabelObjective)
             write_first_rows(folder, plan, model, mixture, labels=labels)
-    run = Run(folder, model, trainer, train, heldout, resumed, notes)
+    run = Run(folder, model, trainer, train, heldout, resumed, notes, dashboards=dashboards)
     run.predicted = None if found is None else found.estimate.bytes
     return run
 

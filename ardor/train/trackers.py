@@ -1,73 +1,183 @@
 """Metrics for other people's dashboards, beside metrics.jsonl. A package is imported when asked."""
 
-from collections.abc import Callable, Mapping
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ardor.errors import ConfigError
-from ardor.train.config import Tracker
+from ardor.files.atomic import write_atomic
+from ardor.files.runs import METRICS
+from ardor.train.config import Optimisation, Tracker
+from ardor.train.ranks import leads
+from ardor.train.report import read_metrics
 
 Log = Callable[[Mapping[str, Any]], None]
 """Called with each row of metrics.jsonl."""
+NAMES = "trackers.json"  # in a run's folder: what hosts know it by
+PROJECT = "ardor"  # where WANDB_PROJECT or TRACKIO_PROJECT says no other
 
 
-def trackers(names: tuple[Tracker, ...], run: Path, settings: Mapping[str, Any]) -> list[Log]:
-    """One for each name.
+class Dashboard(NamedTuple):
+    """One run on one dashboard."""
 
-    Raises: ConfigError if its package is not installed.
+    log: Log
+    close: Callable[[bool], None]  # whether it failed
+
+
+class Begun(NamedTuple):
+    """The run that a dashboard is to show."""
+
+    folder: Path
+    token: str  # the same whenever it is resumed, and no other run's
+    settings: Mapping[str, Any]
+    step: int  # done before: above 0, it goes on
+
+
+def check_trackers(names: tuple[Tracker, ...]) -> None:
+    """Refuse, before anything is read or written, what could not be sent.
+
+    Raises: ConfigError if a package is not installed, or wandb does not know who sends.
     """
-    return [TRACKERS[name](run, settings) for name in dict.fromkeys(names)]
+    for name in dict.fromkeys(names) if leads() else ():
+        package = _package(name)
+        if name == "wandb":
+            with _begins(name, package):
+                package.login()  # asks on a terminal; offline it is content
 
 
-def _tensorboard(run: Path, settings: Mapping[str, Any]) -> Log:
-    _package("tensorboard", "tensorboard")
-    writer = import_module("torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"))
-    writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+def open_trackers(config: Optimisation, folder: Path, step: int) -> tuple[Dashboard, ...]:
+    """One for each of `report_to`; a run that is resumed goes on in the one it began.
+
+    Raises: ConfigError if a package is not installed, or its host cannot be reached.
+    """
+    names = dict.fromkeys(config.report_to)
+    if not names:
+        return ()
+    file = folder / NAMES
+    token = json.loads(file.read_text())["id"] if file.exists() else secrets.token_hex(4)
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    begun = Begun(folder, token, settings, step)
+    found = tuple(TRACKERS[name](begun) for name in names)
+    write_atomic(file, json.dumps({"id": token}) + "\n")
+    return found
+
+
+def _tensorboard(run: Begun) -> Dashboard:
+    _package("tensorboard")
+    # What was written after the checkpoint that a run goes on from is of steps that were lost.
+    writer = import_module("torch.utils.tensorboard").SummaryWriter(
+        str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.step else None
+    )
+    writer.add_text("settings", _quoted(f"{k}: {v}" for k, v in run.settings.items()), run.step)
 
     def log(row: Mapping[str, Any]) -> None:
         for name, value in _numbers(row).items():
             writer.add_scalar(name, value, row["step"])
         if row["kind"] == "sample":
-            writer.add_text(f"sample/{row['prompt']}", row["text"], row["step"])
+            text = f"{row['prompt']}{row['text']}"
+            writer.add_text(f"sample/{row['prompt']}", _quoted(text.split("\n")), row["step"])
         writer.flush()
 
-    return log
+    return Dashboard(log, lambda failed: writer.close())
 
 
-def _wandb(run: Path, settings: Mapping[str, Any]) -> Log:
-    return _hosted(_package("wandb", "wandb"), run, settings)
+def _quoted(lines: Iterator[str] | list[str]) -> str:
+    """As code in Markdown, so that nothing in it is taken for markup."""
+    return "\n".join(f"    {line}" for line in lines)
 
 
-def _trackio(run: Path, settings: Mapping[str, Any]) -> Log:
-    return _hosted(_package("trackio", "trackio"), run, settings)
+def _wandb(run: Begun) -> Dashboard:
+    package = _package("wandb")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with _begins("wandb", package):
+        made = package.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.folder.resolve().name,
+            id=run.token,
+            resume="allow",
+            config=dict(run.settings),
+            dir=os.environ.get("WANDB_DIR", str(run.folder)),
+        )
+    return _hosted(package, made, run, lambda failed: made.finish(exit_code=int(failed)))
 
 
-def _hosted(package: Any, run: Path, settings: Mapping[str, Any]) -> Log:
-    """Both have one interface; WANDB_PROJECT and TRACKIO_PROJECT are read by themselves."""
-    made = package.init(project="ardor", name=run.resolve().name, config=dict(settings))
+def _trackio(run: Begun) -> Dashboard:
+    package = _package("trackio")
+    with _begins("trackio", package):
+        made = package.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            # A run is known by its name there.
+            name=f"{run.folder.resolve().name}-{run.token}",
+            resume="allow",
+            config=dict(run.settings),
+        )
+    return _hosted(package, made, run, lambda failed: package.finish())
+
+
+def _hosted(package: Any, made: Any, run: Begun, finish: Callable[[bool], None]) -> Dashboard:
+    """Both have one interface. Samples are a table of all so far, which the last one shows."""
+    file = run.folder / METRICS
+    before = read_metrics(file) if run.step and file.exists() else []
+    samples = {
+        (row["step"], row["prompt"]): row["text"] for row in before if row["kind"] == "sample"
+    }
 
     def log(row: Mapping[str, Any]) -> None:
-        if numbers := _numbers(row):
-            made.log(numbers, step=row["step"])
+        shown: dict[str, Any] = _numbers(row)
+        if row["kind"] == "sample":
+            samples[row["step"], row["prompt"]] = row["text"]
+            table = [[step, prompt, text] for (step, prompt), text in samples.items()]
+            shown["samples"] = package.Table(columns=["step", "prompt", "text"], data=table)
+        if shown:
+            with redirect_stdout(sys.stderr):
+                made.log(shown, step=row["step"])
 
-    return log
+    def close(failed: bool) -> None:
+        with redirect_stdout(sys.stderr):
+            finish(failed)
+
+    return Dashboard(log, close)
 
 
-TRACKERS: Mapping[Tracker, Callable[[Path, Mapping[str, Any]], Log]] = {
+TRACKERS: Mapping[Tracker, Callable[[Begun], Dashboard]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
 }
 
 
-def _package(name: str, tracker: str) -> Any:
+def _package(name: Tracker) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"report_to={tracker} needs the package {name}, which is not installed; "
-            f"pip install {name}"
+            f"report_to={name} needs the package {name}, which is not installed; "
+            f"pip install {name}, or pip install 'ardor[trackers]' for all three"
+        ) from error
+
+
+@contextmanager
+def _begins(name: Tracker, package: Any) -> Iterator[None]:
+    """What its packages print is a remark; what they raise is told with a remedy."""
+    kinds = (OSError, RuntimeError, ValueError, getattr(package, "Error", OSError))
+    remedy = {
+        "wandb": "log in with wandb login, set WANDB_MODE=offline and wandb sync later",
+        "trackio": "unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL to keep the run on this machine",
+    }
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except kinds as error:
+        found = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ConfigError(
+            f"report_to={name} cannot begin: {found}; {remedy[name]}, or leave {name} out"
         ) from error
 
 

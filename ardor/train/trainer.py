@@ -7,7 +7,7 @@ a clipped update. The loop is a generator of events; who draws them is not its c
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ from ardor.train.recompute import recompute
 from ardor.train.schedule import rate_share
 from ardor.train.tally import Tally
 from ardor.train.throughput import counter, device_peak
-from ardor.train.trackers import trackers
+from ardor.train.trackers import Log
 from ardor.train.watchdog import Diverged
 
 __all__ = ["Diverged", "Event", "Hooks", "Trainer"]
@@ -198,17 +198,17 @@ class Trainer:
         self.progress = progress
         return True
 
-    def events(self) -> Iterator[Event]:
+    def events(self, logs: Sequence[Log] = ()) -> Iterator[Event]:
         """Train to the end, or to the step after `stop_requested`; yields as things happen.
 
-        The last step that was done is always in a checkpoint.
+        The last step that was done is always in a checkpoint. `logs` get each row of metrics too.
 
         Raises: Diverged; CheckpointError if the disk is full. Earlier checkpoints stay.
         """
         config, every = self.config, math.ceil(self.steps / 10)
         evaluate_every = config.eval_steps or every
         save_every = config.save_steps or evaluate_every
-        metrics = self._open_metrics()
+        metrics = self._open_metrics(logs)
         windows = self._windows()
         saved = self.progress.step
         if config.eval_on_start and self.progress.step == 0:
@@ -235,10 +235,9 @@ class Trainer:
         if self.finished and config.load_best_model_at_end and self.ranks.first:
             self._point_to_best()
 
-    def _open_metrics(self) -> Metrics:
+    def _open_metrics(self, logs: Sequence[Log]) -> Metrics:
         if not self.ranks.first:
             return Metrics(None)
-        logs = trackers(self.config.report_to, self.run, self._settings())
         return Metrics(self.run / METRICS, keep_bytes=self.progress.metrics_bytes, logs=logs)
 
     def _evaluate(self, metrics: Metrics) -> Iterator[Event]:

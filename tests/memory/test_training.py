@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from ardor.adapters.config import LoraConfig
+from ardor.adapters.initial import begin_at
 from ardor.adapters.lora import LoraLinear, add_lora, lora_modules, lora_parameters
 from ardor.arch.decoder import Decoder
 from ardor.data.batches import Batch
+from ardor.memory.beginnings import factored
 from ardor.memory.estimate import Held, Use, estimate
 from ardor.plan import known
 from ardor.score import document_loss
@@ -99,3 +101,14 @@ def test_a_step_takes_what_is_said_and_less_than_a_working_set_beside(method, wh
     said = max(terms, key=lambda moment: sum(moment.values()))
     # It counts all that a layer recomputes and all that it works with at once; not all is.
     assert sum(said.values()) - said["working set"] / 2 < found < 1.03 * sum(said.values())
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("shape", [(256, 96), (96, 256), (192, 192)])
+def test_what_the_factors_of_a_weight_take_is_bounded_closely(kind, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = live_peak(lambda: begin_at(kind, weight.float(), 8, 2.0))
+    # LAPACK's own workspace is no tensor: of gesdd 4 m^2, and of geqrf what Q is made in.
+    unseen = 4 * (4 * min(shape) ** 2 if kind == "pissa" else weight.numel())
+    said = 4 * factored(kind, shape)
+    assert said - 1.1 * unseen < found < 1.03 * said

@@ -80,6 +80,30 @@ def test_the_page_shows_the_runs_numbers_curves_samples_and_settings(run):
         assert text in page.text, text
 
 
+def test_a_prompt_is_shown_before_and_after_and_what_is_between_is_folded(run):
+    rows = [row(1, loss=3.0)]
+    rows += [
+        row(step, "sample", prompt=prompt, text=f" {prompt}-{step}")
+        for step in (0, 5, 9)
+        for prompt in "AB"
+    ]
+    html = write_report(run(rows)).read_text()
+    shown, folded = html.split("<details>")
+    assert "A-5" not in shown and "A-5" in folded and "B-5" in folded
+    places = [shown.index(text) for text in ("A-0", "A-9", "B-0", "B-9")]
+    assert places == sorted(places)
+    once = write_report(run([row(1, loss=3.0), row(1, "sample", prompt="C", text=" only")]))
+    assert once.read_text().count("only") == 1 and "<details>" not in once.read_text()
+
+
+def test_how_much_of_the_device_was_used_and_why_a_run_was_stopped_are_said(run):
+    rows = [row(1, loss=3.0, mfu=0.25), row(1, "memory", peak_memory=3 * 2**29)]
+    rows += [row(1, "stopped", text="the loss <jumped>")]
+    page = Page(write_report(run(rows)).read_text())
+    for text in ("MFU", "1.5 GiBpeak memory", "Stopped: the loss <jumped>"):
+        assert text in page.text, text
+
+
 def test_nothing_in_the_page_runs_or_loads(run):
     text = write_report(run(ROWS)).read_text()
     page = Page(text)

@@ -1,4 +1,4 @@
-"""`ardor.train` and `ardor.finetune` from Python, and metrics that go to other people's pages."""
+"""`ardor.train` and `ardor.finetune` from Python."""
 
 import sys
 from dataclasses import replace
@@ -62,42 +62,6 @@ def test_a_setting_that_there_is_none_of_is_told_with_the_nearest(base, pairs):
     assert ardor.finetune.__module__ == "ardor.tuning"  # and the package is still there
 
     assert "ardor.train.config" in sys.modules
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_metrics_go_to_tensorboard_when_asked(texts, tmp_path):
-    run = tmp_path / "run"
-    ardor.train(texts, output=run, max_steps=3, report_to=("tensorboard",), progress=False, **SIZES)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    pages = EventAccumulator(str(run / "tensorboard"))
-    pages.Reload()
-    sent = [(event.step, event.value) for event in pages.Scalars("train/loss")]
-    rows = [row for row in figures(run) if row["kind"] == "train"]
-    assert sent == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_hosted_trackers_get_every_row_and_are_named_when_missing(
-    texts, tmp_path, monkeypatch, name
-):
-    class Page:
-        def init(self, **given):
-            self.config, self.rows = given["config"], []
-            return self
-
-        def log(self, numbers, step):
-            self.rows.append((step, numbers))
-
-    page = Page()
-    monkeypatch.setitem(sys.modules, name, page)
-    settings = {"max_steps": 2, "report_to": (name,), "progress": False, **SIZES}
-    ardor.train(texts, output=tmp_path / "a", **settings)
-    assert [step for step, numbers in page.rows if "train/loss" in numbers] == [1, 2]
-    assert page.config["max_steps"] == 2
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=f"report_to={name} needs the package {name}"):
-        ardor.train(texts, output=tmp_path / "b", **settings)
 
 
 def test_the_dtype_census_of_qlora_stays_with_the_run(base, pairs, tmp_path):
