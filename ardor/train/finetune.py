@@ -10,11 +10,11 @@ from ardor.adapters.kbit import prepare_kbit
 from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
 from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
-from ardor.data.cache import Encoding, encode
+from ardor.data.cache import Encoding, encode, encode_judged
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Segments, Text
 from ardor.data.mixture import Mixture
-from ardor.data.preferences import Judged, build_judged
+from ardor.data.preferences import Judged
 from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Training
 from ardor.doctor.finding import Finding
@@ -200,7 +200,7 @@ def _opening(row: Row, config: Finetune) -> str | None:
 
 def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
     if config.objective != "sft":
-        judged = build_judged(
+        return encode_judged(
             rows,
             tokenizer_of(model),
             model.template,
@@ -208,8 +208,8 @@ def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encod
             max_length=limit,
             over_length=config.over_length,
             vocab=model.decoder.facts.vocab,
+            cache=config.cache,
         )
-        return Encoding(judged)
     return encode(
         rows,
         tokenizer_of(model),
