@@ -166,8 +166,6 @@ def _looked_at(
 
     def prepare_sketch(model: Model) -> None:
         prepare_tokens(config, model, first, config.seed)
-        # What pads is chosen again once all of the data are read.
-        set_pad(model, config.pad_strategy)
 
     rows_are_trained = {"yes": True, "no": False}
     training = Training(
@@ -181,6 +179,7 @@ def _looked_at(
         rows=rows,
         heldout=heldout or (),
         prepare=prepare_sketch,
+        pad=config.pad_strategy,  # and once more when all of the data are read
         training=training,
         choices=(config.answer_read, config.train_on),
         max_length=config.max_length,
