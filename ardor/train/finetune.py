@@ -8,7 +8,6 @@ import torch
 
 from ardor.adapters.kbit import prepare_kbit
 from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
-from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
 from ardor.data.cache import Encoding, encode, encode_judged
 from ardor.data.dataset import Dataset
@@ -28,6 +27,7 @@ from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
+from ardor.train.machine import check_machine
 from ardor.train.peak import begin_measuring, check_finetune
 from ardor.train.prefer import Preference, check_judged, prefer
 from ardor.train.preference import kind_of
@@ -36,6 +36,7 @@ from ardor.train.reference import Tell
 from ardor.train.run import (
     Run,
     begin,
+    check_steps,
     choose_attention,
     data_note,
     output_folder,
@@ -67,6 +68,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     held_before = begin_measuring()
     config = _with_rate(config)
     folder = output_folder(config, "finetune")
+    check_machine(config, default_device())
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
@@ -92,6 +94,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     frozen = choose_trained(model.decoder, config, aliases(model))
     preference = None
     if isinstance(train, Judged):
+        check_steps(config, model, (train, heldout), rows)
         config, preference = prefer(config, model, folder, (train, heldout), checkpoint, tell)
     run = begin(
         config,
@@ -228,7 +231,6 @@ def _model(
     """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
     full = config.method == "full"
     resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.arch.grow import rows_for
 from ardor.arch.init import initialise
@@ -28,6 +27,7 @@ from ardor.train.blueprint import Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
+from ardor.train.machine import check_machine
 from ardor.train.peak import begin_measuring, check_scratch
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
@@ -59,7 +59,9 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     if config.learning_rate is None:
         config = replace(config, learning_rate=LEARNING_RATE)
     folder = output_folder(config, "train")
-    blueprint, device = read_blueprint(config), default_device()
+    device = default_device()
+    check_machine(config, device)
+    blueprint = read_blueprint(config)
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
     check_scratch(rough.spec, config, device)
@@ -158,7 +160,6 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
     """A randomly initialised model of `blueprint`, seeded by config.seed."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    backend_for(config.attn_implementation, device, trains=True)
     decoder = Decoder(blueprint.spec, compute=precision.compute)
     initialise(
         decoder,

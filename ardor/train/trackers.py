@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ardor.errors import ConfigError
 from ardor.train.config import Tracker
+from ardor.train.packages import package
 
 Log = Callable[[Mapping[str, Any]], None]
 """Called with each row of metrics.jsonl."""
@@ -20,8 +20,13 @@ def trackers(names: tuple[Tracker, ...], run: Path, settings: Mapping[str, Any])
     return [TRACKERS[name](run, settings) for name in dict.fromkeys(names)]
 
 
+def tracker_package(name: Tracker) -> Any:
+    """Raises: ConfigError if the tracker's package, which has its name, is not installed."""
+    return package(name, f"report_to={name}")
+
+
 def _tensorboard(run: Path, settings: Mapping[str, Any]) -> Log:
-    _package("tensorboard", "tensorboard")
+    tracker_package("tensorboard")
     writer = import_module("torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"))
     writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
@@ -36,11 +41,11 @@ def _tensorboard(run: Path, settings: Mapping[str, Any]) -> Log:
 
 
 def _wandb(run: Path, settings: Mapping[str, Any]) -> Log:
-    return _hosted(_package("wandb", "wandb"), run, settings)
+    return _hosted(tracker_package("wandb"), run, settings)
 
 
 def _trackio(run: Path, settings: Mapping[str, Any]) -> Log:
-    return _hosted(_package("trackio", "trackio"), run, settings)
+    return _hosted(tracker_package("trackio"), run, settings)
 
 
 def _hosted(package: Any, run: Path, settings: Mapping[str, Any]) -> Log:
@@ -59,16 +64,6 @@ TRACKERS: Mapping[Tracker, Callable[[Path, Mapping[str, Any]], Log]] = {
     "wandb": _wandb,
     "trackio": _trackio,
 }
-
-
-def _package(name: str, tracker: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"report_to={tracker} needs the package {name}, which is not installed; "
-            f"pip install {name}"
-        ) from error
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
