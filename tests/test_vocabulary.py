@@ -408,7 +408,7 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_pa
 
 
 def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: Path):
-    """Until tokens are added: then it would say that their ids are free."""
+    """With the names of added tokens beside it, or it would say that their ids are free."""
     pieces, folder = of_pieces(tmp_path / "m"), tmp_path / "m"
     data = write_rows(tmp_path / "d.jsonl", [{"text": text} for text in sentences(12)])
     for name, settings in (("run", {}), ("grown", {"add_tokens": ("<tool>",)})):
@@ -421,6 +421,7 @@ def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: 
         packed = tmp_path / f"{name}-packed"
         assert main(["quantize", str(merged), "-o", str(packed), "--format", "nf4"]) == 0
         for written in (tmp_path / name / "checkpoint-1", merged, packed):
-            held = written / "tokenizer.model"
-            assert held.is_file() == (name == "run"), written
-            assert not held.is_file() or held.read_bytes() == pieces
+            assert (written / "tokenizer.model").read_bytes() == pieces, written
+            beside = written / "added_tokens.json"
+            assert beside.is_file() == (name == "grown"), written
+            assert name == "run" or [*opened(written, beside.name)] == ["<tool>"]

@@ -56,11 +56,9 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     """
     Ranks.take_device()
     held_before = begin_measuring()
-    if config.learning_rate is None:
-        config = replace(config, learning_rate=LEARNING_RATE)
+    config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
     folder = output_folder(config, "train")
-    device = default_device()
-    check_machine(config, device)
+    check_machine(config, device := default_device())
     blueprint = read_blueprint(config)
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
