@@ -24,8 +24,8 @@ def compile_parts(decoder: CausalLM) -> None:
 
     Raises: ConfigError for a model whose layers are not ours, or without a C++ compiler.
     """
-    check_compiler(decoder.device)
     layers = ours(decoder, "torch_compile").layers
+    check_compiler(decoder.device)
     for module in layers.modules():
         dense = isinstance(module, Mlp) and not any(
             hasattr(part, "dequantized") for part in module.modules()
