@@ -24,9 +24,9 @@ def compile_parts(decoder: CausalLM) -> None:
 
     Raises: ConfigError for a model whose layers are not ours, or without a C++ compiler.
     """
-    layers = ours(decoder, "torch_compile").layers
-    check_compiler(decoder.device)
-    for module in layers.modules():
+    known = ours(decoder, "torch_compile")
+    check_compiler(known.device)
+    for module in known.layers.modules():
         dense = isinstance(module, Mlp) and not any(
             hasattr(part, "dequantized") for part in module.modules()
         )
