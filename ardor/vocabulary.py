@@ -82,8 +82,8 @@ def set_pad(
 ) -> str:
     """Choose the token that pads batches in other tools, and write it everywhere; why it is it.
 
-    - "auto": the one there is, unless it also ends texts; else one that the vocabulary holds in
-      reserve; else UNK where no text becomes it; else EOS.
+    - "auto": the one there is, unless it also ends texts or the data hold it; else one that the
+      vocabulary holds in reserve; else UNK where no text becomes it; else EOS.
     - "unk": refused where a text can become it.
     - "eos": EOS stays a target of training, as nothing here is masked by its id.
     - "new": a token of its own, with a row; it is never generated.
@@ -103,17 +103,27 @@ def set_pad(
 
 
 def _auto(model: Model, occurs: Occurrence) -> tuple[int, str]:
-    special, stops = tokenizer_of(model).special, model.stops.ids
-    if special.pad is not None and special.pad not in stops:
-        return special.pad, "the model's own"
-    if (reserve := next(_in_reserve(model, occurs), None)) is not None:
-        return reserve, "in reserve, and in no text"
-    unk = special.unk
-    if unk is not None and unk not in _used(model) and not _may_hold_unk(model, occurs):
-        return unk, "UNK, which no text becomes"
-    if special.pad is not None:
-        return special.pad, f"the model's own, which also ends texts: {_SILENT}"
-    return _eos(model, occurs)
+    tokenizer, stops = tokenizer_of(model), model.stops.ids
+    special, passed = tokenizer.special, []
+
+    def in_data(id: int) -> str | None:
+        if where := occurs(id):
+            passed.append(f"; not {tokenizer.token(id)!r}, which the data hold: {where}")
+        return where
+
+    def found(id: int, why: str) -> tuple[int, str]:
+        return id, why + "".join(passed[:1])
+
+    pad, unk = special.pad, special.unk
+    if pad is not None and pad not in stops and in_data(pad) is None:
+        return found(pad, "the model's own")
+    if (reserve := next(_in_reserve(model, in_data), None)) is not None:
+        return found(reserve, "in reserve, and in no text")
+    if unk is not None and unk not in _used(model) and not _may_hold_unk(model, in_data):
+        return found(unk, "UNK, which no text becomes")
+    if pad is not None and pad in stops:
+        return found(pad, f"the model's own, which also ends texts: {_SILENT}")
+    return found(*_eos(model, occurs))
 
 
 def _unk(model: Model, occurs: Occurrence) -> tuple[int, str]:

@@ -310,6 +310,82 @@ def test_flex_on_a_cpu_is_refused_before_the_run_is_begun(world, refused, tmp_pa
         assert "flex' has no backward pass on a CPU" in said and not run.exists()
 
 
+# --- what else a run cannot have ---
+
+UNFIT = [  # flags, and what is said; the machine has no compiler and none of the packages
+    (["--report-to", "wandb"], "report_to=wandb needs the package wandb"),
+    (["--report-to", "tensorboard"], "report_to=tensorboard needs the package tensorboard"),
+    (["--report-to", "trackio"], "report_to=trackio needs the package trackio"),
+    (["--optim", "adamw_8bit"], "optim=adamw_8bit needs the package bitsandbytes"),
+    (["--optim", "lion_8bit"], "optim=lion_8bit needs the package bitsandbytes"),
+    (
+        ["--optim", "schedule_free_adamw", "--lr-scheduler-type", "constant"],
+        "optim=schedule_free_adamw needs the package schedulefree",
+    ),
+    (["--torch-compile"], "torch_compile wants a C++ compiler"),
+    (["--attn-implementation", "flash_attention_2"], "attn_implementation='flash_attention_2'"),
+    (["--attn-implementation", "quick"], "attn_implementation='quick' is not one of"),
+    (["--peak-tflops", "0"], "peak_tflops=0.0 must be above 0 and finite"),
+    (["--peak-tflops", "nan"], "peak_tflops=nan must be above 0 and finite"),
+    (["--sample-prompts", " "], "sample_prompts holds a blank prompt"),
+    (["--sample-tokens", "0"], "sample_tokens=0 must be at least 1"),
+    (["--eval-data", "nothing.jsonl"], "nothing.jsonl does not exist"),
+    (["--dtype", "float8"], "float8"),
+]
+# Of these the model or the data say more.
+UNFIT_FOR_DATA = [
+    (["--early-stopping-patience", "2", "--eval-fraction", "0"], "nothing is held out"),
+    (["--load-best-model-at-end", "--eval-fraction", "0"], "nothing is held out"),
+    (["--learning-rates", "nothing_of_this=0.1"], "nothing_of_this"),
+    (["--learning-rates", "(=0.1"], "learning_rates"),
+    (["--freeze", "nothing_of_this"], "nothing_of_this"),
+]
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> None:
+    """A machine with nothing that is optional, where an accelerator would be too."""
+    for module in (finetune, pretrain):
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
+    for name in ("wandb", "tensorboard", "trackio", "bitsandbytes", "schedulefree"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.mark.parametrize(("flags", "says"), UNFIT)
+def test_what_cannot_be_had_is_refused_before_a_model_is_loaded(
+    world, refused, tmp_path, monkeypatch, bare, flags, says
+):
+    for module in (finetune, pretrain):
+        for name in ("load_model", "new_model", "encode"):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("begun"), raising=False)
+    if "--dtype" in flags:
+        monkeypatch.undo()
+    run = tmp_path / "run"
+    for verb in (["finetune", world.base, world.pairs], ["train", world.texts]):
+        assert says in refused(*verb, "-o", run, *flags) and not run.exists()
+
+
+@pytest.mark.parametrize(("flags", "says"), UNFIT_FOR_DATA)
+def test_what_does_not_fit_the_data_is_refused_before_the_run_is_begun(
+    world, refused, tmp_path, flags, says
+):
+    judged = write_rows(
+        tmp_path / "judged.jsonl",
+        [{"prompt": "the cat", "chosen": f" sat {i}", "rejected": " ran"} for i in range(12)],
+    )
+    run = tmp_path / "run"
+    for verb in (
+        ["finetune", world.base, world.pairs],
+        # The reference of preferences is in the run's folder, and is computed first.
+        ["finetune", world.base, judged, "--objective", "dpo", "--method", "full"],
+        ["train", world.texts],
+    ):
+        assert says in refused(*verb, "-o", run, *flags, "--dtype", "float32")
+        assert not run.exists()
+
+
 # --- settings of generation ---
 
 

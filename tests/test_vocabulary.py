@@ -155,6 +155,29 @@ def test_auto_takes_what_pads_without_harm(tmp_path: Path, names, token: str, wh
     assert lm.tokenizer.special.pad == lm.tokenizer.id(token)
 
 
+OWN, RESERVE = {"pad_token": "<own>"}, {"reserve": "<|finetune_right_pad_id|>"}
+OTHERS = {"reserve2": "<|reserved_special_token_0|>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("names", "held", "token", "why"),
+    [
+        (OWN | RESERVE, ["<own>"], "<|finetune_right_pad_id|>", "not '<own>', which the data"),
+        (OWN | OTHERS, ["<own>", "<|reserved_special_token_0|>"], "<unk>", "not '<own>', which"),
+        (RESERVE | OTHERS, [RESERVE["reserve"]], OTHERS["reserve2"], "not '<|finetune_right_pad"),
+        ({"pad_token": "<unk>", "unk_token": "<unk>"}, ["<unk>"], "<|endoftext|>", "not '<unk>'"),
+        ({"unk_token": "<unk>"}, ["<unk>"], "<|endoftext|>", "not '<unk>', which the data hold: r"),
+        (OWN, [], "<own>", "the model's own"),
+    ],
+)
+def test_auto_takes_nothing_that_the_data_hold_and_says_so(tmp_path, names, held, token, why):
+    lm = ardor.load(made(tmp_path / "m", **names))
+    rows = {lm.tokenizer.id(one): f"row {i}" for i, one in enumerate(held, 1)}
+    said = set_pad(lm.model, occurs=rows.get)
+    assert lm.tokenizer.token(lm.tokenizer.special.pad) == token and why in said
+    assert ("the data hold: row 1" in said) is bool(held)
+
+
 def agreed(folder: Path) -> dict[str, Any]:
     """The special tokens that every file of a checkpoint names; they must agree."""
     config, generation = opened(folder, "config.json"), opened(folder, "generation_config.json")
@@ -385,7 +408,7 @@ def test_a_checkpoint_with_only_a_sentencepiece_model_is_loaded_and_saved(tmp_pa
 
 
 def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: Path):
-    """Until tokens are added: then it would say that their ids are free."""
+    """With the names of added tokens beside it, or it would say that their ids are free."""
     pieces, folder = of_pieces(tmp_path / "m"), tmp_path / "m"
     data = write_rows(tmp_path / "d.jsonl", [{"text": text} for text in sentences(12)])
     for name, settings in (("run", {}), ("grown", {"add_tokens": ("<tool>",)})):
@@ -398,6 +421,7 @@ def test_tokenizer_model_goes_through_runs_merges_and_quantized_files(tmp_path: 
         packed = tmp_path / f"{name}-packed"
         assert main(["quantize", str(merged), "-o", str(packed), "--format", "nf4"]) == 0
         for written in (tmp_path / name / "checkpoint-1", merged, packed):
-            held = written / "tokenizer.model"
-            assert held.is_file() == (name == "run"), written
-            assert not held.is_file() or held.read_bytes() == pieces
+            assert (written / "tokenizer.model").read_bytes() == pieces, written
+            beside = written / "added_tokens.json"
+            assert beside.is_file() == (name == "grown"), written
+            assert name == "run" or [*opened(written, beside.name)] == ["<tool>"]

@@ -22,14 +22,15 @@ from ardor.data.choices import OverLength, Preferences
 from ardor.data.dataset import Census, Dataset, Progress
 from ardor.data.lengths import policy_of
 from ardor.data.mixture import Mixture
-from ardor.data.store import FileStore, checksums, mapped
+from ardor.data.preferences import Judged, Kind, build_judged
+from ardor.data.room import ABOUT, STREAM, make_room, room
+from ardor.data.store import FileStore, MemoryStore, Store, checksums, mapped
 from ardor.errors import CheckpointError, DataError
 from ardor.files.atomic import atomic_directory, clean_partials
 from ardor.files.json import read_json, write_json
 from ardor.text.chat import ChatTemplate, TrainOn
 from ardor.text.tokenizer import Tokenizer
 
-ABOUT = "dataset.json"
 SMALL = 1 << 20  # bytes of data below which encoding takes no time worth a file
 VARIABLE = "ARDOR_CACHE"  # names the folder, in place of the one below
 
@@ -75,33 +76,72 @@ def encode(
         "train_on": train_on,
     }
 
-    def build(folder: Path | None) -> Dataset:
-        store = None if folder is None else FileStore(folder)
+    def build(store: Store) -> Dataset:
+        return Dataset.build(rows, tokenizer, template, progress=progress, store=store, **options)
+
+    return _encoded(rows, (tokenizer, template, options), build, Dataset, cache)
+
+
+def encode_judged(
+    rows: Mixture,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    kind: Kind,
+    *,
+    max_length: int,
+    over_length: OverLength = "truncate_left",
+    vocab: int | None = None,
+    progress: Progress | None = None,
+    cache: bool = True,
+) -> Encoding:
+    """`build_judged`, out of the cache as in `encode`.
+
+    Raises: DataError as `build_judged`; CheckpointError if the disk is full.
+    """
+    options = {"max_length": max_length, "over_length": policy_of(over_length), "vocab": vocab}
+
+    def build(store: Store) -> Dataset:
+        return build_judged(
+            rows, tokenizer, template, kind, progress=progress, store=store, **options
+        )
+
+    settings = tokenizer, template, options | {"judged": kind}
+    return _encoded(rows, settings, build, Judged, cache)
+
+
+def _encoded(
+    rows: Mixture,
+    settings: tuple[Tokenizer, ChatTemplate | None, dict[str, Any]],
+    build: Callable[[Store], Dataset],
+    form: type[Dataset],
+    cache: bool,
+) -> Encoding:
+    def into(folder: Path) -> Dataset:
+        store = FileStore(folder, form.dtypes)
         try:
-            return Dataset.build(
-                rows, tokenizer, template, progress=progress, store=store, **options
-            )
+            return build(store)
         finally:
-            if store is not None:
-                store.close()
+            store.close()
 
     size = rows.bytes
     if not cache or (size is not None and size < SMALL):
-        return Encoding(build(None))
-    root = cache_folder()
+        return Encoding(build(MemoryStore(form.dtypes)))
+    root, most = cache_folder(), room()
     if not _writable(root):
-        return Encoding(build(None), f"tokens are in memory: {root} cannot be written to")
+        note = f"tokens are in memory: {root} cannot be written to"
+        return Encoding(build(MemoryStore(form.dtypes)), note)
     identity = rows.identity()
     if identity is None:
-        with tempfile.TemporaryDirectory(dir=root, prefix=".stream-") as folder:
+        with tempfile.TemporaryDirectory(dir=root, prefix=STREAM) as folder:
             # The files stay readable to this process when the folder is gone.
-            return Encoding(build(Path(folder)))
-    return _kept(root / _key(identity, tokenizer, template, options), build)
+            return Encoding(into(Path(folder)))
+    found = _kept(root / _key(identity, *settings), into, form)
+    return found._replace(note=f"{found.note}; {make_room(root, most)}")
 
 
-def _kept(place: Path, build: Callable[[Path], Dataset]) -> Encoding:
+def _kept(place: Path, build: Callable[[Path], Dataset], form: type[Dataset]) -> Encoding:
     """The entry at `place`, made if it is not there."""
-    if (found := _read(place)) is not None:
+    if (found := _read(place, form)) is not None:
         return Encoding(found, f"tokens: as encoded before, in {place}")
     clean_partials(place.parent)
     try:
@@ -110,7 +150,7 @@ def _kept(place: Path, build: Callable[[Path], Dataset]) -> Encoding:
             _describe(folder, made)
     except CheckpointError as error:
         # Another process may have put the same entry in place at the same moment.
-        if (found := _read(place)) is None:
+        if (found := _read(place, form)) is None:
             error.add_note(f"--no-cache keeps tokens in memory; {VARIABLE} names another folder")
             raise
         return Encoding(found, f"tokens: as encoded before, in {place}")
@@ -157,26 +197,27 @@ def _describe(folder: Path, dataset: Dataset) -> None:
             "census": asdict(dataset.census),
             "bounds": dataset.bounds,
             "fingerprint": dataset.fingerprint,
-            "checksums": checksums(folder),
+            "checksums": checksums(folder, dataset.dtypes),
         },
     )
 
 
-def _read(place: Path) -> Dataset | None:
+def _read(place: Path, form: type[Dataset]) -> Dataset | None:
     """The entry; None if there is none, or it is damaged, and then it is gone."""
     if not place.is_dir():
         return None
     try:
         about = read_json(place / ABOUT)
-        if checksums(place) != about["checksums"]:
+        arrays = mapped(place, form.dtypes)  # and so locked
+        if checksums(place, form.dtypes) != about["checksums"]:
             raise DataError(f"{place} is damaged")
         census = about["census"]
         census["formats"] = tuple(map(tuple, census["formats"]))
         census["unread"] = tuple(census["unread"])
-        dataset = Dataset.of(mapped(place), Census(**census), tuple(about["bounds"]))
+        dataset = form.of(arrays, Census(**census), tuple(about["bounds"]))
         # So that nothing has to be read again to know it.
         vars(dataset)["fingerprint"] = about["fingerprint"]
-        os.utime(place / ABOUT)  # when it was last used, for whoever tidies up
+        os.utime(place / ABOUT)  # when it was last used
     except (CheckpointError, DataError, OSError, KeyError, TypeError):
         with suppress(OSError):
             shutil.rmtree(place)

@@ -5,9 +5,10 @@ Axes: N tokens of one ragged row.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ardor.data.encode import Encoded, Encoder, marked
 from ardor.data.formats import Conversation, conversation_examples
 from ardor.data.lengths import Marked, keep_end, keep_start, pieces, policy_of
 from ardor.data.readers import Row
-from ardor.data.store import Arrays, MemoryStore, Store
+from ardor.data.store import DTYPES, Arrays, MemoryStore, Store
 from ardor.errors import ConfigError, DataError, ShapeError, TextError
 from ardor.loss import IGNORE
 from ardor.text.chat import ChatTemplate, TrainOn
@@ -124,6 +125,7 @@ class Dataset:
     unended: np.ndarray  # bool: has the example lost its end to the length limit?
     census: Census
     bounds: tuple[int, ...] = (0,)  # the first row of each part of a mixture
+    dtypes: ClassVar[Mapping[str, str]] = DTYPES  # of the arrays, where they are files
     chosen: np.ndarray | None = None  # int64: the examples of this dataset; None: all
 
     @classmethod

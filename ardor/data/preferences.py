@@ -7,21 +7,20 @@ another one, by which KTO measures how far the model has moved.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ardor.data.choices import OverLength
-from ardor.data.dataset import Census, Dataset, check_ids
+from ardor.data.dataset import Census, Dataset, Progress, check_ids
 from ardor.data.encode import marked
 from ardor.data.formats import Conversation, encoded, explained, preference_sides, read
 from ardor.data.lengths import Marked, keep_start, policy_of
 from ardor.data.readers import Row
-from ardor.data.store import MemoryStore
+from ardor.data.store import JUDGED_DTYPES, Arrays, MemoryStore, Store
 from ardor.errors import DataError, TextError
 from ardor.text.chat import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
@@ -38,6 +37,14 @@ class Judged(Dataset):
 
     firsts: np.ndarray | None = None  # int64: tokens of the first document of each
     liked: np.ndarray | None = None  # bool; of a pair always
+    dtypes: ClassVar[Mapping[str, str]] = JUDGED_DTYPES
+
+    @classmethod
+    def of(cls, arrays: Arrays, census: Census, bounds: tuple[int, ...] = (0,)) -> "Judged":
+        """The dataset of what a store of judged examples has collected."""
+        made = super().of(arrays, census, bounds)
+        assert isinstance(made, cls)
+        return replace(made, firsts=arrays.firsts, liked=arrays.liked)
 
     def documents(self, index: int) -> tuple[int, ...]:
         span, which = self.span(index), index if self.chosen is None else int(self.chosen[index])
@@ -91,19 +98,24 @@ def build_judged(
     max_length: int,
     over_length: OverLength = "truncate_left",
     vocab: int | None = None,
+    progress: Progress | None = None,
+    store: Store | None = None,
 ) -> Judged:
     """The judged answers of `rows`, each document at most `max_length` tokens.
 
     For labels a pair counts as two answers, one liked and one not. `truncate_left` takes the same
     tokens from the start of both prompts of a pair, never from an answer; `truncate_right` takes
     the ends of answers. Pairs with two equal answers, and rows with a blank answer, are left out
-    and counted.
+    and counted. The arrays are collected in `store`, made for `Judged.dtypes` (default: memory).
 
     Raises: DataError naming the row that cannot be read, or if nothing is left.
     """
-    builder = _Builder(tokenizer, template, kind, max_length, over_length, vocab)
+    store = store or MemoryStore(Judged.dtypes)
+    builder = _Builder(tokenizer, template, kind, max_length, over_length, vocab, store)
     for row in rows:
         builder.take(row)
+        if progress:
+            progress(builder.counts["rows"])
     return builder.finish()
 
 
@@ -116,13 +128,16 @@ class _Builder:
         limit: int,
         over_length: OverLength,
         vocab: int | None,
+        store: Store,
     ) -> None:
         self.tokenizer, self.template, self.kind = tokenizer, template, kind
         self.limit, self.policy, self.vocab = limit, policy_of(over_length), vocab
         self.counts: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.bounds: list[int] = []
-        self.kept: list[tuple[Marked, Marked | None, int, bool, bool]] = []
+        self.store = store
+        # The second document of a labelled answer is made of two examples, once all are there.
+        self.kept = store if kind == "pairs" else store.scratch()
 
     def take(self, row: Row) -> None:
         check_columns(row, self.kind)
@@ -146,11 +161,11 @@ class _Builder:
         if self.kind == "labels":
             for side, liked in ((better, True), (worse, False)):
                 if found := self._fitted(row, side):
-                    self._keep(found[0][0], None, liked, found[1])
+                    self._keep(found[0], liked, found[1])
         elif found := self._fitted(row, better, worse):
             (better, worse), unended = found
             if not self._alike(better, worse):
-                self._keep(better, worse, True, unended)
+                self._keep([better, worse], True, unended)
 
     def _alike(self, better: Marked, worse: Marked) -> bool:
         same = np.array_equal(better.tokens, worse.tokens)
@@ -173,7 +188,7 @@ class _Builder:
         if not examples:
             self.counts["empty"] += 1
         elif found := self._fitted(row, marked(examples[-1])):
-            self._keep(found[0][0], None, liked, found[1])
+            self._keep(found[0], liked, found[1])
 
     def _fitted(self, row: Row, *sides: Marked) -> tuple[list[Marked], bool] | None:
         """The documents as the limit leaves them, and whether an end is lost; None: dropped."""
@@ -202,61 +217,74 @@ class _Builder:
         self.counts["unended"] += found is not None and found[1]
         return found
 
-    def _keep(self, first: Marked, second: Marked | None, liked: bool, unended: bool) -> None:
-        self.kept.append((first, second, self.counts["rows"] - 1, liked, unended))
+    def _keep(self, documents: list[Marked], liked: bool, unended: bool) -> None:
+        self.counts["examples"] += 1
+        row = self.counts["rows"] - 1
+        self._append(self.kept, documents, row=row, unended=unended, liked=liked)
+
+    def _append(self, store: Store, documents: list[Marked], **about: Any) -> None:
+        tokens = np.concatenate([one.tokens for one in documents])
+        supervised = np.concatenate([one.supervised for one in documents])
+        store.append(tokens, supervised, firsts=len(documents[0].tokens), **about)
+        if store is self.store:
+            self.counts["tokens"] += len(tokens)
+            self.counts["targets"] += sum(one.targets for one in documents)
 
     def finish(self) -> Judged:
-        if not self.kept:
+        if not self.counts["examples"]:
             raise DataError(
                 f"nothing is left to learn from {self.counts['rows']:,} rows: "
                 f"{self.counts['dropped']:,} too long, {self.counts['empty']:,} without an answer, "
                 f"{self.counts['alike']:,} with two equal answers"
             )
-        store, firsts = MemoryStore(), []
-        prompts = [_prompt(one[0]) for one in self.kept] if self.kind == "labels" else []
-        if prompts and len({*prompts}) == 1:
+        if self.kept is not self.store:
+            self._complete(self.kept.finish())
+        counts: dict[str, Any] = dict(self.counts)
+        census = Census(**counts, formats=tuple(self.formats.items()))
+        return Judged.of(self.store.finish(), census, tuple(self.bounds))
+
+    def _complete(self, answers: Arrays) -> None:
+        """Every answer with its prompt, and the prompt with the answer to another one."""
+        assert answers.liked is not None
+        starts = np.concatenate([[0], answers.lengths.cumsum()])
+
+        def answer(index: int) -> Marked:
+            span = slice(int(starts[index]), int(starts[index + 1]))
+            return Marked(answers.tokens[span], answers.supervised[span])
+
+        count = len(answers.rows)
+        prompts = [_prompt(answer(index)) for index in range(count)]
+        if len({*prompts}) == 1:
             raise DataError(
-                f"all {len(prompts):,} labelled answers are to one prompt, and kto measures how "
+                f"all {count:,} labelled answers are to one prompt, and kto measures how "
                 "far the model has moved by answers to other prompts; give rows of at least two"
             )
-        for index, (first, second, row, _, unended) in enumerate(self.kept):
-            second = second or self._elsewhere(index, prompts)
-            firsts.append(len(first.tokens))
-            tokens = np.concatenate([first.tokens, second.tokens])
-            supervised = np.concatenate([first.supervised, second.supervised])
-            store.append(tokens, supervised, row=row, unended=unended)
-            self.counts["tokens"] += len(tokens)
-            self.counts["targets"] += first.targets + second.targets
-        arrays = store.finish()
-        counts: dict[str, Any] = dict(self.counts)
-        census = Census(**counts, examples=len(self.kept), formats=tuple(self.formats.items()))
-        return Judged(
-            arrays.tokens,
-            arrays.supervised,
-            np.array([0, *accumulate(arrays.lengths.tolist())]),
-            arrays.rows,
-            arrays.unended,
-            census,
-            tuple(self.bounds),
-            firsts=np.array(firsts),
-            liked=np.array([one[3] for one in self.kept]),
-        )
+        for index in range(count):
+            own = answer(index)
+            # From the other half of the data, as neighbours often answer the same prompt.
+            order = ((index + count // 2 + step) % count for step in range(count))
+            other = answer(next(place for place in order if prompts[place] != prompts[index]))
+            self._append(
+                self.store,
+                [own, _elsewhere(own, other, self.limit)],
+                row=int(answers.rows[index]),
+                unended=bool(answers.unended[index]),
+                liked=bool(answers.liked[index]),
+            )
 
-    def _elsewhere(self, index: int, prompts: list[bytes]) -> Marked:
-        """The prompt of an answer, followed by the answer to another prompt."""
-        count = len(prompts)
-        # From the other half of the data, as neighbours often answer the same prompt.
-        order = ((index + count // 2 + step) % count for step in range(count))
-        other = next(place for place in order if prompts[place] != prompts[index])
-        first, second = self.kept[index][0], self.kept[other][0]
-        at, start = (int(np.argmax(one.supervised)) for one in (first, second))
-        tokens = np.concatenate([first.tokens[:at], second.tokens[start:]])
-        supervised = np.concatenate([first.supervised[:at], second.supervised[start:]])
-        return Marked(tokens, supervised).part(0, max(self.limit, at + 1))
+
+def _elsewhere(own: Marked, other: Marked, limit: int) -> Marked:
+    """The prompt of an answer, followed by the answer to another prompt."""
+    at, start = (int(np.argmax(one.supervised)) for one in (own, other))
+    tokens = np.concatenate([own.tokens[:at], other.tokens[start:]])
+    supervised = np.concatenate([own.supervised[:at], other.supervised[start:]])
+    return Marked(tokens, supervised).part(0, max(limit, at + 1))
 
 
 def _prompt(answer: Marked) -> bytes:
-    return answer.tokens[: int(np.argmax(answer.supervised))].tobytes()
+    """What tells the prompt of an answer from others, and is short."""
+    prompt = answer.tokens[: int(np.argmax(answer.supervised))]
+    return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
 
 
 def _without_start(

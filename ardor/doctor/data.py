@@ -72,7 +72,7 @@ class Sample:
     shifted: Found = field(default_factory=Found)  # labels that were shifted already
     masked_ends: Found = field(default_factory=Found)  # a stop token in the ids, not in the labels
     outside: Found = field(default_factory=Found)  # ids that the model lacks
-    padding: Found = field(default_factory=Found)  # the pad id where no padding is
+    named: dict[int, Found] = field(default_factory=dict)  # by id, of added and special tokens
     control: Found = field(default_factory=Found)  # a control token spelled in a content
     unknown: Found = field(default_factory=Found)  # the unknown token stands for a character
     replaced: Found = field(default_factory=Found)  # U+FFFD: the text was decoded wrongly before
@@ -95,6 +95,10 @@ class Sample:
     def conversations(self) -> int:
         plain = ("text", "prompt-completion", "tokenized")
         return sum(count for name, count in self.formats.items() if name not in plain)
+
+    def where(self, id: int) -> str | None:
+        """The first row that holds an added or special token, if any does."""
+        return self.named[id].places[0] if id in self.named else None
 
     def histogram(self) -> list[tuple[str, int]]:
         """(range of tokens, examples) from the shortest to the longest that occur."""
@@ -146,6 +150,8 @@ class _Held:
 
     def __init__(self, found: Sample, reading: Reading) -> None:
         self.found, self.reading = found, reading
+        added, special = reading.tokenizer.added, reading.tokenizer.special
+        self._named = {id for id in (*added.values(), special.pad, special.unk) if id is not None}
         self._first: dict[bytes, str] = {}
         self._prompts: dict[bytes, str] = {}
         self._format: dict[str, tuple[str, str]] = {}
@@ -243,9 +249,8 @@ class _Held:
 
     def _ids(self, tokens: Sequence[int], place: str) -> None:
         found, reading = self.found, self.reading
-        pad = reading.tokenizer.special.pad
-        if pad is not None and pad not in reading.stops and pad in tokens:
-            found.padding.add(place)
+        for id in self._named.intersection(tokens):
+            found.named.setdefault(id, Found()).add(place)
         if reading.vocab is not None and (high := max(tokens, default=0)) >= reading.vocab:
             found.outside.add(f"{place}: id {high}")
 

@@ -20,6 +20,7 @@ from ardor.errors import ConfigError, DataError
 from ardor.load import Model
 from ardor.sketch import sketch_of
 from ardor.text.chat import TrainOn
+from ardor.vocabulary import PadStrategy, set_pad
 
 ROWS = 500  # of the data: enough to see what is wrong with all, soon enough to wait for
 LOADER = ("files", "weights", "behaviour", "runs")  # subjects that are looked at elsewhere
@@ -36,6 +37,7 @@ def preflight(
     rows: Iterable[Row] = (),
     heldout: Iterable[Row] = (),
     prepare: Prepare | None = None,
+    pad: PadStrategy = "auto",
     training: Training | None = None,
     choices: tuple[Preferences, TrainOn] = ("refuse", "all"),
     max_length: int | None = None,
@@ -46,7 +48,8 @@ def preflight(
     """The warnings and remarks on a model and its data, before any weight is read.
 
     Of `rows` the first ROWS are looked at. `prepare` is tried on a model without weights: what is
-    judged is what it makes of tokens, template and files. `choices` are the run's preferences and
+    judged is what it makes of tokens, template and files, with the padding token that `pad` chooses
+    beside these rows, as a run does beside all of them. `choices` are the run's preferences and
     train_on. An error among the rules named in `allow` is returned with the rest.
 
     Raises: ConfigError for any other error, or a name in `allow` that is no rule; DataError for a
@@ -55,11 +58,13 @@ def preflight(
     check_rules(allow)
     found = find_checkpoint(name, revision, use_safetensors=use_safetensors)
     found.training = training
-    if prepare is not None:
-        _as_prepared(found, prepare)
+    model = None if prepare is None else _as_prepared(found, prepare)
     if found.tokenizer is not None and (some := [*islice(rows, ROWS + 1)]):
         reading = reading_of(found, max_length, *choices)
         found.data = sample(some, reading, most=ROWS, heldout=islice(heldout, ROWS))
+    if model is not None:
+        set_pad(model, pad, occurs=None if found.data is None else found.data.where)
+        _take_tokens(found, model)
     names = [n for subject, rules in SUBJECTS.items() if subject not in LOADER for n in rules]
     findings = [replace(one, rule=rule) for rule in names for one in RULES[rule](found)]
     errors = [one for one in findings if one.level == "E" and one.rule not in allow]
@@ -68,17 +73,22 @@ def preflight(
     return tuple(sorted(findings, key=lambda one: "EWI".index(one.level)))
 
 
-def _as_prepared(found: Checkpoint, prepare: Prepare) -> None:
+def _as_prepared(found: Checkpoint, prepare: Prepare) -> Model | None:
     """Let `found` be the model after `prepare`; an adapter, which no run begins at, stays."""
     if found.tokenizer is None or found.config is None:
-        return
+        return None
     own, generation = found.template, found.generation or {}
     model = sketch_of(found.path, found.config, generation, found.tokenizer, own)
     prepare(model)
-    found.tokenizer, found.template = model.tokenizer, model.template
+    found.template = model.template
     found.template_added = found.template is not None and found.template is not own
+    _take_tokens(found, model)
+    return model
+
+
+def _take_tokens(found: Checkpoint, model: Model) -> None:
+    found.tokenizer, found.untrained = model.tokenizer, model.untrained
     found.config, found.generation = model.config, model.generation_config
-    found.untrained = model.untrained
     if isinstance(model.decoder, Decoder):
         found.spec = model.decoder.spec
 

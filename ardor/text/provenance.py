@@ -4,20 +4,25 @@ The template is run twice: once as it is, and once with marks in the place of wh
 content gives way to a mark of its own, as long as the template only copies or trims it; everything
 else is left in its place, with marks around the control tokens that it spells. Whatever the second
 rendering says is believed only if the first one comes out of it character by character.
+
+A third one has marks around everything that people wrote. A control token that it lacks was made of
+the template's text and theirs, as by '<|' ~ message.name ~ '|>', and is no control token either.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from ardor.errors import TextError
+from ardor.text.messages import THOUGHTS
 from ardor.text.template import ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 
 SPELLED = -1
+SAID = ("role", "content", *THOUGHTS)  # keys of what every message may have
 
 # Who speaks in released formats, some of which write a token of that name: <|user|>.
 ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
@@ -28,7 +33,7 @@ class Piece(NamedTuple):
     """A stretch of a rendering.
 
     `owner` is None for the template's own text, the number of the message whose content or thought
-    it is, or SPELLED for a control token that somebody spelled elsewhere.
+    it is, or SPELLED for what somebody wrote elsewhere that spells or completes a control token.
     """
 
     text: str
@@ -40,6 +45,13 @@ class _Leaf(NamedTuple):
     text: str
     thought: bool
     part: int | None  # of a content in parts
+
+
+class _Given(NamedTuple):
+    """What a template is given, with marks in it."""
+
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any]
 
 
 class Conversation:
@@ -118,8 +130,18 @@ class Conversation:
 
         Every content is a piece of its own, unless the template reads or rewrites one of them.
 
-        Raises: TextError if a control token is spelled where it cannot be told from a real one.
+        Raises: TextError if a control token is spelled, or completed to one by the template, where
+        it cannot be told from a real one.
         """
+        found = self._spelled_apart(count, text, add_generation_prompt)
+        whole = sum(leaf.message < count for leaf in self._leaves)
+        alone = sum(piece.owner not in (None, SPELLED) for piece in found) == whole
+        if alone and not self._fields:
+            return found
+        return self._completed_apart(count, text, add_generation_prompt, found)
+
+    def _spelled_apart(self, count: int, text: str, add_generation_prompt: bool) -> list[Piece]:
+        """`pieces`, as far as control tokens are spelled in full."""
         every = [i for i, leaf in enumerate(self._leaves) if leaf.message < count]
         contents = [i for i in every if not self._leaves[i].thought]
         spelled = [i for i in every if i in self._spelled]
@@ -135,23 +157,169 @@ class Conversation:
             return found
         raise self._cannot_keep(count)
 
+    def _completed_apart(
+        self, count: int, text: str, add_generation_prompt: bool, found: list[Piece]
+    ) -> list[Piece]:
+        """`found`, unless control tokens in it are gone once all that people wrote is marked.
+
+        Then everything that the template copies is a piece of its own.
+
+        Raises: TextError where it completes what it reads or rewrites.
+        """
+        real = self._controls(found)
+        every = [i for i, leaf in enumerate(self._leaves) if leaf.message < count]
+        given = self._given()
+        for chosen in (every, []):
+            exact = self.cut(count, text, add_generation_prompt, chosen, given)
+            if exact is not None:
+                return exact if real - self._controls(exact) else found
+        other = self._rendered(count, add_generation_prompt, given)
+        if other is None or not real - self._control(self._without_given(other)):
+            return found
+        copied = set()
+        for i, label in enumerate(self._labels):
+            one = self._given({i})
+            if self.cut(count, text, add_generation_prompt, [], one) is not None:
+                copied.add(i)
+                continue
+            other = self._rendered(count, add_generation_prompt, self._given({i}, self._mark))
+            lost = real - self._control(other or "")
+            if other is not None and self._mark in other and lost:
+                token = self._tokenizer.token(next(iter(lost)))
+                raise TextError(
+                    f"{label} completes the control token {token!r} in {self.template.name}, which "
+                    "rewrites it, so it cannot be kept as text; change it"
+                )
+        exact = self.cut(count, text, add_generation_prompt, [], self._given(copied))
+        return exact if exact is not None and real - self._controls(exact) else found
+
+    def _controls(self, pieces: list[Piece]) -> Counter[int]:
+        """The control tokens in the template's own text."""
+        found: Counter[int] = Counter()
+        for piece in pieces:
+            if piece.owner is None:
+                found += self._control(piece.text)
+        return found
+
+    def _rendered(self, count: int, add_generation_prompt: bool, given: _Given) -> str | None:
+        try:
+            return self.template.write(
+                given.messages[:count], add_generation_prompt, given.variables
+            )
+        except TextError:  # the template reads what is marked
+            return None
+
+    def _without_given(self, text: str) -> str:
+        """The text without what stands between marks."""
+        inside = f"{self._open}[^{self._open}{self._close}]*{self._close}"
+        return re.sub(inside, self._open + self._close, text)
+
+    def _given(self, only: Collection[int] | None = None, replaced: str | None = None) -> _Given:
+        """Everything that people wrote but roles, with marks around it, or `replaced`.
+
+        `only` are numbers of `_labels`. What the template may look for stays as it is, unless it is
+        a part of a control token.
+        """
+        numbers = iter(range(len(self._labels)))
+
+        def mark(text: str, tags: bool) -> str:
+            if self._is_known(text) or (only is not None and next(numbers) not in only):
+                return text
+            return self._enclosed(text, tags) if replaced is None else replaced
+
+        return self._mapped(lambda text, tags, _: mark(text, tags))
+
+    def _is_known(self, text: str) -> bool:
+        return not text.strip() or (
+            text in self.template.words
+            and not any(text.casefold() in token for token in _patterns(self._tokenizer).texts)
+        )
+
+    def _mapped(self, change: Callable[[str, bool, str], str]) -> _Given:
+        """Messages and variables with all strings in them changed, but roles.
+
+        `change` gets the string, whether tags are tokens in it, and where it stands.
+        """
+
+        def walk(value: Any, tags: bool, label: str) -> Any:
+            if isinstance(value, str):
+                return change(value, tags, label)
+            if isinstance(value, dict):
+                return {
+                    walk(key, tags, label): walk(item, tags, label) for key, item in value.items()
+                }
+            if isinstance(value, list | tuple):
+                return [walk(item, tags, label) for item in value]
+            return value
+
+        messages = []
+        for number, message in enumerate(self.messages, 1):
+            tags, where = (
+                message["role"] == "assistant",
+                f"message {number} of {len(self.messages)}",
+            )
+            changed: dict[str, Any] = {"role": message["role"]}
+            for key, value in message.items():
+                label = f"{key!r} of {where}"
+                if key != "role":
+                    name = key if key in SAID else change(key, False, label)
+                    changed[name] = walk(value, tags, label)
+            messages.append(changed)
+        own = {k: walk(v, False, repr(k)) for k, v in self._own_variables().items()}
+        return _Given(messages, self.variables | own)
+
+    @cached_property
+    def _labels(self) -> list[str]:
+        """Where each string stands that may complete a control token."""
+        labels: list[str] = []
+
+        def note(text: str, _: bool, label: str) -> str:
+            if not self._is_known(text):
+                labels.append(label)
+            return text
+
+        self._mapped(note)
+        return labels
+
+    @cached_property
+    def _fields(self) -> bool:
+        """Is there more than contents and thoughts?"""
+        others = [[v for k, v in message.items() if k not in SAID] for message in self.messages]
+        return any(True for _ in _strings([others, *self._own_variables().values()]))
+
+    def _enclosed(self, text: str, tags: bool) -> str:
+        """The text between marks, but for white space around it, and for tags where they count."""
+        kept = f"({_patterns(self._tokenizer).tags.pattern})" if tags else "((?!))"
+        parts = re.split(kept, text)
+        for i in range(0, len(parts), 2):
+            if core := parts[i].strip():
+                before, behind = parts[i].split(core, 1)
+                parts[i] = f"{before}{self._open}{core}{self._close}{behind}"
+        return "".join(part for part in parts if part)
+
     def cut(
-        self, count: int, text: str, add_generation_prompt: bool, chosen: list[int] | None = None
+        self,
+        count: int,
+        text: str,
+        add_generation_prompt: bool,
+        chosen: list[int] | None = None,
+        given: _Given | None = None,
     ) -> list[Piece] | None:
-        """`text` cut around the `chosen` leaves (None: all); None if the marks do not fit it."""
+        """`text` cut around the `chosen` leaves (None: all), and what is marked in `given`.
+
+        None if the marks do not fit it.
+        """
         if not self._close:
             return None
         chosen = list(range(len(self._leaves))) if chosen is None else chosen
-        marked = list(self._wrapped[:count])
+        given = given or _Given(self._wrapped, self._wrapped_variables)
+        marked = list(given.messages[:count])
         for i in chosen:
             if (leaf := self._leaves[i]).message < count:
                 mark = f"{self._mark}{i}{self._mark}"
                 marked[leaf.message] = _replaced(marked[leaf.message], leaf, mark)
-        try:
-            skeleton = self.template.write(marked, add_generation_prompt, self._wrapped_variables)
-        except TextError:  # the template reads the contents
-            return None
-        return self._fill(skeleton, text)
+        skeleton = self._rendered(count, add_generation_prompt, given._replace(messages=marked))
+        return None if skeleton is None else self._fill(skeleton, text)
 
     def _fill(self, skeleton: str, text: str) -> list[Piece] | None:
         """The pieces of `text`, which must be `skeleton` with each mark's text in its place."""
@@ -247,6 +415,8 @@ class _Patterns(NamedTuple):
 
     every: re.Pattern[str]
     but_tags: re.Pattern[str]
+    tags: re.Pattern[str]
+    texts: tuple[str, ...]  # without regard to case
     loose: bool  # some are found in normalized text, so that more spellings than one count
 
     def of(self, *, tags: bool) -> re.Pattern[str]:
@@ -259,10 +429,13 @@ def _patterns(tokenizer: Tokenizer) -> _Patterns:
     # Longest first: the tokenizers library, too, takes the longest that starts at a place.
     texts = sorted((t for t, id in tokenizer.added.items() if id in tokenizer.control), key=len)
     others = [text for text in texts if tokenizer.added[text] not in tokenizer.tags]
-    every, but_tags = (
-        re.compile("|".join(map(re.escape, reversed(kind))) or "(?!)") for kind in (texts, others)
+    tags = [text for text in texts if tokenizer.added[text] in tokenizer.tags]
+    every, but_tags, only_tags = (
+        re.compile("|".join(map(re.escape, reversed(kind))) or "(?!)")
+        for kind in (texts, others, tags)
     )
-    return _Patterns(every, but_tags, tokenizer.normalizes_control)
+    folded = tuple(text.casefold() for text in texts)
+    return _Patterns(every, but_tags, only_tags, folded, tokenizer.normalizes_control)
 
 
 def after(pieces: list[Piece], length: int) -> list[Piece]:

@@ -272,6 +272,14 @@ class ChatTemplate:
         return before if after.startswith(" ") else before.rstrip()
 
     @cached_property
+    def words(self) -> frozenset[str]:
+        """What it may look for: the names that it reads values by, and its string constants."""
+        tree = self._template.environment.parse(self.source)
+        names = {node.attr for node in tree.find_all(nodes.Getattr)}
+        texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(names | texts)
+
+    @cached_property
     def _reads(self) -> _Reads:
         """Found by trying: what a template does not read it raises at, skips, or writes as Python
         would write it."""

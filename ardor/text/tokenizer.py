@@ -176,7 +176,6 @@ class Tokenizer:
         """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         taken = set(backend.get_vocab(with_added_tokens=True).values())
-        grown = False
         for token in tokens:
             token = AddedToken(token, normalized=False) if isinstance(token, str) else token
             if not token.content.strip():
@@ -184,7 +183,6 @@ class Tokenizer:
             if backend.token_to_id(token.content) is not None:
                 continue
             backend.add_tokens([token])
-            grown = True
             id = backend.token_to_id(token.content)
             if id is None or id in taken:
                 raise TextError(
@@ -193,9 +191,7 @@ class Tokenizer:
                     "added_tokens in tokenizer.json with a free id"
                 )
             taken.add(id)
-        # A tokenizer.model without the new tokens would say that their ids are free.
-        pieces = None if grown else self.sentencepiece
-        return Tokenizer(backend, self.names, self.max_length, pieces)
+        return Tokenizer(backend, self.names, self.max_length, self.sentencepiece)
 
     def naming(self, **names: str) -> "Tokenizer":
         """This tokenizer with other tokens in its parts: naming(eos_token="<|im_end|>").
@@ -422,8 +418,8 @@ class Tokenizer:
 
         tokenizer.json, tokenizer_config.json and special_tokens_map.json; the chat template goes to
         chat_template.jinja and, for transformers 4, into tokenizer_config.json. The tokenizer.model
-        that it came with is written too, unless tokens were added since; what it lacked before goes
-        into added_tokens.json, where its readers look.
+        that it came with is written too; what it lacks goes into added_tokens.json, where its
+        readers look.
 
         Raises: CheckpointError if a file cannot be written.
         """

@@ -11,10 +11,10 @@ import shutil
 import torch
 
 from ardor.arch.causal import CausalLM
-from ardor.arch.decoder import Decoder
 from ardor.arch.mlp import Mlp
 from ardor.arch.norm import LayerNorm, RMSNorm
 from ardor.errors import ConfigError
+from ardor.train.recompute import ours
 
 
 def compile_parts(decoder: CausalLM) -> None:
@@ -24,18 +24,9 @@ def compile_parts(decoder: CausalLM) -> None:
 
     Raises: ConfigError for a model whose layers are not ours, or without a C++ compiler.
     """
-    if not isinstance(decoder, Decoder):
-        raise ConfigError(
-            "torch_compile is for models that Ardor runs itself, and this one is run by "
-            "transformers; leave it out"
-        )
-    compiler = os.environ.get("CXX", "g++")
-    if decoder.device.type == "cpu" and not any(map(shutil.which, (compiler, "clang++"))):
-        raise ConfigError(
-            f"torch_compile wants a C++ compiler, and there is no {compiler} or clang++; install "
-            "one, or leave it out"
-        )
-    for module in decoder.layers.modules():
+    known = ours(decoder, "torch_compile")
+    check_compiler(known.device)
+    for module in known.layers.modules():
         dense = isinstance(module, Mlp) and not any(
             hasattr(part, "dequantized") for part in module.modules()
         )
@@ -43,3 +34,13 @@ def compile_parts(decoder: CausalLM) -> None:
             module.compile(dynamic=True)
     # Each of training and measuring, with and without gradients, is a graph of its own.
     torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises: ConfigError where `device` wants a C++ compiler and there is none."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not any(map(shutil.which, (compiler, "clang++"))):
+        raise ConfigError(
+            f"torch_compile wants a C++ compiler, and there is no {compiler} or clang++; install "
+            "one, or leave it out"
+        )

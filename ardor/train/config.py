@@ -228,6 +228,8 @@ class Optimisation:
             value = getattr(self, name, None)
             if value is not None and not fits(value):
                 raise ConfigError(f"{name}={value} must be {words}")
+        if not all(prompt.strip() for prompt in self.sample_prompts):
+            raise ConfigError("sample_prompts holds a blank prompt; give it words, or leave it out")
         _check_updates(self)
 
 

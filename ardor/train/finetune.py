@@ -8,13 +8,12 @@ import torch
 
 from ardor.adapters.kbit import prepare_kbit
 from ardor.adapters.lora import LoraExperts, lora_modules, lora_parameters
-from ardor.arch.attention import backend_for
 from ardor.arch.experts import ExpertLinear, Router
-from ardor.data.cache import Encoding, encode
+from ardor.data.cache import Encoding, encode, encode_judged
 from ardor.data.dataset import Dataset
 from ardor.data.formats import Completion, Segments, Text
 from ardor.data.mixture import Mixture
-from ardor.data.preferences import Judged, build_judged
+from ardor.data.preferences import Judged
 from ardor.data.readers import Row
 from ardor.doctor.checkpoint import Training
 from ardor.doctor.finding import Finding
@@ -28,6 +27,7 @@ from ardor.train.adapter import add_adapter
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
+from ardor.train.machine import check_machine
 from ardor.train.peak import begin_measuring, check_finetune
 from ardor.train.prefer import Preference, check_judged, prefer
 from ardor.train.preference import kind_of
@@ -36,6 +36,7 @@ from ardor.train.reference import Tell
 from ardor.train.run import (
     Run,
     begin,
+    check_steps,
     choose_attention,
     data_note,
     output_folder,
@@ -52,7 +53,6 @@ from ardor.train.tokens import (
     row_of_part,
     rows_to_train,
 )
-from ardor.train.trackers import check_trackers
 from ardor.vocabulary import set_pad
 
 LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
@@ -68,7 +68,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     held_before = begin_measuring()
     config = _with_rate(config)
     folder = output_folder(config, "finetune")
-    check_trackers(config.report_to)
+    check_machine(config, default_device())
     rows = Mixture(config.data, streaming=config.streaming)
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
@@ -94,6 +94,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     frozen = choose_trained(model.decoder, config, aliases(model))
     preference = None
     if isinstance(train, Judged):
+        check_steps(config, model, (train, heldout), rows)
         config, preference = prefer(config, model, folder, (train, heldout), checkpoint, tell)
     run = begin(
         config,
@@ -168,8 +169,6 @@ def _looked_at(
 
     def prepare_sketch(model: Model) -> None:
         prepare_tokens(config, model, first, config.seed)
-        # What pads is chosen again once all of the data are read.
-        set_pad(model, config.pad_strategy)
 
     rows_are_trained = {"yes": True, "no": False}
     training = Training(
@@ -183,6 +182,7 @@ def _looked_at(
         rows=rows,
         heldout=heldout or (),
         prepare=prepare_sketch,
+        pad=config.pad_strategy,  # and once more when all of the data are read
         training=training,
         choices=(config.answer_read, config.train_on),
         max_length=config.max_length,
@@ -202,7 +202,7 @@ def _opening(row: Row, config: Finetune) -> str | None:
 
 def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encoding:
     if config.objective != "sft":
-        judged = build_judged(
+        return encode_judged(
             rows,
             tokenizer_of(model),
             model.template,
@@ -210,8 +210,8 @@ def _dataset(rows: Mixture, model: Model, config: Finetune, limit: int) -> Encod
             max_length=limit,
             over_length=config.over_length,
             vocab=model.decoder.facts.vocab,
+            cache=config.cache,
         )
-        return Encoding(judged)
     return encode(
         rows,
         tokenizer_of(model),
@@ -231,7 +231,6 @@ def _model(
     """The model, and what became of its tokens if the run begins with it."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    backend_for(config.attn_implementation, device, trains=True)  # before a model is loaded
     full = config.method == "full"
     resumed = full and checkpoint is not None  # its weights are all in the checkpoint
     model = load_model(

@@ -13,6 +13,7 @@ from ardor.errors import CheckpointError, ConfigError
 from ardor.memory.optimizers import is_table
 from ardor.train.config import Optim, Optimisation
 from ardor.train.lion import Lion
+from ardor.train.packages import package
 from ardor.train.stepwise import Stepwise
 
 Group = dict[str, Any]
@@ -20,6 +21,11 @@ Group = dict[str, Any]
 _GROUP_STATE = ("k", "weight_sum", "lr_max", "scheduled_lr")
 _NUMBER = ":number"  # ends the names of what is a Python number, not a tensor
 _ROUNDING = "rounding"  # the state of the generator that rounds to bfloat16
+_PACKAGES: Mapping[Optim, str] = {
+    "adamw_8bit": "bitsandbytes",
+    "lion_8bit": "bitsandbytes",
+    "schedule_free_adamw": "schedulefree",
+}
 _EMPTY = "empty" + _NUMBER  # the state of a parameter that has none yet
 
 
@@ -54,7 +60,7 @@ def _muon(groups: list[Group], config: Optimisation) -> torch.optim.Optimizer:
 
 def _schedule_free(groups: list[Group], config: Optimisation) -> torch.optim.Optimizer:
     """Defazio et al. 2024, arXiv:2405.15682."""
-    made = _package("schedulefree", config.optim).AdamWScheduleFree(
+    made = optimizer_package(config.optim).AdamWScheduleFree(
         groups,
         lr=0.0,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -83,7 +89,7 @@ def _eight_bit(name: str, config: Optimisation) -> Any:
     """
     # It tells of kernels that only its 4-bit linears would want.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    kind = getattr(_package("bitsandbytes", config.optim).optim, name)
+    kind = getattr(optimizer_package(config.optim).optim, name)
 
     class EightBit(kind):
         def get_config(self, gindex: int, pindex: int, group: Group) -> dict[str, Any]:
@@ -93,16 +99,13 @@ def _eight_bit(name: str, config: Optimisation) -> Any:
     return EightBit
 
 
-def _package(name: str, optim: str) -> Any:
-    from importlib import import_module
+def optimizer_package(optim: Optim) -> Any:
+    """The package that an optimizer comes from; None for torch's and ours.
 
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"optim={optim} needs the package {name}, which is not installed; "
-            f"pip install {name}, or pip install 'ardor[optim]'"
-        ) from error
+    Raises: ConfigError if it is not installed.
+    """
+    name = _PACKAGES.get(optim)
+    return None if name is None else package(name, f"optim={optim}", "pip install 'ardor[optim]'")
 
 
 OPTIMIZERS: Mapping[Optim, Callable[[list[Group], Optimisation], torch.optim.Optimizer]] = {

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ardor.arch.attention import backend_for
 from ardor.arch.decoder import Decoder
 from ardor.arch.grow import rows_for
 from ardor.arch.init import initialise
@@ -28,6 +27,7 @@ from ardor.train.blueprint import Blueprint, read_blueprint
 from ardor.train.config import Train
 from ardor.train.evaluate import evaluate, samples
 from ardor.train.groups import aliases, choose_trained
+from ardor.train.machine import check_machine
 from ardor.train.peak import begin_measuring, check_scratch
 from ardor.train.ranks import Ranks
 from ardor.train.run import (
@@ -40,7 +40,6 @@ from ardor.train.run import (
     resumed_from,
     split,
 )
-from ardor.train.trackers import check_trackers
 
 LEARNING_RATE = 2e-3
 VOCABULARY = 4096  # entries of a tokenizer, where nothing says how many
@@ -59,8 +58,8 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     held_before = begin_measuring()
     config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
     folder = output_folder(config, "train")
-    check_trackers(config.report_to)
-    blueprint, device = read_blueprint(config), default_device()
+    check_machine(config, device := default_device())
+    blueprint = read_blueprint(config)
     # Before the data is read, which may take long; the tokenizer's size is not known yet.
     rough = blueprint.with_rows(config.vocab_size or blueprint.spec.vocab)
     check_scratch(rough.spec, config, device)
@@ -159,7 +158,6 @@ def new_model(config: Train, blueprint: Blueprint, tokenizer: Tokenizer, folder:
     """A randomly initialised model of `blueprint`, seeded by config.seed."""
     device = default_device()
     precision = training_compute(config.dtype, device)
-    backend_for(config.attn_implementation, device, trains=True)
     decoder = Decoder(blueprint.spec, compute=precision.compute)
     initialise(
         decoder,

@@ -15,6 +15,16 @@ from ardor.errors import ConfigError
 from ardor.train.config import Recompute
 
 
+def ours(decoder: CausalLM, setting: str) -> Decoder:
+    """Raises: ConfigError for a model whose layers are not ours, which `setting` changes."""
+    if not isinstance(decoder, Decoder):
+        raise ConfigError(
+            f"{setting} is for models that Ardor runs itself, and this one is run by "
+            "transformers; leave it out"
+        )
+    return decoder
+
+
 def recompute(decoder: CausalLM, what: Recompute) -> None:
     """Let `decoder` keep less in training.
 
@@ -26,12 +36,7 @@ def recompute(decoder: CausalLM, what: Recompute) -> None:
     """
     if what == "none":
         return
-    if not isinstance(decoder, Decoder):
-        raise ConfigError(
-            f"gradient_checkpointing={what} is for models that Ardor runs itself, and this one "
-            "is run by transformers; leave it out"
-        )
-    layers: Any = decoder.layers
+    layers: Any = ours(decoder, f"gradient_checkpointing={what}").layers
     for layer in layers:
         if what == "layers":
             _again(layer)

@@ -29,11 +29,13 @@ from ardor.save import write_files
 from ardor.train.config import Optimisation
 from ardor.train.first_rows import FILE as FIRST_ROWS
 from ardor.train.first_rows import write_first_rows
-from ardor.train.groups import aliases
+from ardor.train.groups import aliases, rate_shares
 from ardor.train.metrics import Metrics
+from ardor.train.optim import trainable
 from ardor.train.peak import measured, predicted
 from ardor.train.preference import LabelObjective
 from ardor.train.ranks import Ranks
+from ardor.train.recompute import ours
 from ardor.train.report import write_report
 from ardor.train.trackers import Dashboard, Log, open_trackers
 from ardor.train.trainer import Diverged, Event, Hooks, Objective, Trainer
@@ -287,6 +289,21 @@ def _planned(
         order=config.train_sampling_strategy,
         weights=mixture.weights,
     )
+
+
+def check_steps(
+    config: Optimisation, model: Model, data: tuple[Dataset, Dataset | None], mixture: Mixture
+) -> None:
+    """What `begin` would refuse, for whoever computes or writes something before.
+
+    Raises: ConfigError for settings that do not fit the model or the data.
+    """
+    _planned(config, *data, mixture)
+    rate_shares(trainable(model.decoder), config, aliases(model))
+    if config.gradient_checkpointing != "none":
+        ours(model.decoder, f"gradient_checkpointing={config.gradient_checkpointing}")
+    if config.torch_compile:
+        ours(model.decoder, "torch_compile")
 
 
 def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ardor.errors import ConfigError
 from ardor.files.atomic import write_atomic
 from ardor.files.runs import METRICS
 from ardor.train.config import Optimisation, Tracker
+from ardor.train.packages import package
 from ardor.train.ranks import leads
 from ardor.train.report import read_metrics
 
@@ -46,10 +47,10 @@ def check_trackers(names: tuple[Tracker, ...]) -> None:
     Raises: ConfigError if a package is not installed, or wandb does not know who sends.
     """
     for name in dict.fromkeys(names) if leads() else ():
-        package = _package(name)
+        found = _package(name)
         if name == "wandb":
-            with _begins(name, package):
-                package.login()  # asks on a terminal; offline it is content
+            with _begins(name, found):
+                found.login()  # asks on a terminal; offline it is content
 
 
 def open_trackers(config: Optimisation, folder: Path, step: int) -> tuple[Dashboard, ...]:
@@ -94,10 +95,10 @@ def _quoted(lines: Iterator[str] | list[str]) -> str:
 
 
 def _wandb(run: Begun) -> Dashboard:
-    package = _package("wandb")
+    wandb = _package("wandb")
     run.folder.mkdir(parents=True, exist_ok=True)
-    with _begins("wandb", package):
-        made = package.init(
+    with _begins("wandb", wandb):
+        made = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.folder.resolve().name,
             id=run.token,
@@ -105,23 +106,23 @@ def _wandb(run: Begun) -> Dashboard:
             config=dict(run.settings),
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
         )
-    return _hosted(package, made, run, lambda failed: made.finish(exit_code=int(failed)))
+    return _hosted(wandb, made, run, lambda failed: made.finish(exit_code=int(failed)))
 
 
 def _trackio(run: Begun) -> Dashboard:
-    package = _package("trackio")
-    with _begins("trackio", package):
-        made = package.init(
+    trackio = _package("trackio")
+    with _begins("trackio", trackio):
+        made = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             # A run is known by its name there.
             name=f"{run.folder.resolve().name}-{run.token}",
             resume="allow",
             config=dict(run.settings),
         )
-    return _hosted(package, made, run, lambda failed: package.finish())
+    return _hosted(trackio, made, run, lambda failed: trackio.finish())
 
 
-def _hosted(package: Any, made: Any, run: Begun, finish: Callable[[bool], None]) -> Dashboard:
+def _hosted(module: Any, made: Any, run: Begun, finish: Callable[[bool], None]) -> Dashboard:
     """Both have one interface. Samples are a table of all so far, which the last one shows."""
     file = run.folder / METRICS
     before = read_metrics(file) if run.step and file.exists() else []
@@ -134,7 +135,7 @@ def _hosted(package: Any, made: Any, run: Begun, finish: Callable[[bool], None])
         if row["kind"] == "sample":
             samples[row["step"], row["prompt"]] = row["text"]
             table = [[step, prompt, text] for (step, prompt), text in samples.items()]
-            shown["samples"] = package.Table(columns=["step", "prompt", "text"], data=table)
+            shown["samples"] = module.Table(columns=["step", "prompt", "text"], data=table)
         if shown:
             with redirect_stdout(sys.stderr):
                 made.log(shown, step=row["step"])
@@ -154,19 +155,14 @@ TRACKERS: Mapping[Tracker, Callable[[Begun], Dashboard]] = {
 
 
 def _package(name: Tracker) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"report_to={name} needs the package {name}, which is not installed; "
-            f"pip install {name}, or pip install 'ardor[trackers]' for all three"
-        ) from error
+    otherwise = "pip install 'ardor[trackers]' for all three"
+    return package(name, f"report_to={name}", otherwise)
 
 
 @contextmanager
-def _begins(name: Tracker, package: Any) -> Iterator[None]:
+def _begins(name: Tracker, module: Any) -> Iterator[None]:
     """What its packages print is a remark; what they raise is told with a remedy."""
-    kinds = (OSError, RuntimeError, ValueError, getattr(package, "Error", OSError))
+    kinds = (OSError, RuntimeError, ValueError, getattr(module, "Error", OSError))
     remedy = {
         "wandb": "log in with wandb login, set WANDB_MODE=offline and wandb sync later",
         "trackio": "unset TRACKIO_SPACE_ID and TRACKIO_SERVER_URL to keep the run on this machine",

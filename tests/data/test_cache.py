@@ -1,17 +1,23 @@
 """Tokens on the disk: the same as those in memory, and never those of something else."""
 
+import gc
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ardor.data import cache
-from ardor.data.cache import ABOUT, cache_folder, encode
+from ardor.data.batches import BatchPlan
+from ardor.data.cache import ABOUT, cache_folder, encode, encode_judged
 from ardor.data.dataset import Dataset
 from ardor.data.mixture import Mixture
-from ardor.errors import CheckpointError, DataError
+from ardor.data.preferences import Judged, build_judged
+from ardor.data.store import FileStore
+from ardor.errors import CheckpointError, ConfigError, DataError
 from ardor.text.chat import CHATML, ChatTemplate
 from ardor.text.tokenizer import Tokenizer
 
@@ -38,7 +44,8 @@ def test_the_second_time_nothing_is_encoded(data, tokenizer, folder, monkeypatch
     first = encode(Mixture([str(data)]), tokenizer, max_length=4)
     expected = Dataset.build(Mixture([str(data)]), tokenizer, max_length=4)
     assert first.dataset == expected and first.dataset.census == expected.census
-    assert first.note == f"tokens: kept in {folder / entries(folder)[0]}"
+    kept = f"tokens: kept in {folder / entries(folder)[0]}; 1 such, 0 MiB of at most 50.0 GiB"
+    assert first.note == f"{kept} (ARDOR_CACHE_SIZE)"
     monkeypatch.setattr(Dataset, "build", lambda *_, **__: pytest.fail("encoded again"))
     again = encode(Mixture([str(data)]), tokenizer, max_length=4)
     assert again.dataset == expected and again.dataset.census == expected.census
@@ -78,6 +85,177 @@ def test_the_hash_of_the_code_follows_the_code(tmp_path, monkeypatch):
     before = cache._code()
     (tmp_path / "text/b.py").write_text("x = 2\n")
     assert cache._code() != before
+
+
+def pairs(count: int) -> list[dict]:
+    return [
+        {"prompt": f"the cat {i}", "chosen": f" sat {i}", "rejected": " on" * (i % 3 + 1)}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def judgements(tmp_path):
+    rows = [*pairs(20), {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_judged_answers_are_encoded_once_and_the_same(
+    judgements, tokenizer, folder, monkeypatch, kind
+):
+    options = {"max_length": 9, "over_length": "truncate_right"}
+    expected = build_judged(Mixture([str(judgements)]), tokenizer, None, kind, **options)
+    seen: list[int] = []
+    first = encode_judged(
+        Mixture([str(judgements)]), tokenizer, None, kind, progress=seen.append, **options
+    )
+    assert seen == list(range(1, 22)) and "kept in" in (first.note or "")
+    monkeypatch.setattr(cache, "build_judged", lambda *_, **__: pytest.fail("encoded again"))
+    again = encode_judged(Mixture([str(judgements)]), tokenizer, None, kind, **options)
+    assert "as encoded before" in (again.note or "")
+    assert {path.name for path in (folder / entries(folder)[0]).iterdir()} == {
+        *(f"{name}.{dtype[1:]}" for name, dtype in Judged.dtypes.items()),
+        ABOUT,  # and nothing of the answers before they had their second document
+    }
+    assert expected.census.alike == 1 and expected.census.unended > 0
+    for found in (first.dataset, again.dataset):
+        assert isinstance(found, Judged) and found.census == expected.census
+        assert found.fingerprint == expected.fingerprint == replace(found).fingerprint
+        for name in ("tokens", "supervised", "starts", "rows", "unended", "firsts", "liked"):
+            ours, theirs = getattr(found, name), getattr(expected, name)
+            assert ours.dtype == theirs.dtype and (ours == theirs).all(), name
+        assert not found.tokens.flags.writeable
+        plans = [BatchPlan(one, tokens_per_batch=64, seed=3) for one in (found, expected)]
+        assert plans[0].fingerprint == plans[1].fingerprint
+        assert [*plans[0].epoch(1)] == [*plans[1].epoch(1)]
+
+
+def test_judged_answers_have_entries_of_their_own(judgements, tokenizer, folder):
+    rows = Mixture([str(judgements)])
+    encode(rows, tokenizer, max_length=9, preferences="chosen")
+    encode_judged(rows, tokenizer, None, "pairs", max_length=9)
+    encode_judged(rows, tokenizer, None, "labels", max_length=9)
+    encode_judged(rows, tokenizer, CHATML, "labels", max_length=9)
+    encode_judged(rows, tokenizer, CHATML, "labels", max_length=9, over_length="drop")
+    assert len(entries(folder)) == 5
+    found = encode_judged(rows, tokenizer, None, "pairs", max_length=9)
+    assert "as encoded before" in (found.note or "") and len(entries(folder)) == 5
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_judged_answers_that_cannot_be_read_leave_nothing(judgements, tokenizer, folder, kind):
+    with judgements.open("a") as file:
+        file.write('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(DataError, match=r"pairs\.jsonl:22: found the columns prompt, chosen"):
+        encode_judged(Mixture([str(judgements)]), tokenizer, None, kind, max_length=9)
+    assert entries(folder) == []
+
+
+# --- how much is kept ---
+
+
+def used(folder: Path, order: list[str]) -> None:
+    """Let the entries have been used in this order, long ago."""
+    for i, name in enumerate(order):
+        os.utime(folder / name / ABOUT, (i, i))
+
+
+def entry_of(note: str | None) -> str:
+    return (note or "").split(";")[0].rpartition("/")[2]
+
+
+def three(data: Path, tokenizer: Tokenizer) -> list[str]:
+    """Entries of the same data, which nobody uses any more."""
+    found = [
+        entry_of(encode(Mixture([str(data)]), tokenizer, max_length=limit).note)
+        for limit in (4, 5, 6)
+    ]
+    gc.collect()
+    return found
+
+
+def sizes(folder: Path) -> int:
+    return sum(file.stat().st_size for place in folder.iterdir() for file in place.iterdir())
+
+
+def test_what_was_not_used_for_longest_makes_way(data, tokenizer, folder, monkeypatch):
+    a, b, c = three(data, tokenizer)
+    used(folder, [a, b, c])
+    monkeypatch.setenv("ARDOR_CACHE_SIZE", str(sizes(folder)))
+    encode(Mixture([str(data)]), tokenizer, max_length=4)  # so that `a` is the latest
+    assert entries(folder) == sorted([a, b, c])
+    found = encode(Mixture([str(data)]), tokenizer, max_length=40)
+    assert entries(folder) == sorted([a, c, entry_of(found.note)])
+    assert "3 such, 0 MiB of at most 0 MiB (ARDOR_CACHE_SIZE); 1 that was not" in (found.note or "")
+
+
+def test_what_is_mapped_stays_until_nothing_maps_it(data, tokenizer, folder, monkeypatch):
+    a, b, c = three(data, tokenizer)
+    mapped = encode(Mixture([str(data)]), tokenizer, max_length=4).dataset
+    part, whole = mapped.split(0.5)[0], mapped[0]
+    del mapped
+    gc.collect()
+    used(folder, [a, b, c])
+    monkeypatch.setenv("ARDOR_CACHE_SIZE", "1")
+    found = encode(Mixture([str(data)]), tokenizer, max_length=40)
+    mine = entry_of(found.note)
+    assert entries(folder) == sorted([a, mine])  # both over the limit, and in use
+    assert "2 that were not used for longest made way; the rest is in use" in (found.note or "")
+    assert part.tokens[0] == whole.tokens[0]
+    del part, found
+    gc.collect()
+    encode(Mixture([str(data)]), tokenizer, max_length=50)
+    assert len(entries(folder)) == 1 and not {a, mine} & {*entries(folder)}
+
+
+def test_what_another_process_maps_stays(data, tokenizer, folder, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path / "tokenizer")
+    script = (
+        "import sys; from ardor.data import cache; cache.SMALL = 0\n"
+        "from ardor.data.mixture import Mixture\n"
+        "from ardor.text.tokenizer import Tokenizer\n"
+        "found = Tokenizer.from_directory(sys.argv[2])\n"
+        "data = cache.encode(Mixture(sys.argv[1]), found, max_length=4).dataset\n"
+        "print('there', flush=True); sys.stdin.read(); print(data.tokens.sum())"
+    )
+    command = [sys.executable, "-c", script, str(data), str(tmp_path / "tokenizer")]
+    a, b, _ = three(data, tokenizer)
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        used(folder, [a, b])
+        monkeypatch.setenv("ARDOR_CACHE_SIZE", "1")
+        last = encode(Mixture([str(data)]), tokenizer, max_length=40)
+        assert entries(folder) == sorted([a, entry_of(last.note)])
+        said = process.communicate()[0]
+    assert int(said) == Dataset.build(Mixture([str(data)]), tokenizer, max_length=4).tokens.sum()
+    encode(Mixture([str(data)]), tokenizer, max_length=50)
+    assert a not in entries(folder)
+
+
+def test_nothing_but_entries_and_dead_streams_is_removed(data, tokenizer, folder, monkeypatch):
+    (folder / "notes").mkdir(parents=True)
+    (folder / "notes" / "mine.txt").write_text("x" * 100)
+    dead, live = folder / ".stream-dead", folder / ".stream-live"
+    for place in (dead, live):
+        place.mkdir()
+    for place in (dead, live):
+        store = FileStore(place)
+        if place is dead:
+            store.close()
+    monkeypatch.setenv("ARDOR_CACHE_SIZE", "0")
+    encode(Mixture([str(data)]), tokenizer)
+    assert (folder / "notes" / "mine.txt").exists() and live.exists() and not dead.exists()
+    store.close()
+
+
+def test_no_amount_is_told_before_anything_is_encoded(data, tokenizer, folder, monkeypatch):
+    monkeypatch.setenv("ARDOR_CACHE_SIZE", "plenty")
+    with pytest.raises(ConfigError, match="ARDOR_CACHE_SIZE: 'plenty' is no amount of memory"):
+        encode(Mixture([str(data)]), tokenizer)
+    assert entries(folder) == []
 
 
 @pytest.mark.parametrize("name", ["tokens.i4", "lengths.i8", ABOUT])
@@ -121,9 +299,9 @@ def test_another_process_may_win(data, tokenizer, folder, monkeypatch):
     expected = encode(Mixture([str(data)]), tokenizer).dataset
     place, read, calls = folder / entries(folder)[0], cache._read, []
 
-    def late(where):  # it is not there when asked first, and there when we are done
+    def late(where, form):  # it is not there when asked first, and there when we are done
         calls.append(where)
-        return read(where) if len(calls) > 1 else None
+        return read(where, form) if len(calls) > 1 else None
 
     def lose(*_):
         raise CheckpointError("cannot write")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ardor.data.sources import read_rows
 from ardor.doctor.preflight import ROWS, check_rules, preflight
 from ardor.train import finetune
 from ardor.train.config import Finetune
+from ardor.vocabulary import set_pad
 
 from ..test_vocabulary import made
 from ..tiny import write_rows
@@ -197,3 +199,52 @@ def test_a_reserved_row_that_a_run_makes_anew_is_no_untrained_one(tmp_path):
     value(EMBED, slice(290, 320), 0.0)(base)
     run = finetune.prepare(config(base, data, setup_chat_format=True))
     assert not any("never trained on" in note for note in run.notes)
+
+
+# --- the padding token ---
+
+HELD = {
+    "own": {"pad_token": "<own>", "reserve": "<|reserved_special_token_0|>"},
+    "unk": {"unk_token": "<unk>"},
+    "both": {"pad_token": "<unk>", "unk_token": "<unk>"},
+    "reserve": {"reserve": "<|finetune_right_pad_id|>", "reserve2": "<|dummy_1|>"},
+    "nothing": {"reserve": "<|dummy_1|>"},
+}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "unk", "eos", "new"])
+@pytest.mark.parametrize("case", HELD)
+def test_the_padding_token_is_chosen_beside_the_data_and_as_the_run_does(
+    tmp_path, monkeypatch, case, strategy
+):
+    """Control tokens count in segments, and so they can hold any of them."""
+    names = HELD[case]
+    word = "mat" if case == "nothing" else next(iter(names.values()))
+    rows = [
+        {"segments": [{"label": False, "text": "the cat"}, {"label": True, "text": text}]}
+        for text in ("sat on the mat", f"sat on {word} the<|endoftext|>")
+    ]
+    base, data = made(tmp_path / "m", **names), write_rows(tmp_path / "d.jsonl", rows)
+    chosen: dict[str, list[int]] = {}
+    for name in ("ardor.doctor.preflight", "ardor.train.finetune"):
+
+        def noted(model, strategy, *, occurs, name=name):
+            said = set_pad(model, strategy, occurs=occurs)
+            chosen.setdefault(name, []).append(model.tokenizer.special.pad)
+            return said
+
+        monkeypatch.setattr(import_module(name), "set_pad", noted)
+    if strategy == "unk":
+        with pytest.raises(ardor.ConfigError, match="pad_strategy=unk, but .*(no UNK|hold it)"):
+            finetune.prepare(config(base, data, pad_strategy="unk"))
+        assert not chosen and not (tmp_path / "run").exists()  # before anything is loaded
+        return
+    run = finetune.prepare(config(base, data, pad_strategy=strategy, lora_r=2))
+    (before,), (after,) = chosen.values()
+    assert before == after == run.model.tokenizer.special.pad
+    (note,) = [note for note in run.notes if note.startswith("padding token")]
+    named = f"not {word!r}, which the data hold: {data}, row 2" in note
+    assert named is (strategy == "auto" and case != "nothing")
+    assert not [note for note in run.notes if "pad-in-data" in note]
+    held = {*run.train.tokens.tolist()}
+    assert (after in held) is (after in run.model.stops.ids)

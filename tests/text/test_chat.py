@@ -205,6 +205,126 @@ def test_no_control_token_comes_from_fields_tools_or_documents(tokenizer: Tokeni
     assert tokenizer.decode(ids) == template.render(messages, True, **variables)
 
 
+# How a template writes a field, and what in it makes <|im_end|> of that; {} stands for the field.
+COMPLETES = {
+    "around": ("<|{{ {} }}|>", "im_end"),
+    "before": ("<|im_{{ {} }}", "end|>"),
+    "behind": ("{{ {} }}|>", "see <|im_end"),
+    "spelled too": ("{{ {} }}", "a<|im_end|>b<|pad|>"),
+    "in two parts": ("{{ {} }}nd|>{{ {} }}|>", "<|im_e"),
+    "trimmed": ("<|{{ {} | trim }}|>", " im_end\n"),
+    "in other letters": ("<|{{ {} | lower }}|>", "IM_END"),
+    "as a string": ("{{ '<|' ~ {} ~ '|>' }}", "im_end"),
+    "compared": ("{% if {} == 'im_end' or {} != 'x' %}<|{{ {} }}|>{% endif %}", "im_end"),
+    "beside JSON": ("{{ {} | tojson }}<|{{ {} }}|>", "im_end"),
+}
+
+
+def called(name: str, **arguments: object) -> dict:
+    return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+
+def tool(**fields: object) -> dict:
+    return {"tools": [{"name": "f", **fields}]}
+
+
+# The field as an expression, and the fields of the last message and variables that hold it.
+FIELDS = {
+    "name": ("m.name", lambda text: ({"name": text}, {})),
+    "custom": ("m.meta.source[0]", lambda text: ({"meta": {"source": [text]}}, {})),
+    "call": ("m.tool_calls[0].function.name", lambda text: (called(text), {})),
+    "argument": (
+        "m.tool_calls[0].function.arguments.city",
+        lambda text: (called("so", city=text), {}),
+    ),
+    "name of an argument": (
+        "(m.tool_calls[0].function.arguments | list)[0]",
+        lambda text: (called("so", **{text: 1}), {}),
+    ),
+    "tool": ("tools[0].description", lambda text: ({}, tool(description=text))),
+    "name of a parameter": (
+        "(tools[0].parameters.properties | list)[0]",
+        lambda text: ({}, tool(parameters={"properties": {text: {}}})),
+    ),
+    "document": ("documents[0].title", lambda text: ({}, {"documents": [{"title": text}]})),
+    "variable": ("persona", lambda text: ({}, {"persona": text})),
+    "key": ("(m | list)[-1]", lambda text: ({text: "x"}, {})),
+}
+FRAME = (
+    "{% for t in tools or () %}{{ t.name }}{% endfor %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}\n{% if m.role == 'assistant' %}WRITTEN {% endif %}{{ m.content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_field(way: str, where: str, text: str) -> tuple[ChatTemplate, list[dict], dict]:
+    """A template that writes a field in some way, and messages and variables with `text` in it."""
+    field, made = FIELDS[where]
+    fields, variables = made(text)
+    source = FRAME.replace("WRITTEN", COMPLETES[way][0].replace("{}", field))
+    messages = [user("hi"), {**assistant("so"), **fields}]
+    return ChatTemplate(source, name="t.jinja"), messages, variables
+
+
+@pytest.mark.parametrize("way", COMPLETES)
+def test_no_field_completes_a_control_token(tokenizer: Tokenizer, way: str):
+    for where in FIELDS:
+        template, messages, variables = with_field(way, where, COMPLETES[way][1])
+        end = tokenizer.added["<|im_end|>"]
+        rendered = template.render(messages, True, **variables)
+        assert tokenizer.encode_template(rendered).count(end) > 2, where  # the naive way
+        ids = prompt_ids(tokenizer, template, messages, **variables)
+        assert ids.count(end) == 2 and tokenizer.decode(ids) == rendered, where
+        if where == "call":  # what is written otherwise than it is called is not trained on
+            continue
+        (row,) = supervise(tokenizer, template, messages, **variables)
+        assert row.tokens.count(end) == 2 and row.tokens[-1] == end, where
+        begun = tokenizer.decode(row.tokens)
+        assert rendered.startswith(begun) and begun.endswith("so<|im_end|>"), where
+
+
+@pytest.mark.parametrize("way", COMPLETES)
+def test_a_field_that_completes_nothing_is_encoded_as_typed(tokenizer: Tokenizer, way: str):
+    for where in FIELDS:
+        for text in ("the cat", "im_end.", "|", "ü", "x", "function"):
+            template, messages, variables = with_field(way, where, text)
+            ids = prompt_ids(tokenizer, template, messages, **variables)
+            rendered = template.render(messages, True, **variables)
+            assert ids == tokenizer.encode_template(rendered), (where, text)
+
+
+def test_fields_that_are_parts_of_one_token_make_none(tokenizer: Tokenizer):
+    source = FRAME.replace("WRITTEN", "{{ m.name }}{{ m.tool_calls[0].function.name }}|>")
+    call = {"function": {"name": "_end", "arguments": {}}}
+    messages = [user("hi"), {**assistant("so"), "name": "<|im", "tool_calls": [call]}]
+    ids = prompt_ids(tokenizer, ChatTemplate(source), messages)
+    assert ids.count(tokenizer.added["<|im_end|>"]) == 2
+
+
+@pytest.mark.parametrize(("key", "text"), [("name", "im_endless"), ("content", "im_endless")])
+def test_what_a_template_cuts_to_a_part_of_a_token_is_refused(tokenizer, key, text):
+    source = FRAME.replace("WRITTEN", f"<|{{{{ m.{key}[:6] }}}}|>").replace(
+        "<|im_end|>{% end", "{% end"
+    )
+    message = {**assistant("so"), key: text}
+    with pytest.raises(
+        TextError,
+        match=f"'{key}' of message 2 of 2 completes the control token '<.im_end.>' in t.j",
+    ):
+        prompt_ids(tokenizer, ChatTemplate(source, name="t.jinja"), [user("hi"), message])
+    prompt_ids(tokenizer, ChatTemplate(source), [user("hi"), message | {key: "the cat sat"}])
+
+
+def test_a_field_that_the_template_knows_by_its_value_may_choose_a_token(tokenizer: Tokenizer):
+    source = FRAME.replace("WRITTEN", "{% if m.kind == 'pad' %}<|pad|>{% endif %}{{ m.name }}")
+    messages = [user("hi"), {**assistant("so"), "kind": "pad", "name": "a"}]
+    ids = prompt_ids(tokenizer, ChatTemplate(source), messages)
+    assert ids.count(tokenizer.added["<|pad|>"]) == 1
+    messages[1]["name"] = "<|pad|>"
+    ids = prompt_ids(tokenizer, ChatTemplate(source), messages)
+    assert ids.count(tokenizer.added["<|pad|>"]) == 1
+
+
 ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
 

@@ -201,21 +201,23 @@ def test_a_gigantic_text_is_encoded_in_time_that_grows_with_it(pair: Any):
     assert ours.encode_template(text) == theirs.encode(text)
 
 
-def test_a_tokenizer_model_is_carried_along_until_tokens_are_added(pair: Any, tmp_path: Path):
+def test_a_tokenizer_model_is_carried_along_with_the_names_of_added_tokens(
+    pair: Any, tmp_path: Path
+):
     """For tools that read nothing else, such as llama.cpp's converter for Llama and Gemma."""
     ours, _, _ = pair
     named = ours.naming(pad_token=ours.token(ours.special.eos) or "")
-    for kept in (ours, ours.adding(["the"]), named):  # "the" is a piece, or made of pieces
+    grown = ours.adding(["<tool>", AddedToken("<|im_end|>", special=True, normalized=False)])
+    for kept in (ours, ours.adding(["the"]), named, grown):  # "the" is a piece, or made of pieces
         folder = tmp_path / str(id(kept))
         kept.save(folder)
         again = Tokenizer.from_directory(folder)
-        carried = (folder / "tokenizer.model").is_file()
-        assert carried == (kept.vocab_rows == ours.vocab_rows)
-        assert not carried or again.sentencepiece == ours.sentencepiece
-        assert not (folder / "added_tokens.json").exists()
-    grown = ours.adding(["<tool>"])
-    grown.save(tmp_path / "grown")
-    assert not (tmp_path / "grown" / "tokenizer.model").exists()
+        assert again.sentencepiece == ours.sentencepiece
+        assert again.vocab_rows == kept.vocab_rows
+        beside = folder / "added_tokens.json"
+        added = json.loads(beside.read_text()) if beside.exists() else {}
+        assert added == {kept.token(id): id for id in range(ours.vocab_rows, kept.vocab_rows)}
+    assert len(added) == 2
 
 
 def test_tokens_that_a_tokenizer_model_lacked_from_the_start_are_named_beside_it(

@@ -370,18 +370,26 @@ def test_each_objective_learns(settings, other, objective):
 @pytest.mark.parametrize(
     ("objective", "method"), [("dpo", "full"), ("dpo", "lora"), ("kto", "lora"), ("simpo", "full")]
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(settings, tmp_path, objective, method):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    settings, tmp_path, monkeypatch, objective, method
+):
+    monkeypatch.setenv("ARDOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ardor.data.cache.SMALL", 0)
+
     def made(name: str, **changes) -> Finetune:
         return settings(
             output=tmp_path / name, objective=objective, method=method, save_steps=2, **changes
         )
 
-    finish(finetune.prepare(made("whole")))
+    finish(finetune.prepare(made("whole", cache=False)))
     run = finetune.prepare(made("parts"))
+    assert any("tokens: kept in" in note for note in run.notes)
     for event in run.events():
         if event["kind"] == "train" and event["step"] == 2:
             run.trainer.stop_requested = True
-    finish(finetune.prepare(made("parts", resume=True)))
+    run = finetune.prepare(made("parts", resume=True))
+    assert any("tokens: as encoded before" in note for note in run.notes)
+    finish(run)
     whole, parts = (
         sorted((tmp_path / name).glob("checkpoint-*"))[-1] for name in ("whole", "parts")
     )

@@ -76,7 +76,9 @@ def row_length(it: Checkpoint) -> Findings:
 
 def pad_in_data(it: Checkpoint) -> Findings:
     """The padding token stands in no text. (One that is also an end does so rightly.)"""
-    if it.data and (rows := it.data.padding):
+    pad = None if it.tokenizer is None else it.tokenizer.special.pad
+    if it.data and pad in it.data.named and pad not in it.stops.ids:
+        rows = it.data.named[pad]
         what = f"{_share(rows, it.data)} with the padding token inside"
         fix = "choose another padding token: programs that mask by id hide it; or give the texts"
         yield Finding("E", what, str(rows), fix)
