@@ -2,18 +2,21 @@
 
 import shlex
 import signal
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from ardor.cli.console import Progress, print_json, program, remarks
 from ardor.errors import CheckpointError
+from ardor.train.ranks import PeerLost
 from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
 from ardor.train.trainer import Trainer
 
 SHOWN = 100  # characters of a sample
+ECHO = 1.0  # seconds in which one Ctrl-C may come twice
 
 
 def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mapping[str, Any]]:
@@ -116,7 +119,7 @@ def _told(again: str) -> Iterator[None]:
     """Say how to go on after what stops a run from outside, such as a full disk."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, PeerLost) as error:
         error.add_note(f"then go on from the newest checkpoint with\n{again}")
         raise
 
@@ -127,12 +130,19 @@ def _stop_on_interrupt(run: Run) -> Iterator[None]:
 
     SIGTERM is what schedulers send before they take a machine away.
     """
+    trainer, asked = run.trainer, 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if run.trainer.stop_requested:
-            raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
-        run.trainer.stop_requested = True
-        remarks().print("stopping after this step (Ctrl-C again: at once)")
+        nonlocal asked
+        # torchrun hands on to its processes what the terminal has already sent them.
+        twice = trainer.ranks.count == 1 or time.monotonic() - asked > ECHO
+        if trainer.stop_requested:
+            if twice:
+                raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
+            return
+        trainer.stop_requested, asked = True, time.monotonic()
+        with suppress(RuntimeError):  # in the middle of a write: Python refuses another within it
+            remarks().print("stopping after this step (Ctrl-C again: at once)")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in signals}

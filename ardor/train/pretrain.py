@@ -102,8 +102,8 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
             *rate_note(config, LEARNING_RATE),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
+        beside=lambda: write_atomic(folder / SPEC, blueprint.to_yaml()),
     )
-    write_atomic(folder / SPEC, blueprint.to_yaml())
     run.held_before = held_before
     return run
 

@@ -18,13 +18,15 @@ from ardor.data.dataset import Dataset
 from ardor.data.mixture import Mixture
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
+from ardor.files.lock import Lock
 from ardor.files.runs import METRICS, checkpoints, newest_checkpoint
 from ardor.files.runs import SETTINGS as CONFIG
 from ardor.files.yaml import to_yaml
 from ardor.load import CONFIG as MODEL
-from ardor.load import Model
+from ardor.load import Model, default_device
 from ardor.memory.fit import note
 from ardor.save import write_files
+from ardor.train.checkpoint import Progress
 from ardor.train.config import Optimisation
 from ardor.train.first_rows import FILE as FIRST_ROWS
 from ardor.train.first_rows import write_first_rows
@@ -33,7 +35,7 @@ from ardor.train.metrics import Metrics
 from ardor.train.peak import measured, predicted
 from ardor.train.preference import LabelObjective
 from ardor.train.ranks import Ranks
-from ardor.train.report import REPORT, write_report
+from ardor.train.report import write_report
 from ardor.train.trainer import Event, Hooks, Objective, Trainer
 
 SPLIT_FROM = 10  # examples
@@ -54,18 +56,26 @@ class Run:
     opening: str | None = None  # of a text to continue; None where the data are conversations
     predicted: int | None = None  # bytes at the peak
     held_before: int = 0  # bytes that were there before it, and are in the measured peak
+    lock: Lock | None = None  # on the folder, until the end
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last."""
-        first = self.trainer.ranks.first
+        try:
+            yield from self._events()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _events(self) -> Iterator[Event]:
+        first, saved = self.trainer.ranks.first, False
         for event in self.trainer.events():
             if event["kind"] == "checkpoint" and first:
                 write_report(self.folder)
+                saved = True
             yield event
-        if not first:
-            return
-        yield from self._memory()
-        if not (self.folder / REPORT).exists():  # killed between its last checkpoint and this
+        if first and saved:
+            yield from self._memory()
+        elif first and self.resumed:  # killed between its last checkpoint and the report of it
             write_report(self.folder)
 
     def _memory(self) -> Iterator[Event]:
@@ -123,7 +133,10 @@ def resumed_from(config: Optimisation) -> Path | None:
     """The checkpoint that this run will go on from, if any; tidies what a killed writer left."""
     if not config.resume or config.output is None:
         return None
-    clean_partials(config.output)
+    ranks = Ranks.joined(default_device())
+    if ranks.first:  # two that tidy would take it from each other
+        clean_partials(config.output)
+    ranks.wait()
     return newest_checkpoint(config.output)
 
 
@@ -191,14 +204,16 @@ def begin(
     other_model: Sequence[str] = (),
     objective: Objective | None = None,
     record: Sequence[str] = (),
+    beside: Callable[[], None] | None = None,
 ) -> Run:
     """Write the resolved settings, build the trainer, and take up the newest checkpoint.
 
     `other_model` says where the model that is asked for is not the checkpoint's. `record` are
-    lines about what the run began from, which head config.yaml.
+    lines about what the run began from, which head config.yaml; `beside` writes what else the
+    folder of this kind of run holds.
 
     Raises: CheckpointError, before anything is written, if settings, data or model are not those
-    that the run was begun with.
+    that the run was begun with; ConfigError if another process trains in this folder.
     """
     train, heldout = data
     ranks = Ranks.joined(model.decoder.device)
@@ -217,27 +232,64 @@ def begin(
         notes = (*notes, note(found))
     trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks, objective)
     resumed = config.resume and trainer.resume()
-    if other_model:
-        more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""
-        shown = "; ".join(other_model[:3]) + more
-        raise CheckpointError(
-            f"{newest_checkpoint(folder)} holds another model ({shown}); "
-            "resume with the model the run was begun with, or choose another output folder"
-        )
+    _check_model(folder, other_model)
     if ranks.count > 1:
+        _agree(ranks, plan)
         if not resumed:  # else restored
             torch.manual_seed(config.seed + ranks.rank)
-        ranks.wait()  # all have seen the folder as it was
         notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
+    run = Run(folder, model, trainer, train, heldout, resumed, notes)
+    run.predicted = None if found is None else found.estimate.bytes
     if ranks.first:
-        text = to_yaml(replace(config, output=folder, resume=False))
-        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed, record) + text)
+        run.lock = _claimed(config, folder, trainer.progress)
+        if beside is not None:
+            beside()
         if not (resumed and (folder / FIRST_ROWS).exists()):
             labels = isinstance(objective, LabelObjective)
             write_first_rows(folder, plan, model, mixture, labels=labels)
-    run = Run(folder, model, trainer, train, heldout, resumed, notes)
-    run.predicted = None if found is None else found.estimate.bytes
+        # Last: it makes the folder that of a run, and until then the same command begins one.
+        _write_config(config, run, record)
     return run
+
+
+def _check_model(folder: Path, other: Sequence[str]) -> None:
+    if other:
+        more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
+        raise CheckpointError(
+            f"{newest_checkpoint(folder)} holds another model ({'; '.join(other[:3])}{more}); "
+            "resume with the model the run was begun with, or choose another output folder"
+        )
+
+
+def _agree(ranks: Ranks, plan: BatchPlan) -> None:
+    """Wait until all have seen the folder as it was, and compare what they have read.
+
+    Raises: ConfigError if that is not the same, as files of several machines may not be.
+    """
+    mine = torch.tensor([*bytes.fromhex(plan.fingerprint)], dtype=torch.uint8)
+    others = [rank for rank, one in enumerate(ranks.gather(mine)) if not one.equal(mine)]
+    if others:
+        raise ConfigError(
+            f"process {ranks.rank} has read other training data than {others}; give all of them "
+            "the same files"
+        )
+
+
+def _claimed(config: Optimisation, folder: Path, progress: Progress) -> Lock:
+    """The lock of the folder, in which nobody has written since it was looked at.
+
+    Raises: ConfigError if somebody has, or does.
+    """
+    remedy = "wait until that has ended, or choose another folder with -o"
+    lock = Lock(folder / METRICS, remedy)
+    newest = newest_checkpoint(folder)
+    begun = not config.resume and (folder / CONFIG).exists()
+    if begun or newest != (folder / f"checkpoint-{progress.step}" if progress.step else None):
+        raise ConfigError(
+            f"another process has just trained in {folder}; look at it, and try again"
+        )
+    clean_partials(folder)
+    return lock
 
 
 def _planned(
@@ -273,6 +325,12 @@ def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
         f"small data: {have} example{'s' * (have != 1)}, fewer than one step's {wanted} takes; "
         f"every step trains on all of them, and an epoch is one step",
     )
+
+
+def _write_config(config: Optimisation, run: Run, record: Sequence[str]) -> None:
+    file = run.folder / CONFIG
+    text = to_yaml(replace(config, output=run.folder, resume=False))
+    write_atomic(file, _header(file, run.model, run.resumed, record) + text)
 
 
 def _header(file: Path, model: Model, resumed: bool, record: Sequence[str]) -> str:
