@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -16,7 +15,6 @@ from ardor.train.run import CONFIG, Run
 from ardor.train.trainer import Trainer
 
 SHOWN = 100  # characters of a sample
-ECHO = 1.0  # seconds in which one Ctrl-C may come twice
 
 
 def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mapping[str, Any]]:
@@ -36,6 +34,8 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if trainer.finished:
         console.print(f"nothing left to do: the run is at {where}")
     again = f"  {program()} {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
+    if trainer.ranks.count > 1:
+        again += f"\nstarted as before, in {trainer.ranks.count} processes"
     loss = None
     with (
         _told(again),
@@ -130,17 +130,11 @@ def _stop_on_interrupt(run: Run) -> Iterator[None]:
 
     SIGTERM is what schedulers send before they take a machine away.
     """
-    trainer, asked = run.trainer, 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        # torchrun hands on to its processes what the terminal has already sent them.
-        twice = trainer.ranks.count == 1 or time.monotonic() - asked > ECHO
-        if trainer.stop_requested:
-            if twice:
-                raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
-            return
-        trainer.stop_requested, asked = True, time.monotonic()
+        if run.trainer.stop_requested:
+            raise KeyboardInterrupt("stopped at once; the newest checkpoint is whole")
+        run.trainer.stop_requested = True
         with suppress(RuntimeError):  # in the middle of a write: Python refuses another within it
             remarks().print("stopping after this step (Ctrl-C again: at once)")
 
