@@ -105,6 +105,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
         objective=None if preference is None else preference.train,
         beside=None if preference is None else preference.keep,
         mixture=rows,
+        checkpoint=checkpoint,
         notes=(
             *data_note(data, train, heldout, limit, kept),
             *_model_notes(model, config, first, frozen),

@@ -26,7 +26,6 @@ from ardor.load import CONFIG as MODEL
 from ardor.load import Model, default_device
 from ardor.memory.fit import note
 from ardor.save import write_files
-from ardor.train.checkpoint import Progress
 from ardor.train.config import Optimisation
 from ardor.train.first_rows import FILE as FIRST_ROWS
 from ardor.train.first_rows import write_first_rows
@@ -75,7 +74,7 @@ class Run:
             yield event
         if first and saved:
             yield from self._memory()
-        elif first and self.resumed:  # killed between its last checkpoint and the report of it
+        elif first:  # killed between its last checkpoint and the report of it
             write_report(self.folder)
 
     def _memory(self) -> Iterator[Event]:
@@ -200,13 +199,14 @@ def begin(
     *,
     evaluate: Callable[[], list[dict[str, Any]]] | None,
     mixture: Mixture,
+    checkpoint: Path | None,
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
     objective: Objective | None = None,
     record: Sequence[str] = (),
     beside: Callable[[], None] | None = None,
 ) -> Run:
-    """Write the resolved settings, build the trainer, and take up the newest checkpoint.
+    """Write the resolved settings, build the trainer, and take up `checkpoint`.
 
     `other_model` says where the model that is asked for is not the checkpoint's. `record` are
     lines about what the run began from, which head config.yaml; `beside` writes what else the
@@ -231,20 +231,21 @@ def begin(
     if found is not None:
         notes = (*notes, note(found))
     trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks, objective)
-    resumed = config.resume and trainer.resume()
-    _check_model(folder, other_model)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        _check_model(checkpoint, other_model)
     if ranks.count > 1:
         _agree(ranks, plan)
-        if not resumed:  # else restored
+        if checkpoint is None:  # else restored
             torch.manual_seed(config.seed + ranks.rank)
         notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
-    run = Run(folder, model, trainer, train, heldout, resumed, notes)
+    run = Run(folder, model, trainer, train, heldout, checkpoint is not None, notes)
     run.predicted = None if found is None else found.estimate.bytes
     if ranks.first:
-        run.lock = _claimed(config, folder, trainer.progress)
+        run.lock = _claimed(config, folder, checkpoint)
         if beside is not None:
             beside()
-        if not (resumed and (folder / FIRST_ROWS).exists()):
+        if not (run.resumed and (folder / FIRST_ROWS).exists()):
             labels = isinstance(objective, LabelObjective)
             write_first_rows(folder, plan, model, mixture, labels=labels)
         # Last: it makes the folder that of a run, and until then the same command begins one.
@@ -252,11 +253,11 @@ def begin(
     return run
 
 
-def _check_model(folder: Path, other: Sequence[str]) -> None:
+def _check_model(checkpoint: Path, other: Sequence[str]) -> None:
     if other:
         more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
         raise CheckpointError(
-            f"{newest_checkpoint(folder)} holds another model ({'; '.join(other[:3])}{more}); "
+            f"{checkpoint} holds another model ({'; '.join(other[:3])}{more}); "
             "resume with the model the run was begun with, or choose another output folder"
         )
 
@@ -275,16 +276,15 @@ def _agree(ranks: Ranks, plan: BatchPlan) -> None:
         )
 
 
-def _claimed(config: Optimisation, folder: Path, progress: Progress) -> Lock:
+def _claimed(config: Optimisation, folder: Path, checkpoint: Path | None) -> Lock:
     """The lock of the folder, in which nobody has written since it was looked at.
 
     Raises: ConfigError if somebody has, or does.
     """
     remedy = "wait until that has ended, or choose another folder with -o"
     lock = Lock(folder / METRICS, remedy)
-    newest = newest_checkpoint(folder)
     begun = not config.resume and (folder / CONFIG).exists()
-    if begun or newest != (folder / f"checkpoint-{progress.step}" if progress.step else None):
+    if begun or newest_checkpoint(folder) != checkpoint:
         raise ConfigError(
             f"another process has just trained in {folder}; look at it, and try again"
         )

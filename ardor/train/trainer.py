@@ -21,7 +21,7 @@ from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.atomic import write_atomic
-from ardor.files.runs import BEST, METRICS, newest_checkpoint
+from ardor.files.runs import BEST, METRICS
 from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.text.tokenizer import Tokenizer
@@ -172,16 +172,11 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.steps or self.stopped_early
 
-    def resume(self) -> bool:
-        """Take up the newest checkpoint of the run, if there is one, exactly where it stood.
-
-        The decoder must hold that checkpoint's weights already.
+    def resume(self, directory: Path) -> None:
+        """Take up a checkpoint of the run exactly where it stood; the decoder has its weights.
 
         Raises: CheckpointError if it was written from other data or with other settings.
         """
-        directory = newest_checkpoint(self.run)
-        if directory is None:
-            return False
         progress, tensors = read_checkpoint(directory)
         mine = self.progress
         if changed := _differences(progress.settings, mine.settings):
@@ -199,7 +194,6 @@ class Trainer:
         self.progress = progress
         if not self.finished:
             self._forget_lost_best()
-        return True
 
     def _forget_lost_best(self) -> None:
         """Judge afresh if the best checkpoint is asked for, and somebody has removed it."""

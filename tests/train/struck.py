@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 from ardor.cli.main import main
 from ardor.train.trainer import Trainer
@@ -18,11 +19,13 @@ def full(handle: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def strike(event: str) -> None:
+def strike(event: str, trainer: Trainer) -> None:
     if event == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif event == "interrupt":
         os.kill(os.getppid(), signal.SIGINT)  # torchrun, which hands it on
+        while not trainer.stop_requested:
+            time.sleep(0.01)
     else:
         os.fsync = full
 
@@ -32,7 +35,7 @@ def struck() -> None:
 
     def then(self, *args):
         if self.ranks.rank == order["rank"] and self.progress.step == order["step"]:
-            strike(order["event"])
+            strike(order["event"], self)
         return step(self, *args)
 
     Trainer._step = then

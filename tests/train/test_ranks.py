@@ -157,15 +157,13 @@ def test_how_far_kto_has_moved_is_measured_over_the_micro_batches_of_all(judging
     config = Finetune(model=model, data=data, output=tmp_path / "run", objective="kto")
     trainer = finetune.prepare(replace(config, method="full", dtype="float32")).trainer
     batches = [trainer.plan.batch(members) for members in trainer.plan.epoch(0)[:2]]
-    with torch.no_grad():
-        for parameter in trainer.parameters.values():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
-    objective = trainer.objective
-    moved = []
+    objective, moved = trainer.objective, []
+    # As if all had become likelier, as what becomes less likely counts as 0.
+    objective.reference = lambda decoder, batch: torch.full((len(batch.lengths),), -300.0)
     for share in (batches, batches[::2], batches[1::2]):
         objective.begin(trainer.decoder, share)
         moved.append(float(objective.moved))
-    assert moved[0] > 0 and moved[1] != pytest.approx(moved[0], rel=0.01)
+    assert min(moved) > 0 and moved[1] != pytest.approx(moved[0], rel=1e-3)
 
 
 @pytest.mark.slow
