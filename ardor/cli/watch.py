@@ -3,13 +3,14 @@
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from ardor.cli.console import Progress, print_json, program, remarks
 from ardor.errors import CheckpointError
 from ardor.files.runs import newest_checkpoint
+from ardor.train.ranks import PeerLost
 from ardor.train.report import REPORT
 from ardor.train.run import CONFIG, Run
 from ardor.train.trainer import Trainer
@@ -34,6 +35,8 @@ def watch(run: Run, label: str, *, json: bool = False, verb: str) -> list[Mappin
     if trainer.finished:
         console.print(f"nothing left to do: the run is at {where}")
     again = f"  {program()} {verb} --config {shlex.quote(str(run.folder / CONFIG))} --resume"
+    if trainer.ranks.count > 1:
+        again += f"\nstarted as before, in {trainer.ranks.count} processes"
     loss = None
     with (
         _told(again),
@@ -117,7 +120,7 @@ def _told(again: str) -> Iterator[None]:
     """Say how to go on after what stops a run from outside, such as a full disk."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, PeerLost) as error:
         error.add_note(f"then go on from the newest checkpoint with\n{again}")
         raise
 
@@ -138,7 +141,8 @@ def _stop_on_interrupt(run: Run, again: str) -> Iterator[None]:
                 )
             raise KeyboardInterrupt(f"stopped at once; go on from {newest} with", again)
         run.trainer.stop_requested = True
-        remarks().print("stopping after this step (Ctrl-C again: at once)")
+        with suppress(RuntimeError):  # in the middle of a write: Python refuses another within it
+            remarks().print("stopping after this step (Ctrl-C again: at once)")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in signals}

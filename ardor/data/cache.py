@@ -173,8 +173,7 @@ def _key(
 ) -> str:
     chat = None
     if template is not None:
-        dated = "strftime_now" in template.source
-        today = template.clock().date().isoformat() if dated else None
+        today = template.clock().date().isoformat() if template.dated else None
         chat = [template.fingerprint, template.tokens, today]
     parts = [identity, tokenizer.fingerprint, chat, options, _code(), tokenizers.__version__]
     text = json.dumps(parts, sort_keys=True, default=str)

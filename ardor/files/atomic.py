@@ -78,12 +78,12 @@ def atomic_directory(path: str | Path) -> Generator[Path, None, None]:
 def _swap(new: Path, path: Path) -> None:
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        os.rename(path, replaced)
     try:
+        if path.exists():
+            os.rename(path, replaced)
         os.rename(new, path)
-    except OSError:
-        if replaced.exists():
+    except BaseException:  # a Ctrl-C between the two, too
+        if replaced.exists() and not path.exists():
             os.rename(replaced, path)
         raise
     _fsync(path.parent)

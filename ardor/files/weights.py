@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ardor.errors import CheckpointError
@@ -27,6 +27,7 @@ PICKLED = (pickles.SINGLE, pickles.INDEX)
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # values, not codes
+METADATA = {"format": "pt"}
 MAX_SHARD_BYTES = 50_000_000_000  # as transformers 5
 
 
@@ -210,6 +211,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     _save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, Path(path))
 
 
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes of one safetensors file."""
+    return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, METADATA)
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Every tensor of one safetensors file.
 
@@ -246,7 +252,7 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
     with _explained_save(path):
         path.touch()
         mode = path.stat().st_mode  # safetensors writes through a temporary file of mode 0600
-        save_file(shard, path, metadata={"format": "pt"})
+        save_file(shard, path, metadata=METADATA)
         path.chmod(mode)
 
 

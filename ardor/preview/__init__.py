@@ -23,7 +23,7 @@ from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune
 from ardor.train.run import split
 from ardor.train.shown import Settings
-from ardor.train.tokens import occurrence, prepare_tokens
+from ardor.train.tokens import occurrence, prepare_tokens, with_date
 from ardor.vocabulary import set_pad
 
 
@@ -107,6 +107,7 @@ def _model(name: str, settings: Settings, read: list[Row]) -> tuple[Model, tuple
     if model.tokenizer is None:
         raise ConfigError(f"{name} has no tokenizer.json, so there is no text to show")
     prepare_tokens(settings, model, read, settings.seed)
+    with_date(settings, model)
     added = {token: id for growth in model.growths for token, id in growth.ids.items()}
     made = ", ".join(f"{token} ({id})" for token, id in added.items() if id in model.untrained)
     return model, (f"added tokens: {made}",) if made else ()

@@ -150,6 +150,21 @@ class ChatTemplate:
         """The SHA-256 of the source: equal for training and serving, or the prompts differ."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
+    @property
+    def dated(self) -> bool:
+        """Whether it can write the day on which it is rendered."""
+        return any("strftime_now" in one.source for one in (self, *self.variants.values()))
+
+    def at(self, moment: datetime) -> "ChatTemplate":
+        """The same template, at a moment that stays."""
+        return ChatTemplate(
+            self.source,
+            name=self.name,
+            tokens=self.tokens,
+            clock=lambda: moment,
+            variants={name: one.at(moment) for name, one in self.variants.items()},
+        )
+
     def choose(self, tools: Any) -> "ChatTemplate":
         """The template for a conversation with these tools, or with none."""
         return self if tools is None else self.variants.get(TOOL_USE, self)

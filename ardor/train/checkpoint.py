@@ -2,19 +2,25 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ardor.errors import CheckpointError
 from ardor.files.atomic import atomic_directory
-from ardor.files.json import read_json, write_json
+from ardor.files.json import read_object, write_json
 from ardor.files.runs import checkpoints
 from ardor.files.weights import read_tensors, write_tensors
+from ardor.train.config import Optimisation
 
+Config = TypeVar("Config", bound=Optimisation)
+
+# Settings whose default depends on the day, or on what the model was before the first step.
+CHOSEN = ("template_date", "precompute_ref_log_probs")
 TENSORS, STATE = "trainer.safetensors", "trainer.json"
 
 
@@ -73,14 +79,34 @@ def read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]]:
             f"{directory} holds weights but no {STATE}, so training cannot resume from it; "
             "fine-tune it as a model instead"
         )
-    try:
-        found = read_json(directory / STATE)
+    with _damaged(directory):
+        found = read_object(directory / STATE)
         found["recent"] = tuple(found.get("recent", ()))
         return Progress(**found), read_tensors(directory / TENSORS)
-    except (TypeError, CheckpointError) as error:  # TypeError: not the fields of a Progress
+
+
+@contextmanager
+def _damaged(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    # The last two: not the fields of a Progress.
+    except (CheckpointError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{directory} is damaged: {error}; delete it to resume from the checkpoint before it"
         ) from error
+
+
+def as_begun(config: Config, checkpoint: Path | None) -> Config:
+    """`config` with what a run chose by itself when it began, where nothing else is asked for.
+
+    Raises: CheckpointError if the record of the checkpoint is missing or damaged.
+    """
+    if checkpoint is None or not (checkpoint / STATE).exists():
+        return config
+    with _damaged(checkpoint):
+        begun = read_object(checkpoint / STATE)["settings"]
+    names = [name for name in CHOSEN if getattr(config, name, ...) is None]
+    return replace(config, **{name: begun.get(name) for name in names})
 
 
 def _remove(directory: Path) -> None:

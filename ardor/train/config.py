@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -370,6 +371,9 @@ class Reading:
     """A template's name (chatml, llama3, qwen3, ...: docs/CHAT.md lists them) or a jinja file.
     Default: the model's own; for a model without one, ChatML where the tokenizer has its control
     tokens, else plain headings."""
+    template_date: str | None = None
+    """The day, as 2026-11-30, that a chat template writes which writes one. Default: that on which
+    the run begins, also where it is resumed."""
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are trained on. A message's own "train": true or false (or
     OpenAI's "weight": 1 or 0) goes before."""
@@ -400,6 +404,12 @@ class Reading:
         given = [name for name, value in formats.items() if value is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} both choose the chat template; give one")
+        try:
+            date.fromisoformat(self.template_date or "2000-01-01")
+        except ValueError as error:
+            raise ConfigError(
+                f"template_date={self.template_date} is no day; give one as 2026-11-30"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ardor.precision import Precision, training_compute
 from ardor.quant.fp8 import FP8Experts, FP8Linear
 from ardor.quant.mxfp4 import MXFP4Experts
 from ardor.train.adapter import add_adapter
+from ardor.train.checkpoint import as_begun
 from ardor.train.config import Finetune
 from ardor.train.evaluate import evaluate, evaluate_preference, samples, stop_rate
 from ardor.train.groups import aliases, choose_trained
@@ -52,6 +53,7 @@ from ardor.train.tokens import (
     prepare_tokens,
     row_of_part,
     rows_to_train,
+    with_date,
 )
 from ardor.vocabulary import set_pad
 
@@ -74,11 +76,12 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
     check_judged(first, config.objective)
     checkpoint = resumed_from(config)
+    config = as_begun(config, checkpoint)
     check_finetune(config, default_device())
     findings = () if checkpoint else _looked_at(config, rows, apart, first)
     model, tokens = _model(config, checkpoint, first)
     # Trust is given by whoever loads, each time; the files of a run do not hand it on.
-    config = replace(config, trust_remote_code=False)
+    config = with_date(replace(config, trust_remote_code=False), model)
     limit = min(config.max_length, model.decoder.facts.max_positions)
     data, kept = _dataset(rows, model, config, limit)
     held = None if apart is None else _dataset(apart, model, config, limit).dataset
@@ -103,7 +106,9 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
         (train, heldout),
         evaluate=lambda: _evaluated(model, heldout, config, preference),
         objective=None if preference is None else preference.train,
+        beside=None if preference is None else preference.keep,
         mixture=rows,
+        checkpoint=checkpoint,
         notes=(
             *data_note(data, train, heldout, limit, kept),
             *_model_notes(model, config, first, frozen),

@@ -11,7 +11,7 @@ from ardor.train.trackers import Log
 
 
 class Metrics:
-    """The metrics file of a run. `bytes` is its length, which a checkpoint records.
+    """The metrics file of a run, whose length a checkpoint records.
 
     Without a path, as in all processes but the first, nothing is written.
     """
@@ -29,9 +29,14 @@ class Metrics:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
 
-    @property
-    def bytes(self) -> int:
-        return 0 if self._path is None else self._path.stat().st_size
+    def settle(self) -> int:
+        """Have every line on the disk, and return their bytes: a checkpoint that counts them must
+        not outlive them where the power fails."""
+        if self._path is None:
+            return 0
+        with explained(self._path), open(self._path, "rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
 
     def append(self, row: dict[str, Any]) -> None:
         if self._path is None:

@@ -1,6 +1,8 @@
 """A fine-tuning run that learns preferences: its objectives, and what they are measured against."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from ardor.train.preference import (
     Reference,
     kind_of,
 )
-from ardor.train.reference import Tell, begins_as_its_base, tables, under_the_adapter
+from ardor.train.reference import Tell, begins_as_its_base, keep, tables, under_the_adapter
 
 Judging = PairObjective | LabelObjective
 
@@ -26,6 +28,7 @@ class Preference(NamedTuple):
     train: Judging
     heldout: Judging | None
     note: str  # for people
+    keep: Callable[[], None] | None = None  # writes what a resumed run reads again
 
 
 def check_judged(first: list[Row], objective: str) -> None:
@@ -54,7 +57,7 @@ def prefer(
     config = replace(config, beta=beta)
     judged = [one for one in data if isinstance(one, Judged)]
     references: list[Reference] = []
-    reference = "no reference model"
+    reference, keeping = "no reference model", None
     if config.objective not in WITHOUT_REFERENCE:
         early = config.precompute_ref_log_probs
         if checkpoint is None and not begins_as_its_base(model.decoder):
@@ -64,7 +67,10 @@ def prefer(
         config = replace(config, precompute_ref_log_probs=early)
         if early:
             resumed = checkpoint is not None
-            references += tables(folder, model.decoder, judged, resumed=resumed, tell=tell)
+            known = tables(folder, model.decoder, judged, resumed=resumed, tell=tell)
+            references += known
+            if not resumed:
+                keeping = partial(keep, folder, judged, known)
             reference = "reference: this model before the first step, asked once"
         else:
             references += [under_the_adapter] * len(judged)
@@ -74,7 +80,8 @@ def prefer(
         for i, one in enumerate(judged)
     ]
     note = f"objective: {config.objective}, beta {beta:g}; {reference}"
-    return config, Preference(objectives[0], objectives[1] if len(objectives) > 1 else None, note)
+    heldout = objectives[1] if len(objectives) > 1 else None
+    return config, Preference(objectives[0], heldout, note, keeping)
 
 
 def _objective(config: Finetune, data: Judged, reference: Reference | None) -> Judging:

@@ -78,11 +78,10 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
     if tell is not None:
         for note in notes:
             tell(note)
-    model = (
-        new_model(config, blueprint, tokenizer, folder)
-        if checkpoint is None
-        else _resumed(config, checkpoint, folder)
-    )
+    if checkpoint is None:
+        model = new_model(config, blueprint, tokenizer, folder)
+    else:
+        model = _resumed(config, checkpoint, folder)
     _make_trainable(model, config)
     frozen = choose_trained(model.decoder, config, aliases(model))
     run = begin(
@@ -92,6 +91,7 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
         (train, held),
         evaluate=lambda: _evaluate(model, held, config),
         mixture=mixture,
+        checkpoint=checkpoint,
         notes=(
             *data_note(data, train, held, limit, kept),
             *(notes if tell is None else ()),
@@ -102,8 +102,8 @@ def prepare(config: Train, tell: Callable[[str], None] | None = None) -> Run:
             *rate_note(config, LEARNING_RATE),
         ),
         other_model=differences(model.decoder.spec, blueprint.spec),
+        beside=lambda: write_atomic(folder / SPEC, blueprint.to_yaml()),
     )
-    write_atomic(folder / SPEC, blueprint.to_yaml())
     run.held_before = held_before
     return run
 

@@ -6,7 +6,8 @@ evaluates all of the held-out data; the first one writes.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,9 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ardor.errors import ConfigError
+from ardor.errors import ArdorError, ConfigError
 
 T = TypeVar("T")
+
+
+class PeerLost(ArdorError):
+    """Another process of the run ended before its time; whatever it had to say, it has said."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What libraries say when another process is gone, in our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's are plain RuntimeErrors, which name its files.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise PeerLost(
+            "another process of this run has ended (its own message, if it could give one, says "
+            "why), so this one ends too; no checkpoint is lost"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -61,13 +81,15 @@ class Ranks:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+            with _together():
+                dist.all_reduce(parameter.grad)
 
     def sum(self, value: float) -> float:
         if self.count == 1:
             return value
         held = torch.tensor(value, dtype=torch.float64, device=self._device)
-        dist.all_reduce(held)
+        with _together():
+            dist.all_reduce(held)
         return held.item()
 
     def any(self, claim: bool) -> bool:
@@ -75,7 +97,8 @@ class Ranks:
 
     def wait(self) -> None:
         if self.count > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def gather(self, value: Tensor) -> list[Tensor]:
         """Every process's, in order; equal shapes."""
@@ -83,7 +106,8 @@ class Ranks:
             return [value]
         held = value.to(self._device)
         found = [torch.empty_like(held) for _ in range(self.count)]
-        dist.all_gather(found, held)
+        with _together():
+            dist.all_gather(found, held)
         return [one.to(value.device) for one in found]
 
     @property

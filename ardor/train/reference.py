@@ -13,8 +13,8 @@ from ardor.arch.causal import CausalLM
 from ardor.data.batches import Batch
 from ardor.data.dataset import Dataset
 from ardor.errors import CheckpointError
-from ardor.files.atomic import explained
-from ardor.files.weights import read_tensors, write_tensors
+from ardor.files.atomic import write_atomic
+from ardor.files.weights import packed, read_tensors
 from ardor.score import document_logprobs
 from ardor.train.evaluate import in_order
 
@@ -60,7 +60,7 @@ def table(decoder: CausalLM, data: Dataset, tell: Callable[[int], None] = lambda
 def tables(
     folder: Path, decoder: CausalLM, data: Sequence[Dataset], *, resumed: bool, tell: Tell | None
 ) -> list[Table]:
-    """One for each dataset: computed and kept in the folder of the run, or as they were kept.
+    """One for each dataset: computed, or as they were kept (`keep`) in the folder of the run.
 
     Raises: CheckpointError if a resumed run has none, or has those of other data.
     """
@@ -81,11 +81,16 @@ def tables(
         if tell is not None:
             tell(done, total)
 
-    made = [table(decoder, one, more) for one in data]
-    with explained(path):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {name: one.values for name, one in zip(names, made, strict=True)})
-    return made
+    return [table(decoder, one, more) for one in data]
+
+
+def keep(folder: Path, data: Sequence[Dataset], found: Sequence[Table]) -> None:
+    """Write the tables for whoever resumes the run.
+
+    Raises: CheckpointError if the disk is full or the place cannot be written.
+    """
+    named = {one.fingerprint: kept.values for one, kept in zip(data, found, strict=True)}
+    write_atomic(folder / FILE, packed(named))
 
 
 def begins_as_its_base(decoder: CausalLM) -> bool:

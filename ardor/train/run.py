@@ -18,11 +18,12 @@ from ardor.data.dataset import Dataset
 from ardor.data.mixture import Mixture
 from ardor.errors import CheckpointError, ConfigError
 from ardor.files.atomic import clean_partials, write_atomic
+from ardor.files.lock import Lock
 from ardor.files.runs import METRICS, checkpoints, newest_checkpoint
 from ardor.files.runs import SETTINGS as CONFIG
 from ardor.files.yaml import to_yaml
 from ardor.load import CONFIG as MODEL
-from ardor.load import Model
+from ardor.load import Model, default_device
 from ardor.memory.fit import note
 from ardor.memory.heap import freed_memory_kept
 from ardor.save import write_files
@@ -59,25 +60,20 @@ class Run:
     predicted: int | None = None  # bytes at the peak
     held_before: int = 0  # bytes that were there before it, and are in the measured peak
     dashboards: tuple[Dashboard, ...] = ()
+    lock: Lock | None = None  # on the folder, until the end
 
     def events(self) -> Iterator[Event]:
         """Train to the end; report.html follows every checkpoint, peak memory comes last.
 
         Raises: what `Trainer.events` does, after the report tells it too.
         """
-        first, failed = self.trainer.ranks.first, False
+        failed = False
         try:
             with freed_memory_kept():
-                for event in self.trainer.events(self._logs):
-                    if event["kind"] == "checkpoint" and first:
-                        write_report(self.folder)
-                    yield event
-            if first:
-                yield from self._memory()
-                write_report(self.folder)
+                yield from self._events()
         except Diverged as error:
             failed = True
-            if first:
+            if self.trainer.ranks.first:
                 self._append({"kind": "stopped", "text": str(error)})
                 write_report(self.folder)
             raise
@@ -87,6 +83,20 @@ class Run:
         finally:
             for dashboard in self.dashboards:
                 dashboard.close(failed)
+            if self.lock is not None:
+                self.lock.release()
+
+    def _events(self) -> Iterator[Event]:
+        first, saved = self.trainer.ranks.first, False
+        for event in self.trainer.events(self._logs):
+            if event["kind"] == "checkpoint" and first:
+                write_report(self.folder)
+                saved = True
+            yield event
+        if first:
+            if saved:
+                yield from self._memory()
+            write_report(self.folder)  # with the peak; or it was killed before it was written
 
     @property
     def _logs(self) -> list[Log]:
@@ -150,7 +160,10 @@ def resumed_from(config: Optimisation) -> Path | None:
     """The checkpoint that this run will go on from, if any; tidies what a killed writer left."""
     if not config.resume or config.output is None:
         return None
-    clean_partials(config.output)
+    ranks = Ranks.joined(default_device())
+    if ranks.first:  # two that tidy would take it from each other
+        clean_partials(config.output)
+    ranks.wait()
     return newest_checkpoint(config.output)
 
 
@@ -214,18 +227,21 @@ def begin(
     *,
     evaluate: Callable[[], list[dict[str, Any]]] | None,
     mixture: Mixture,
+    checkpoint: Path | None,
     notes: tuple[str, ...] = (),
     other_model: Sequence[str] = (),
     objective: Objective | None = None,
     record: Sequence[str] = (),
+    beside: Callable[[], None] | None = None,
 ) -> Run:
-    """Write the resolved settings, build the trainer, and take up the newest checkpoint.
+    """Write the resolved settings, build the trainer, and take up `checkpoint`.
 
     `other_model` says where the model that is asked for is not the checkpoint's. `record` are
-    lines about what the run began from, which head config.yaml.
+    lines about what the run began from, which head config.yaml; `beside` writes what else the
+    folder of this kind of run holds.
 
     Raises: CheckpointError, before anything is written, if settings, data or model are not those
-    that the run was begun with.
+    that the run was begun with; ConfigError if another process trains in this folder.
     """
     train, heldout = data
     ranks = Ranks.joined(model.decoder.device)
@@ -243,29 +259,66 @@ def begin(
     if found is not None:
         notes = (*notes, note(found))
     trainer = Trainer(model.decoder, plan, config, folder, hooks, ranks, objective)
-    resumed = config.resume and trainer.resume()
-    if other_model:
-        more = f"; and {len(other_model) - 3} more" if len(other_model) > 3 else ""
-        shown = "; ".join(other_model[:3]) + more
-        raise CheckpointError(
-            f"{newest_checkpoint(folder)} holds another model ({shown}); "
-            "resume with the model the run was begun with, or choose another output folder"
-        )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        _check_model(checkpoint, other_model)
     if ranks.count > 1:
-        if not resumed:  # else restored
+        _agree(ranks, plan)
+        if checkpoint is None:  # else restored
             torch.manual_seed(config.seed + ranks.rank)
-        ranks.wait()  # all have seen the folder as it was
         notes = (*notes, f"{ranks.count} processes share each step's micro-batches")
-    dashboards = open_trackers(config, folder, trainer.progress.step) if ranks.first else ()
+    run = Run(folder, model, trainer, train, heldout, checkpoint is not None, notes)
+    run.predicted = None if found is None else found.estimate.bytes
     if ranks.first:
-        text = to_yaml(replace(config, output=folder, resume=False))
-        write_atomic(folder / CONFIG, _header(folder / CONFIG, model, resumed, record) + text)
-        if not (resumed and (folder / FIRST_ROWS).exists()):
+        run.lock = _claimed(config, folder, checkpoint)
+        if beside is not None:
+            beside()
+        if not (run.resumed and (folder / FIRST_ROWS).exists()):
             labels = isinstance(objective, LabelObjective)
             write_first_rows(folder, plan, model, mixture, labels=labels)
-    run = Run(folder, model, trainer, train, heldout, resumed, notes, dashboards=dashboards)
-    run.predicted = None if found is None else found.estimate.bytes
+        run.dashboards = open_trackers(config, folder, trainer.progress.step)
+        # Last: it makes the folder that of a run, and until then the same command begins one.
+        _write_config(config, run, record)
     return run
+
+
+def _check_model(checkpoint: Path, other: Sequence[str]) -> None:
+    if other:
+        more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint} holds another model ({'; '.join(other[:3])}{more}); "
+            "resume with the model the run was begun with, or choose another output folder"
+        )
+
+
+def _agree(ranks: Ranks, plan: BatchPlan) -> None:
+    """Wait until all have seen the folder as it was, and compare what they have read.
+
+    Raises: ConfigError if that is not the same, as files of several machines may not be.
+    """
+    mine = torch.tensor([*bytes.fromhex(plan.fingerprint)], dtype=torch.uint8)
+    others = [rank for rank, one in enumerate(ranks.gather(mine)) if not one.equal(mine)]
+    if others:
+        raise ConfigError(
+            f"process {ranks.rank} has read other training data than {others}; give all of them "
+            "the same files"
+        )
+
+
+def _claimed(config: Optimisation, folder: Path, checkpoint: Path | None) -> Lock:
+    """The lock of the folder, in which nobody has written since it was looked at.
+
+    Raises: ConfigError if somebody has, or does.
+    """
+    remedy = "wait until that has ended, or choose another folder with -o"
+    lock = Lock(folder / METRICS, remedy)
+    begun = not config.resume and (folder / CONFIG).exists()
+    if begun or newest_checkpoint(folder) != checkpoint:
+        raise ConfigError(
+            f"another process has just trained in {folder}; look at it, and try again"
+        )
+    clean_partials(folder)
+    return lock
 
 
 def _planned(
@@ -316,6 +369,12 @@ def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
         f"small data: {have} example{'s' * (have != 1)}, fewer than one step's {wanted} takes; "
         f"every step trains on all of them, and an epoch is one step",
     )
+
+
+def _write_config(config: Optimisation, run: Run, record: Sequence[str]) -> None:
+    file = run.folder / CONFIG
+    text = to_yaml(replace(config, output=run.folder, resume=False))
+    write_atomic(file, _header(file, run.model, run.resumed, record) + text)
 
 
 def _header(file: Path, model: Model, resumed: bool, record: Sequence[str]) -> str:

@@ -1,7 +1,9 @@
 """The tokens of a model that is fine-tuned: new ones, its template, and which rows it trains."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from ardor.text.templates import default_template, template_named
 from ardor.text.tokenizer import Tokenizer
 from ardor.train.config import Finetune, Reading
 from ardor.vocabulary import add_tokens, align, head_rows
+
+Kept = TypeVar("Kept", bound=Reading)
 
 PIECE = 1 << 24  # tokens that are compared at a time
 
@@ -54,6 +58,16 @@ def prepare_tokens(config: Reading, model: Model, first: list[Row], seed: int) -
         )
     align(model)
     return Tokens(model.template is not before, frozenset({special.bos, special.eos}))
+
+
+def with_date(config: Kept, model: Model) -> Kept:
+    """`config` with the day that the chat template writes, if it writes one, which the model's
+    writes from here on: the rows of a run are the same on whatever day it is resumed."""
+    if model.template is None or not model.template.dated:
+        return config
+    day = config.template_date or model.template.clock().date().isoformat()
+    model.template = model.template.at(datetime.fromisoformat(day))
+    return replace(config, template_date=day)
 
 
 def template_for(

@@ -21,7 +21,7 @@ from ardor.arch.experts import Routing, load_balance
 from ardor.data.batches import Batch, BatchPlan
 from ardor.errors import ArdorError, CheckpointError, ConfigError
 from ardor.files.atomic import write_atomic
-from ardor.files.runs import BEST, METRICS, newest_checkpoint
+from ardor.files.runs import BEST, METRICS
 from ardor.loss import IGNORE, LossSum
 from ardor.score import document_loss
 from ardor.text.tokenizer import Tokenizer
@@ -145,6 +145,7 @@ class Trainer:
         self._peak: float | None = None  # FLOP/s of the device; 0.0: not known
         self._fresh = True  # no step was done by this process
         self._note: str | None = None  # what the last step found, for people
+        self._lost_best: str | None = None  # what resuming found, for people
 
     def _settings(self) -> dict[str, Any]:
         """As JSON gives them back, so that what a checkpoint holds can be compared."""
@@ -171,16 +172,11 @@ class Trainer:
     def finished(self) -> bool:
         return self.progress.step >= self.steps or self.stopped_early
 
-    def resume(self) -> bool:
-        """Take up the newest checkpoint of the run, if there is one, exactly where it stood.
-
-        The decoder must hold that checkpoint's weights already.
+    def resume(self, directory: Path) -> None:
+        """Take up a checkpoint of the run exactly where it stood; the decoder has its weights.
 
         Raises: CheckpointError if it was written from other data or with other settings.
         """
-        directory = newest_checkpoint(self.run)
-        if directory is None:
-            return False
         progress, tensors = read_checkpoint(directory)
         mine = self.progress
         if changed := _differences(progress.settings, mine.settings):
@@ -196,7 +192,18 @@ class Trainer:
         randomness.restore(tensors, self.decoder.device, self.ranks)
         self.optimizer.restore(tensors)
         self.progress = progress
-        return True
+        if not self.finished:
+            self._forget_lost_best()
+
+    def _forget_lost_best(self) -> None:
+        """Judge afresh if the best checkpoint is asked for, and somebody has removed it."""
+        best = self._kept_step()
+        if best is not None and not self._checkpoint(best).exists():
+            self.progress = replace(self.progress, best_step=None, best_loss=None, misses=0)
+            self._lost_best = (
+                f"the best checkpoint so far was that of step {best}, which is not there; the best "
+                "of those to come will stand for the run"
+            )
 
     def events(self, logs: Sequence[Log] = ()) -> Iterator[Event]:
         """Train to the end, or to the step after `stop_requested`; yields as things happen.
@@ -208,6 +215,11 @@ class Trainer:
         config, every = self.config, math.ceil(self.steps / 10)
         evaluate_every = config.eval_steps or every
         save_every = config.save_steps or evaluate_every
+        if self.finished:
+            self._conclude()
+            return
+        if self._lost_best is not None:
+            yield {"step": self.progress.step, "kind": "note", "text": self._lost_best}
         metrics = self._open_metrics(logs)
         windows = self._windows()
         saved = self.progress.step
@@ -227,17 +239,19 @@ class Trainer:
                 yield from self._evaluate(metrics)
             better = config.load_best_model_at_end and self.progress.best_step != best
             if step % save_every == 0 or better or self.finished:
-                yield self._save(metrics.bytes)
+                yield self._save(metrics.settle())
                 saved = step
         # The request may come at any moment, so only here it is known what is not saved yet.
         if self.progress.step > saved:
-            yield self._save(metrics.bytes)
-        if self.finished and config.load_best_model_at_end and self.ranks.first:
-            self._point_to_best()
+            yield self._save(metrics.settle())
+        if self.finished:
+            self._conclude()
 
     def _open_metrics(self, logs: Sequence[Log]) -> Metrics:
         if not self.ranks.first:
             return Metrics(None)
+        # Whoever reads the folder meanwhile wants the newest; it has no best one before its end.
+        (self.run / BEST).unlink(missing_ok=True)
         return Metrics(self.run / METRICS, keep_bytes=self.progress.metrics_bytes, logs=logs)
 
     def _evaluate(self, metrics: Metrics) -> Iterator[Event]:
@@ -258,9 +272,9 @@ class Trainer:
         else:
             self.progress = replace(self.progress, misses=self.progress.misses + 1)
 
-    def _point_to_best(self) -> None:
-        best = self.progress.best_step
-        if best is not None:
+    def _conclude(self) -> None:
+        best = self._kept_step()
+        if best is not None and self.ranks.first and self._checkpoint(best).exists():
             row = {"checkpoint": f"checkpoint-{best}", "loss": self.progress.best_loss}
             write_atomic(self.run / BEST, json.dumps(row) + "\n")
 
@@ -281,8 +295,11 @@ class Trainer:
                     best=self._kept_step(),
                 )
         self.ranks.wait()
-        path = self.run / f"checkpoint-{self.progress.step}"
+        path = self._checkpoint(self.progress.step)
         return {"step": self.progress.step, "kind": "checkpoint", "path": str(path)}
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.run / f"checkpoint-{step}"
 
     def _kept_step(self) -> int | None:
         return self.progress.best_step if self.config.load_best_model_at_end else None

@@ -97,6 +97,24 @@ def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
     assert names(tmp_path) == ["run"] and names(tmp_path / "run") == ["old"]
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_ctrl_c_between_the_renames_of_a_swap_loses_neither(tmp_path, monkeypatch, renames):
+    with atomic_directory(tmp_path / "run") as fresh:
+        (fresh / "old").write_text("")
+    rename, done = os.rename, []
+
+    def interrupted(source, target):
+        rename(source, target)
+        done.append(target)
+        if len(done) == renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "run") as fresh:
+        (fresh / "new").write_text("")
+    assert names(tmp_path / "run") == (["old"] if renames == 1 else ["new"])
+
+
 def test_a_directory_is_not_written_over_a_file(tmp_path):
     (tmp_path / "run").write_text("precious")
     with pytest.raises(CheckpointError, match="is a file"), atomic_directory(tmp_path / "run"):

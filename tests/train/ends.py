@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 from ardor.files.runs import BEST, checkpoints, newest_checkpoint
+from ardor.files.yaml import read_yaml
 from ardor.load import load_model
 from ardor.train.checkpoint import read_checkpoint
+from ardor.train.first_rows import read_first_rows
+from ardor.train.report import read_metrics, render
 
 from .conftest import figures
 
@@ -48,5 +51,9 @@ def assert_same_end(run: Path, whole: Path) -> None:
     assert len(checkpoints(run)) <= len(kept) + 1
     best = [(folder / BEST).read_text() for folder in (run, whole) if (folder / BEST).exists()]
     assert len(best) in (0, 2) and len({*best}) < 2
-    assert (run / "report.html").read_text().endswith("</html>\n")
+    rows, settings = read_metrics(run / "metrics.jsonl"), read_yaml(run / "config.yaml").values
+    page = render(run.resolve().name, rows, settings, read_first_rows(run))
+    assert (run / "report.html").read_text() == page
+    # None where it was killed between its last step and that row: nobody else has measured it.
+    assert (run / "metrics.jsonl").read_text().count('"kind": "memory"') <= 1
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]

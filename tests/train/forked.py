@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Ended(NamedTuple):
     code: int  # negative: the signal
     said: str
-    changes: int  # of files
+    changes: tuple[str, ...]  # the path of each change of a file
 
 
 class Worker:
@@ -28,14 +28,20 @@ class Worker:
         )
 
     def run(
-        self, args: list[str], *, die_at: int | None = None, kill_after: float | None = None
+        self,
+        args: list[str],
+        *,
+        at: int | None = None,  # from 1, a place in `changes`
+        event: str = "kill",
+        kill_after: float | None = None,
     ) -> Ended:
         assert self._server.stdin and self._server.stdout
-        order = {"args": args, "die_at": die_at, "kill_after": kill_after, "log": str(self._log)}
+        order = {"args": args, "at": at, "event": event, "kill_after": kill_after}
+        order["log"] = str(self._log)
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         ended = json.loads(self._server.stdout.readline())
-        return Ended(ended["code"], self._log.read_text(), ended.get("changes", 0))
+        return Ended(ended["code"], self._log.read_text(), tuple(ended.get("changes", ())))
 
     def close(self) -> None:
         assert self._server.stdin and self._server.stdout

@@ -67,7 +67,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(worker, command, w
 
 def killed_at(change: int, worker: Worker, command: Any, run: Path) -> str:
     """Kill a run at a change of a file, check what it left, and go on to the end."""
-    ended = worker.run(command(run), die_at=change)
+    ended = worker.run(command(run), at=change)
     assert ended.code == -signal.SIGKILL, ended.said
     assert_only_whole_checkpoints(run)
     left = [path.name for path in run.iterdir() if path.name.startswith(".")]
@@ -77,25 +77,22 @@ def killed_at(change: int, worker: Worker, command: Any, run: Path) -> str:
 
 
 def test_a_run_killed_while_it_writes_goes_on(worker, command, whole, tmp_path):
-    changes = whole[1].changes
+    changes = len(whole[1].changes)
     assert changes > 100
     chosen = random.Random(1).sample(range(2, changes + 1), 10)
     left = []
     for change in chosen:
         place = tmp_path / str(change)
         left.append(killed_at(change, worker, command, place))
-        # A start that was killed before config.yaml stood leaves a hidden file to the next resume.
-        assert worker.run(again(place, command(place))).code == 0
         assert_same_end(place, whole[0])
     assert any("checkpoint-" in names for names in left)  # some died with half a checkpoint
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_change_of_any_file_goes_on(worker, command, whole, tmp_path):
-    for change in range(2, whole[1].changes + 1):
+    for change in range(2, len(whole[1].changes) + 1):
         place = tmp_path / str(change)
         killed_at(change, worker, command, place)
-        assert worker.run(again(place, command(place))).code == 0
         assert_same_end(place, whole[0])
 
 
