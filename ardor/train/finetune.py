@@ -75,8 +75,7 @@ def prepare(config: Finetune, tell: Tell | None = None) -> Run:
     apart = Mixture(config.eval_data) if config.eval_data else None
     first = list(rows.first_rows())  # a missing file is told before a model is loaded
     check_judged(first, config.objective)
-    checkpoint = resumed_from(config)
-    config = as_begun(config, checkpoint)
+    config = as_begun(config, checkpoint := resumed_from(config))
     check_finetune(config, default_device())
     findings = () if checkpoint else _looked_at(config, rows, apart, first)
     model, tokens = _model(config, checkpoint, first)

@@ -273,9 +273,7 @@ def begin(
         run.lock = _claimed(config, folder, checkpoint)
         if beside is not None:
             beside()
-        if not (run.resumed and (folder / FIRST_ROWS).exists()):
-            labels = isinstance(objective, LabelObjective)
-            write_first_rows(folder, plan, model, mixture, labels=labels)
+        _show_first_rows(run, plan, mixture, objective)
         run.dashboards = open_trackers(config, folder, trainer.progress.step)
         # Last: it makes the folder that of a run, and until then the same command begins one.
         _write_config(config, run, record)
@@ -369,6 +367,15 @@ def _small_note(plan: BatchPlan, config: Optimisation) -> tuple[str, ...]:
         f"small data: {have} example{'s' * (have != 1)}, fewer than one step's {wanted} takes; "
         f"every step trains on all of them, and an epoch is one step",
     )
+
+
+def _show_first_rows(
+    run: Run, plan: BatchPlan, mixture: Mixture, objective: Objective | None
+) -> None:
+    """A resumed run shows those that it began with."""
+    if not (run.resumed and (run.folder / FIRST_ROWS).exists()):
+        labels = isinstance(objective, LabelObjective)
+        write_first_rows(run.folder, plan, run.model, mixture, labels=labels)
 
 
 def _write_config(config: Optimisation, run: Run, record: Sequence[str]) -> None:
