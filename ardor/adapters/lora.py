@@ -155,11 +155,10 @@ class LoraLinear(_Adapted):
         if self.offset_A is not None and self.offset_B is not None:
             low = torch.cat([low, F.linear(rows, self.offset_A.to(x.dtype))], -1)
             b = torch.cat([b, -self.offset_B], 1)
-        # Product, scale and sum in one pass over what the base made, in place and rounded once.
-        flat = self.base(rows).addmm_(low, b.to(x.dtype).T, alpha=self.scale)
+        flat = added(self.base(rows), low, b, self.scale)
         if self.lora_magnitude_vector is not None:
             gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
-            bias = getattr(self.base, "bias", None)
+            bias: Any = getattr(self.base, "bias", None)
             shift = None if bias is None else bias.to(x.dtype)
             flat = flat * gain if shift is None else (flat - shift) * gain + shift
         return flat.view(*x.shape[:-1], self.outputs)
@@ -208,7 +207,18 @@ class LoraExperts(_Adapted):
         if self.offset_A is not None and self.offset_B is not None:
             low = torch.cat([low, F.linear(x, self.offset_A[expert].to(x.dtype))], -1)
             b = torch.cat([b, -self.offset_B[expert]], 1)
-        return self._base.of(expert, x).addmm_(low, b.to(x.dtype).T, alpha=self.scale)
+        return added(self._base.of(expert, x), low, b, self.scale)
+
+
+def added(
+    y: Float[Tensor, "n out"], low: Float[Tensor, "n R"], b: Float[Tensor, "out R"], scale: float
+) -> Float[Tensor, "n out"]:
+    """y + scale * low B^T in one pass, rounded once; in the memory of y, a base's fresh output.
+
+    Not where y is a view: autograd lets nobody write to one that a custom function has returned.
+    """
+    add = torch.addmm if y._is_view() else Tensor.addmm_
+    return add(y, low, b.to(y.dtype).T, alpha=scale)
 
 
 Wrapper = LoraLinear | LoraExperts | LoraEmbedding | TrainableTokens | SavedModule

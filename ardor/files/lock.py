@@ -28,7 +28,7 @@ class Lock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
-            raise ConfigError(f"{path.parent} is in use by another process; {remedy}") from None
+            raise ConfigError(f"{path.parent} is in use by another run; {remedy}") from None
         except OSError:  # ENOLCK, ENOSYS, ENOTSUP: no locks here
             self.release()
 

@@ -65,7 +65,10 @@ def test_each_request_has_the_adapter_that_it_names(lm, alone):
     for name, own in alone.items():
         assert lm.score(text, adapter=name) == own.score(text)
         found = lm.generate(PROMPTS, adapter=name, **SHORT)
-        assert found == own.generate(PROMPTS, **SHORT)
+        # Numbers agree to their rounding: products may differ by how their memory is aligned.
+        for mine, alone_one in zip(found, own.generate(PROMPTS, **SHORT), strict=True):
+            assert mine.tokens == alone_one.tokens
+            assert mine.logprobs == pytest.approx(alone_one.logprobs, abs=1e-5)
     base = lm.generate(PROMPTS, **SHORT)
     mixed = lm.generate(PROMPTS, adapter=["dora", None, "whole"], **SHORT)
     assert mixed[1].tokens == base[1].tokens

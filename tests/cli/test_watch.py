@@ -20,7 +20,7 @@ class Watched(Run):
             finished=False,
             steps=9,
             progress=SimpleNamespace(step=0),
-            ranks=SimpleNamespace(first=True),
+            ranks=SimpleNamespace(first=True, count=1),
         )
         if saved:
             (folder / "checkpoint-1").mkdir()

@@ -28,7 +28,7 @@ def test_a_lock_is_refused_until_its_holder_is_gone_even_killed(tmp_path):
     )
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
-        with pytest.raises(ConfigError, match=r"run is in use by another process; go elsewhere"):
+        with pytest.raises(ConfigError, match=r"run is in use by another run; go elsewhere"):
             Lock(path, "go elsewhere")
     finally:
         holder.send_signal(signal.SIGKILL)

@@ -38,7 +38,7 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(texts, tmp_path):
     while next(events)["kind"] != "checkpoint":
         pass
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="run is in use by another process; wait"):
+    with pytest.raises(ConfigError, match="run is in use by another run; wait"):
         prepare(replace(config, resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     events.close()

@@ -26,7 +26,8 @@ def test_a_run_ends_with_its_predicted_and_measured_peak(base, pairs, tmp_path):
     assert json.loads(written[-1]) == last
     assert (last["kind"], last["step"]) == ("memory", 2)
     now = peak_resident()
-    assert now is not None and 2**26 < last["peak_memory"] <= now
+    assert now is not None
+    assert 2**26 < last["peak_memory"] <= now + 2**22  # each processor counts some pages for itself
     assert last["predicted_memory"] == run.predicted
 
 

@@ -256,6 +256,7 @@ def test_the_best_checkpoint_is_kept_and_stands_for_the_run(texts, tmp_path, mon
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     again = prepare(replace(config, resume=True))
     assert again.trainer.finished and again.trainer.progress.best_step == 2
+    del again  # gives the folder back
     longer = prepare(replace(config, resume=True, early_stopping_patience=9))
     assert not longer.trainer.finished
 
