@@ -350,7 +350,8 @@ summary { margin: 8px 0; color: var(--soft); cursor: pointer; }
 .samples { display: grid; gap: 0 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
 .samples > div { min-width: 0; }
-blockquote { margin: 0 0 8px; overflow-wrap: anywhere; padding: 10px 14px; white-space: pre-wrap;
+blockquote { margin: 0 0 8px; max-height: 20em; overflow: auto; overflow-wrap: anywhere;
+  padding: 10px 14px; white-space: pre-wrap;
   font: 13px/1.5 ui-monospace, monospace; }
 blockquote b { color: var(--train); }
 """
