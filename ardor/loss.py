@@ -231,14 +231,12 @@ class _Pieces:
     def _fitting(self) -> int:
         """So many rows of logits and slopes fit a chunk, and of float32 where torch makes them."""
         none = self.head(self.rows[:0], *self._leaves)
-        beside = 0 if entropy.takes(none) else 2 * 4
-        if (
-            getattr(self.head, "finish", None) is not None
-        ):  # a cap's tanh, and two slopes on the way
-            beside += 3 * none.element_size()
+        kept = 1 if self._linear else 2  # logits, and slopes if they are beside
+        if getattr(self.head, "finish", None) is not None:
+            kept += 3  # a cap's tanh, and two slopes on the way
+        number = kept * none.element_size() + (0 if entropy.takes(none) else 2 * 4)
         bytes = CHUNK_BYTES if self.rows.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-        logits_and_slopes = (1 if self._linear else 2) * none.element_size()
-        fitting = bytes // (none.shape[-1] * (logits_and_slopes + beside))
+        fitting = max(1, bytes // (none.shape[-1] * number))
         step = _step(fitting)
         return max(1, fitting // step * step)
 

@@ -69,16 +69,12 @@ class Run:
         """
         failed = False
         try:
-            with freed_memory_kept():
-                yield from self._events()
-        except Diverged as error:
+            yield from self._events()
+        except Exception as error:
             failed = True
-            if self.trainer.ranks.first:
+            if isinstance(error, Diverged) and self.trainer.ranks.first:
                 self._append({"kind": "stopped", "text": str(error)})
                 write_report(self.folder)
-            raise
-        except Exception:
-            failed = True
             raise
         finally:
             for dashboard in self.dashboards:
@@ -88,11 +84,12 @@ class Run:
 
     def _events(self) -> Iterator[Event]:
         first, saved = self.trainer.ranks.first, False
-        for event in self.trainer.events(self._logs):
-            if event["kind"] == "checkpoint" and first:
-                write_report(self.folder)
-                saved = True
-            yield event
+        with freed_memory_kept():
+            for event in self.trainer.events(self._logs):
+                if event["kind"] == "checkpoint" and first:
+                    write_report(self.folder)
+                    saved = True
+                yield event
         if first:
             if saved:
                 yield from self._memory()

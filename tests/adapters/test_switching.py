@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,13 @@ def test_each_request_has_the_adapter_that_it_names(lm, alone):
     assert len(nats) == len(KINDS) + 1  # the probe tells each of them apart
     for name, own in alone.items():
         assert lm.score(text, adapter=name) == own.score(text)
-        found = lm.generate(PROMPTS, adapter=name, **SHORT)
-        # Numbers agree to their rounding: products may differ by how their memory is aligned.
-        for mine, alone_one in zip(found, own.generate(PROMPTS, **SHORT), strict=True):
-            assert mine.tokens == alone_one.tokens
-            assert mine.logprobs == pytest.approx(alone_one.logprobs, abs=1e-5)
+        pairs = zip(
+            lm.generate(PROMPTS, adapter=name, **SHORT), own.generate(PROMPTS, **SHORT), strict=True
+        )
+        for mine, theirs in pairs:
+            assert replace(mine, logprobs=()) == replace(theirs, logprobs=())
+            # Tables lie at other addresses, and how a product is rounded depends on those.
+            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=2e-6)
     base = lm.generate(PROMPTS, **SHORT)
     mixed = lm.generate(PROMPTS, adapter=["dora", None, "whole"], **SHORT)
     assert mixed[1].tokens == base[1].tokens

@@ -211,17 +211,24 @@ def test_what_is_mapped_stays_until_nothing_maps_it(data, tokenizer, folder, mon
     assert len(entries(folder)) == 1 and not {a, mine} & {*entries(folder)}
 
 
-def test_what_another_process_maps_stays(data, tokenizer, folder, tmp_path, monkeypatch):
-    tokenizer.save(tmp_path / "tokenizer")
+def elsewhere(data: Path, tokenizer: Tokenizer, folder: Path, then: str) -> list[str]:
+    """A command that does something with the cache in another process."""
+    tokenizer.save(folder / "tokenizer")
     script = (
         "import sys; from ardor.data import cache; cache.SMALL = 0\n"
         "from ardor.data.mixture import Mixture\n"
         "from ardor.text.tokenizer import Tokenizer\n"
         "found = Tokenizer.from_directory(sys.argv[2])\n"
+    )
+    return [sys.executable, "-c", script + then, str(data), str(folder / "tokenizer")]
+
+
+def test_what_another_process_maps_stays(data, tokenizer, folder, tmp_path, monkeypatch):
+    then = (
         "data = cache.encode(Mixture(sys.argv[1]), found, max_length=4).dataset\n"
         "print('there', flush=True); sys.stdin.read(); print(data.tokens.sum())"
     )
-    command = [sys.executable, "-c", script, str(data), str(tmp_path / "tokenizer")]
+    command = elsewhere(data, tokenizer, tmp_path, then)
     a, b, _ = three(data, tokenizer)
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "there\n"
@@ -312,15 +319,8 @@ def test_another_process_may_win(data, tokenizer, folder, monkeypatch):
 
 
 def test_two_processes_at_once_make_one_entry(data, tokenizer, folder, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    script = (
-        "import sys; from ardor.data import cache; cache.SMALL = 0\n"
-        "from ardor.data.mixture import Mixture\n"
-        "from ardor.text.tokenizer import Tokenizer\n"
-        "found = Tokenizer.from_directory(sys.argv[2])\n"
-        "print(cache.encode(Mixture(sys.argv[1]), found).dataset.fingerprint)"
-    )
-    command = [sys.executable, "-c", script, str(data), str(tmp_path / "tokenizer")]
+    then = "print(cache.encode(Mixture(sys.argv[1]), found).dataset.fingerprint)"
+    command = elsewhere(data, tokenizer, tmp_path, then)
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = {process.communicate()[0].strip() for process in running}
     assert said == {Dataset.build(Mixture([str(data)]), tokenizer).fingerprint}

@@ -93,6 +93,7 @@ def test_a_step_takes_what_is_said_and_less_than_a_working_set_beside(method, wh
     step()  # what is compiled or allocated once
     found = live_peak(step)
     use = replace(TRAIN, method=method, compute="bfloat16", length=160, recompute=what)
+    use = replace(use, threads=torch.get_num_threads())
     use = replace(use, weights="float32" if method == "full" else "bfloat16", **trains(decoder))
     terms = [
         {t.name: t.bytes for t in moment.terms if t.name not in LASTING}
@@ -100,7 +101,7 @@ def test_a_step_takes_what_is_said_and_less_than_a_working_set_beside(method, wh
     ]
     said = max(terms, key=lambda moment: sum(moment.values()))
     # It counts all that a layer recomputes and all that it works with at once; not all is.
-    assert sum(said.values()) - 0.6 * said["working set"] < found < 1.03 * sum(said.values())
+    assert sum(said.values()) - said["working set"] / 2 < found < 1.03 * sum(said.values())
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

@@ -3,13 +3,13 @@ was."""
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from ardor.files.runs import BEST, checkpoints
+from ardor.files.runs import BEST, checkpoints, newest_checkpoint
 from ardor.files.weights import read_tensors
 
 from ..tiny import sentences, write_rows
@@ -114,7 +114,10 @@ def whole(
         folder = tmp_path_factory.mktemp("whole") / "run"
         ended = worker.run(args(folder))
         assert ended.code == 0, ended.said
-        made[name] = args, folder, ended
+        # The next run of the same data finds the tokens that this one has kept elsewhere. (What is
+        # removed with its folder has a name only.)
+        own = [one for one in ended.changes if not one.startswith("/") or str(folder) in one]
+        made[name] = args, folder, ended._replace(changes=tuple(own))
         return made[name]
 
     return run
@@ -195,18 +198,30 @@ def disturbed(worker: Worker, args: list[str], run: Path, at: int, event: str) -
     return ended
 
 
+def moments_of(changes: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The places, from 1, of the changes by which checkpoint-2 comes to be, and of those by which
+    what was written beside it goes, and later itself: with the same name."""
+    # What it takes the place of is put aside, and then it is renamed, which is the end of it.
+    whole = next(i for i, path in enumerate(changes, 1) if ".checkpoint-2.replaced" in path) + 1
+    assert ".checkpoint-2.partial" in changes[whole - 1]
+    places = [i for i, path in enumerate(changes, 1) if ".checkpoint-2.partial" in path]
+    return [i for i in places if i <= whole], [i for i in places if i > whole]
+
+
 def within_a_write(worker: Worker, whole, name: str, folder: Path, events: list[str], of: int):
     """Let events happen at moments of the write of checkpoint-2 and go on, each in a new run."""
     args, reference, ended = whole(name)
-    moments = [i for i, path in enumerate(ended.changes, 1) if ".checkpoint-2.partial" in path]
+    moments, _ = moments_of(ended.changes)
     assert len(moments) > 8
     for event in events:
         for at in random.Random(f"{name} {event}").sample(moments, min(of, len(moments))):
             run = folder / f"{event} at {at}"
             disturbed(worker, args(run), run, at, event)
             steps = [path.name for path in checkpoints(run)]
-            # Whoever is asked to stop finishes the step, which another checkpoint then holds.
-            assert steps == ["checkpoint-1"] + ["checkpoint-2"] * (event == "SIGTERM")
+            # Whoever is asked to stop finishes the step, which another checkpoint then holds; and
+            # what is left at the last moment is to rename it, which takes no room.
+            whole_too = event == "SIGTERM" or (event == "full disk" and at == moments[-1])
+            assert steps == ["checkpoint-1"] + ["checkpoint-2"] * whole_too, (event, at, moments)
             ended = worker.run(again(run, args(run)))
             assert ended.code == 0, ended.said
             assert_same_end(run, reference)
@@ -221,6 +236,27 @@ def test_what_happens_within_the_write_of_a_checkpoint_loses_nothing(worker, who
 @pytest.mark.parametrize("name", WRITTEN)
 def test_whatever_happens_within_the_write_of_a_checkpoint(worker, whole, tmp_path, name):
     within_a_write(worker, whole, name, tmp_path, [*CODES], of=4)
+
+
+@pytest.mark.parametrize("event", CODES)
+@pytest.mark.parametrize("name", ["lora", pytest.param("muon", marks=pytest.mark.slow)])
+def test_what_happens_while_an_old_checkpoint_goes_loses_nothing(
+    worker, whole, tmp_path, name, event
+):
+    args, reference, ended = whole(name)
+    _, moments = moments_of(ended.changes)
+    for at in moments:
+        run = tmp_path / str(at)
+        ended = worker.run(args(run), at=at, event=event)
+        newest = newest_checkpoint(run)
+        assert newest is not None
+        # The last step is done, and written: whoever asks it to stop, or takes its room, is late.
+        late = newest.name == "checkpoint-4" and event in ("SIGTERM", "full disk")
+        assert ended.code in (*CODES[event], *(0,) * late), ended.said
+        assert_only_whole_checkpoints(run)
+        ended = worker.run(again(run, args(run)))
+        assert ended.code == 0, ended.said
+        assert_same_end(run, reference)
 
 
 BEGUN = ("lora", "dpo, reference computed before", "kto", "from scratch")

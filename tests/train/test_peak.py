@@ -26,8 +26,7 @@ def test_a_run_ends_with_its_predicted_and_measured_peak(base, pairs, tmp_path):
     assert json.loads(written[-1]) == last
     assert (last["kind"], last["step"]) == ("memory", 2)
     now = peak_resident()
-    assert now is not None
-    assert 2**26 < last["peak_memory"] <= now + 2**22  # each processor counts some pages for itself
+    assert now is not None and 2**26 < last["peak_memory"] <= now
     assert last["predicted_memory"] == run.predicted
 
 
@@ -75,7 +74,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(base, pairs, tmp_path, m
 
 
 def test_freed_memory_stays_with_a_run_until_it_ends(base, pairs, tmp_path, monkeypatch):
-    order = []
+    order, model = [], base("llama")  # which is trained, too
 
     class Kept:
         def __enter__(self):
@@ -85,6 +84,6 @@ def test_freed_memory_stays_with_a_run_until_it_ends(base, pairs, tmp_path, monk
             order.append("given back")
 
     monkeypatch.setattr(run, "freed_memory_kept", Kept)
-    for event in finetune.prepare(config(base("llama"), pairs, tmp_path / "run")).events():
+    for event in finetune.prepare(config(model, pairs, tmp_path / "run")).events():
         order.append(event["kind"])
     assert order[0] == "kept" and order.index("train") < order.index("given back")
