@@ -22,6 +22,7 @@ from ardor.adapters.embedding import (
     TrainableTokens,
 )
 from ardor.adapters.initial import Sources, Start, dense_weight, device_of, starts
+from ardor.adapters.lowrank import adapted, added, lowered
 from ardor.arch.linear import place_of
 from ardor.errors import ConfigError
 
@@ -150,12 +151,15 @@ class LoraLinear(_Adapted):
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         rows = x.reshape(-1, self.inputs)
-        b = self.lora_B
-        low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
-        if self.offset_A is not None and self.offset_B is not None:
-            low = torch.cat([low, F.linear(rows, self.offset_A.to(x.dtype))], -1)
-            b = torch.cat([b, -self.offset_B], 1)
-        flat = added(self.base(rows), low, b, self.scale)
+        if self.dropout and self.training:
+            b = self.lora_B
+            low = lowered(F.dropout(rows, self.dropout), self.lora_A)
+            if self.offset_A is not None and self.offset_B is not None:
+                low = torch.cat([low, lowered(rows, self.offset_A)], -1)
+                b = torch.cat([b, -self.offset_B], 1)
+            flat = added(self.base(rows), low, b, self.scale)
+        else:
+            flat = adapted(self.base, rows, *self.whole, self.scale)
         if self.lora_magnitude_vector is not None:
             gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
             bias: Any = getattr(self.base, "bias", None)
@@ -203,22 +207,11 @@ class LoraExperts(_Adapted):
 
     def of(self, expert: int, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
         b = self.lora_B[expert]
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A[expert].to(x.dtype))
+        low = lowered(F.dropout(x, self.dropout, self.training), self.lora_A[expert])
         if self.offset_A is not None and self.offset_B is not None:
-            low = torch.cat([low, F.linear(x, self.offset_A[expert].to(x.dtype))], -1)
+            low = torch.cat([low, lowered(x, self.offset_A[expert])], -1)
             b = torch.cat([b, -self.offset_B[expert]], 1)
         return added(self._base.of(expert, x), low, b, self.scale)
-
-
-def added(
-    y: Float[Tensor, "n out"], low: Float[Tensor, "n R"], b: Float[Tensor, "out R"], scale: float
-) -> Float[Tensor, "n out"]:
-    """y + scale * low B^T in one pass, rounded once; in the memory of y, a base's fresh output.
-
-    Not where y is a view: autograd lets nobody write to one that a custom function has returned.
-    """
-    add = torch.addmm if y._is_view() else Tensor.addmm_
-    return add(y, low, b.to(y.dtype).T, alpha=scale)
 
 
 Wrapper = LoraLinear | LoraExperts | LoraEmbedding | TrainableTokens | SavedModule

@@ -44,6 +44,10 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
 
+    def back(self, slope: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows in"]:
+        """The slope in x, new, from that in y, where the weight is a constant."""
+        return slope @ self.weight.to(slope.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}"
 

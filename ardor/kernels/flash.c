@@ -150,13 +150,41 @@ static void copy_block(const uint16_t *x, int64_t stride, int64_t count, int64_t
         memcpy(to + r * full / 2, x + r * stride, sizeof *x * (size_t)width);
 }
 
+/* 16 rows of 16 words -> their columns. */
+static inline void turn(const uint32_t *from, int64_t stride, uint32_t *to, int64_t to_stride) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int n = 0; n < 2; n++) {
+            a[i + 2 * n] = _mm512_unpacklo_epi64(b[i + n], b[i + n + 2]);
+            a[i + 2 * n + 1] = _mm512_unpackhi_epi64(b[i + n], b[i + n + 2]);
+        }
+    for (int i = 0; i < 16; i += 8) /* a[i + n]: column n of each quarter, of four rows */
+        for (int n = 0; n < 4; n++) {
+            b[i + n] = _mm512_shuffle_i32x4(a[i + n], a[i + n + 4], 0x88);
+            b[i + n + 4] = _mm512_shuffle_i32x4(a[i + n], a[i + n + 4], 0xdd);
+        }
+    for (int n = 0; n < 8; n++) {
+        _mm512_storeu_si512(to + n * to_stride, _mm512_shuffle_i32x4(b[n], b[n + 8], 0x88));
+        _mm512_storeu_si512(to + (n + 8) * to_stride, _mm512_shuffle_i32x4(b[n], b[n + 8], 0xdd));
+    }
+}
+
 /* For the right, summed over channels: to[channel pair][position]. */
 static void pack_channels(const uint16_t *x, int64_t stride, int64_t count, int64_t width,
                           uint32_t *to) {
     if (count < BLOCK || width < tiled(width))
         memset(to, 0, sizeof *to * (size_t)(PAIRS * tiled(width)));
+    int64_t rows = count / 16 * 16, pairs = width / 2 / 16 * 16;
+    for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t p = 0; p < pairs; p += 16)
+            turn((const uint32_t *)(x + r * stride) + p, stride / 2, to + p * BLOCK + r, BLOCK);
     for (int64_t r = 0; r < count; r++)
-        for (int64_t p = 0; p < width / 2; p++)
+        for (int64_t p = r < rows ? pairs : 0; p < width / 2; p++)
             memcpy(to + p * BLOCK + r, x + r * stride + 2 * p, sizeof *to);
 }
 
@@ -164,10 +192,14 @@ static void pack_channels(const uint16_t *x, int64_t stride, int64_t count, int6
 static void pack_positions(const uint16_t *x, int64_t stride, int64_t count, int64_t width,
                            uint32_t *to) {
     int64_t full = tiled(width);
-    memset(to, 0, sizeof *to * (size_t)(PAIRS * full));
-    for (int64_t r = 0; r < count; r++)
+    if (count < BLOCK || width < full) memset(to, 0, sizeof *to * (size_t)(PAIRS * full));
+    for (int64_t r = 0; r + 1 < count; r += 2)
+#pragma omp simd
         for (int64_t i = 0; i < width; i++)
-            to[r / 2 * full + i] |= (uint32_t)x[r * stride + i] << (r % 2 * 16);
+            to[r / 2 * full + i] = x[r * stride + i] | (uint32_t)x[(r + 1) * stride + i] << 16;
+    if (count % 2)
+        for (int64_t i = 0; i < width; i++)
+            to[count / 2 * full + i] = x[(count - 1) * stride + i];
 }
 
 /* One row of products, of a query with keys that stand `distance` from it and later, -> its
@@ -379,11 +411,19 @@ static void backward_head(const Backward *own, const uint16_t *k, const uint16_t
         pack_positions(k + from, stride, count, width, own->k_positions + j * PAIRS * full);
         for (int64_t i = j; i <= last; i++) backward_block(own, j, i, how, shape);
     }
-    for (int64_t t = 0; t < shape.positions; t++)
-        for (int64_t i = 0; i < width; i++) {
-            float sum = own->dq[(t / BLOCK * full + i) * BLOCK + t % BLOCK];
-            dq[t * shape.heads * width + i] = rounded(sum * shape.scale);
-        }
+    for (int64_t i = 0; i < blocks; i++) {
+        /* what was packed of q, over channels and then over positions, is not read again */
+        uint32_t *sums = (uint32_t *)own->dq + i * BLOCK * full, *turned = own->q_channels;
+        for (int64_t c = 0; c < full; c += 16)
+            for (int64_t t = 0; t < BLOCK; t += 16)
+                turn(sums + c * BLOCK + t, BLOCK, turned + t * full + c, full);
+        for (int64_t t = 0; t < least(BLOCK, shape.positions - i * BLOCK); t++)
+            for (int64_t n = 0; n < width; n++) {
+                float sum;
+                memcpy(&sum, turned + t * full + n, sizeof sum);
+                dq[((i * BLOCK + t) * shape.heads) * width + n] = rounded(sum * shape.scale);
+            }
+    }
 }
 
 void flash_backward(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint16_t *out,

@@ -29,6 +29,7 @@ SOURCES = (
     "norm.c",
     "quantize.c",
     "rotate.c",
+    "thin.c",
 )
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 # Equal to torch to the last bit, so that no product may be fused into a sum.
@@ -59,6 +60,9 @@ SIGNATURES = {
     "quantize_rows_{}": "ppppnni",
     "dequantize_4bit_{}": "ppppni",
     "rotate_{}": "ppppnnnnnnnnfi",
+    "thin_dots": "pppnnnfi",
+    "thin_add": "pppppnnnfi",
+    "thin_outer": "ppppnnnfi",
 }
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}  # dtypes that `{}` stands for

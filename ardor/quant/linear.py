@@ -109,6 +109,10 @@ class QuantizedLinear(KeepsDtypes):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._own().product(x, bias)
 
+    def back(self, slope: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows in"]:
+        """The slope in x, new, from that in y."""
+        return slope @ self._own().dequantize(slope.dtype)
+
     def extra_repr(self) -> str:
         kind = self._kind.__name__
         return f"{self.inputs} -> {self.outputs}, bias={self.bias is not None}, {kind}"

@@ -1,0 +1,133 @@
+"""The two thin products of an adapter, by whichever of equal paths is fastest for their shape.
+
+Axes: n rows, R rank.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ardor.kernels import thin
+
+
+def lowered(x: Float[Tensor, "n in"], a: Float[Tensor, "R in"]) -> Float[Tensor, "n R"]:
+    """A x, computed in x.dtype. Compiled, A's gradient is not rounded to it."""
+    if thin.takes(x, len(a)):
+        return _Lowered.apply(x, a) if torch.is_grad_enabled() else thin.dots(x, a.to(x.dtype))
+    return F.linear(x, a.to(x.dtype))
+
+
+def added(
+    y: Float[Tensor, "n out"], low: Float[Tensor, "n R"], b: Float[Tensor, "out R"], scale: float
+) -> Float[Tensor, "n out"]:
+    """y + scale * low B^T in one pass, rounded once; in the memory of y, a base's fresh output.
+
+    Not where y is a view: autograd lets nobody write to one that a custom function has returned.
+    """
+    fresh = not y._is_view()
+    if thin.takes(y, b.shape[1]) and y.is_contiguous():
+        if torch.is_grad_enabled():
+            return _Added.apply(y, low, b, scale, fresh)
+        return thin.add(y, low, b.T.to(y.dtype), scale, out=y if fresh else None)
+    add = Tensor.addmm_ if fresh else torch.addmm
+    return add(y, low, b.to(y.dtype).T, alpha=scale)
+
+
+def adapted(
+    base: nn.Module,
+    x: Float[Tensor, "n in"],
+    a: Float[Tensor, "R in"],
+    b: Float[Tensor, "out R"],
+    scale: float,
+) -> Float[Tensor, "n out"]:
+    """base(x) + scale * B A x, where `base` is frozen; one function both ways if base can be."""
+    one = isinstance(base, _Frozen) and not (base._forward_hooks or base._forward_pre_hooks)
+    if one and torch.is_grad_enabled() and thin.takes(x, len(a)) and thin.fits(len(b)):
+        return _Adapted.apply(x, a, b, base, scale)
+    return added(base(x), lowered(x, a), b, scale)
+
+
+@runtime_checkable
+class _Frozen(Protocol):
+    """A linear map that gives the slope in x of its product without autograd."""
+
+    _forward_hooks: dict[int, Any]
+    _forward_pre_hooks: dict[int, Any]
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def back(self, slope: Tensor) -> Tensor: ...
+
+
+class _Lowered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
+        ctx.dtype, a = a.dtype, a.to(x.dtype)
+        ctx.save_for_backward(x, a)
+        return thin.dots(x, a)
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's type forgets the name of `ctx`.
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (slope,), (x, a) = upstream, ctx.saved_tensors
+        of_x, of_a = ctx.needs_input_grad
+        return (
+            thin.add(None, slope, a) if of_x else None,
+            thin.outer(x, slope).to(ctx.dtype) if of_a else None,
+        )
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
+        ctx.dtype, ctx.scale, b = b.dtype, scale, b.T.to(y.dtype).contiguous()
+        ctx.save_for_backward(low, b)
+        if fresh:
+            ctx.mark_dirty(y)
+        return thin.add(y, low, b, scale, out=y if fresh else None)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,), (low, b) = upstream, ctx.saved_tensors
+        of_low, of_b = ctx.needs_input_grad[1:3]
+        return (
+            slope,
+            thin.dots(slope, b, ctx.scale) if of_low else None,
+            thin.outer(slope, low, ctx.scale).T.to(ctx.dtype) if of_b else None,
+            None,
+            None,
+        )
+
+
+class _Adapted(torch.autograd.Function):
+    """The base's product and the two above: slopes in x are summed where they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: _Frozen, scale: float) -> Tensor:
+        ctx.dtype, ctx.base, ctx.scale = a.dtype, base, scale
+        a, b = a.to(x.dtype), b.T.to(x.dtype).contiguous()
+        low, y = thin.dots(x, a), base(x)
+        ctx.save_for_backward(x, low, a, b)
+        return thin.add(y, low, b, scale, out=y)
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,), (x, low, a, b) = upstream, ctx.saved_tensors
+        of_x, of_a, of_b = ctx.needs_input_grad[:3]
+        of_low = thin.dots(slope, b, ctx.scale)
+        d_b = thin.outer(slope, low, ctx.scale).T.to(ctx.dtype) if of_b else None
+        d_a = thin.outer(x, of_low).to(ctx.dtype) if of_a else None
+        if not of_x:
+            return None, d_a, d_b, None, None
+        d_x = ctx.base.back(slope)
+        return thin.add(d_x, of_low, a, out=d_x), d_a, d_b, None, None
