@@ -12,6 +12,7 @@
 #define LANES 16      /* float32 sums in a register */
 #define COLUMNS 64    /* of x that are packed together */
 #define MOST 512      /* rows whose packed columns stay near */
+#define AHEAD 4       /* pairs of rows: each is on another page, which no hardware foresees */
 
 static inline __m512bh line(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
 
@@ -19,6 +20,10 @@ static inline __m512bh lanes(const uint32_t *from) { return (__m512bh)_mm512_loa
 
 static inline __m512bh everywhere(uint32_t pair) {
     return (__m512bh)_mm512_set1_epi32((int32_t)pair);
+}
+
+static inline __m512i wide(const uint16_t *from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -182,12 +187,15 @@ void thin_outer(const uint16_t *x, const uint16_t *low, float *out, uint32_t *sc
                     const uint16_t *even = x + (first + 2 * p) * width + w;
                     const uint16_t *odd = first + 2 * p + 1 < n ? even + width : even; /* times 0 */
                     uint32_t *to = packed + p * COLUMNS;
-                    if (p + 8 < pairs) {
-                        _mm_prefetch(even + 16 * width, _MM_HINT_T0);
-                        _mm_prefetch(even + 17 * width, _MM_HINT_T0);
+                    if (p + AHEAD < pairs)
+                        for (int64_t i = 0; i < columns; i += 32) {
+                            _mm_prefetch(even + 2 * AHEAD * width + i, _MM_HINT_T0);
+                            _mm_prefetch(odd + 2 * AHEAD * width + i, _MM_HINT_T0);
+                        }
+                    for (int64_t i = 0; i < columns; i += LANES) {
+                        __m512i low = wide(even + i), high = _mm512_slli_epi32(wide(odd + i), 16);
+                        _mm512_storeu_si512(to + i, _mm512_or_si512(low, high));
                     }
-#pragma omp simd
-                    for (int64_t i = 0; i < columns; i++) to[i] = pair(even[i], odd[i]);
                 }
                 for (int64_t j = 0; j < r; j += 4)
                     outer(packed, scratch + first / 2 * r + j, out + j * width + w, pairs, width, r,
