@@ -110,11 +110,10 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Any, scale: float) -> Tensor:
-        ctx.dtype, ctx.base, ctx.scale = a.dtype, base, scale
-        a, b = a.to(x.dtype), _turned(b, x.dtype)
-        low, y = thin.dots(x, a), base(x)
+        ctx.base, ctx.scale = base, scale
+        low, y = thin.dots(x, a.to(x.dtype)), base(x)
         ctx.save_for_backward(x, low, a, b)
-        return thin.add(y, low, b, scale, out=y)
+        return thin.add(y, low, _turned(b, x.dtype), scale, out=y)
 
     @staticmethod
     @once_differentiable
@@ -122,10 +121,11 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (slope,), (x, low, a, b) = upstream, ctx.saved_tensors
         of_x, of_a, of_b = ctx.needs_input_grad[:3]
-        of_low = thin.dots(slope, b, ctx.scale)
-        d_b = thin.outer(slope, low, ctx.scale).T.to(ctx.dtype) if of_b else None
-        d_a = thin.outer(x, of_low).to(ctx.dtype) if of_a else None
-        if not of_x:
-            return None, d_a, d_b, None, None
-        d_x = ctx.base.back(slope)
-        return thin.add(d_x, of_low, a, out=d_x), d_a, d_b, None, None
+        # The base first, with its weight expanded: what stays here would split the room of that.
+        d_x = ctx.base.back(slope) if of_x else None
+        of_low = thin.dots(slope, _turned(b, x.dtype), ctx.scale)
+        if d_x is not None:
+            thin.add(d_x, of_low, a.to(x.dtype), out=d_x)
+        d_a = thin.outer(x, of_low).to(a.dtype) if of_a else None
+        d_b = thin.outer(slope, low, ctx.scale).T.to(b.dtype) if of_b else None
+        return d_x, d_a, d_b, None, None

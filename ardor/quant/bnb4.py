@@ -10,7 +10,7 @@ arithmetic are those of bitsandbytes 0.50.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ardor.errors import CheckpointError, ShapeError
 from ardor.kernels import quantize as native
-from ardor.quant.packed import PackedWeight, Rows, not_finite
+from ardor.quant.packed import PackedWeight, Rows, not_finite, workspace
 
 BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale of their own
@@ -95,12 +95,16 @@ class FourBitWeight(PackedWeight):
         Each element is within `error_bound` of its block, and the rounding to `dtype`, of the
         weight that was quantized.
         """
+        return self._written(torch.empty, dtype or self.original_dtype)
+
+    def expanded(self, dtype: torch.dtype) -> Float[Tensor, "..."]:
+        return self._written(workspace, dtype)
+
+    def _written(self, room: Callable[..., Tensor], dtype: torch.dtype) -> Float[Tensor, "..."]:
         tables = _tables(self.kind, self.packed.device)
         scales = self.scales()
         # Whole blocks are written, and the surplus of the last one is cut off by a view.
-        out = torch.empty(
-            len(scales) * BLOCK, dtype=dtype or self.original_dtype, device=self.packed.device
-        ).view(-1, BLOCK)
+        out = room(len(scales) * BLOCK, dtype=dtype, device=self.packed.device).view(-1, BLOCK)
         packed = self.packed.view(-1)
         done = 0
         if native.available(out):

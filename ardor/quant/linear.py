@@ -111,7 +111,7 @@ class QuantizedLinear(KeepsDtypes):
 
     def back(self, slope: Float[Tensor, "*rows out"]) -> Float[Tensor, "*rows in"]:
         """The slope in x, new, from that in y."""
-        return slope @ self._own().dequantize(slope.dtype)
+        return slope @ self._own().expanded(slope.dtype)
 
     def extra_repr(self) -> str:
         kind = self._kind.__name__

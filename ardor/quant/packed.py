@@ -1,5 +1,6 @@
 """What weights of every packed format have in common: numbers, files, parts and products."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -39,6 +40,10 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
         """Its numbers as a new tensor, rounded once to `dtype` (None: the original's)."""
         raise NotImplementedError
+
+    def expanded(self, dtype: torch.dtype) -> Float[Tensor, "..."]:
+        """Its numbers for one product, perhaps in memory that the next one is written over."""
+        return self.dequantize(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What its files hold, by name within the module ("weight", "weight.absmax")."""
@@ -89,6 +94,34 @@ class _RowsOf(PackedWeight):
         return self.chosen.of(self.whole.dequantize(dtype))
 
 
+class _Workspace(threading.local):
+    """Where a thread expands one weight after the other on a CPU.
+
+    Expanded anew for each product, large weights would find their room split by what is kept beside
+    them, and the heap of a training run would grow by half.
+    """
+
+    def __init__(self):
+        self.room = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, count: int, dtype: torch.dtype) -> Tensor:
+        needed = count * dtype.itemsize
+        if self.room.numel() < needed:
+            self.room = torch.empty(0, dtype=torch.uint8)  # let go of before there is another
+            self.room = torch.empty(needed, dtype=torch.uint8)
+        return self.room[:needed].view(dtype)
+
+
+_workspace = _Workspace()
+
+
+def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for so many numbers, which this thread's next call gives away again, if on a CPU."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(count, dtype=dtype, device=device)
+    return _workspace.of(count, dtype)
+
+
 @runtime_checkable
 class Quantized(Protocol):
     """A weight of some format, which can say what its numbers are."""
@@ -107,7 +140,7 @@ class DequantizedLinear(torch.autograd.Function):
         bias: Float[Tensor, "out"] | None,
     ) -> Float[Tensor, "*rows out"]:
         ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        return F.linear(x, _expanded(weight, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -115,7 +148,11 @@ class DequantizedLinear(torch.autograd.Function):
     # pyrefly: ignore[bad-override]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (upstream,) = grad_outputs  # (*rows, out)
-        return upstream @ ctx.weight.dequantize(upstream.dtype), None, None
+        return upstream @ _expanded(ctx.weight, upstream.dtype), None, None
+
+
+def _expanded(weight: Quantized, dtype: torch.dtype) -> Tensor:
+    return weight.expanded(dtype) if isinstance(weight, PackedWeight) else weight.dequantize(dtype)
 
 
 def not_finite(weight: Tensor) -> CheckpointError:
