@@ -5,8 +5,10 @@ from pathlib import Path
 
 from ardor.errors import ConfigError, TextError
 from ardor.files.hub import resolve
+from ardor.files.runs import chosen_checkpoint
 from ardor.load import Model, tokenizer_of
 from ardor.text.chat import CHATML_SOURCE, ChatTemplate, terminator
+from ardor.text.legacy import has_tokenizer
 from ardor.text.tokenizer import Tokenizer
 from ardor.vocabulary import add_tokens, align, set_pad
 
@@ -35,7 +37,7 @@ def setup_chat_format(model: Model, *, replace: bool = False, seed: int = 0) -> 
 def clone_chat_template(
     model: Model, source: str | Path, *, replace: bool = False, seed: int = 0
 ) -> tuple[int, ...]:
-    """Give a model the chat template of another (directory or hub id); the ids to be trained.
+    """Give a model the chat template of another (directory, run or hub id); the ids to be trained.
 
     Of the tokens of `source` those that the template writes are added, under the same flags; what
     it calls BOS and EOS is this model's. The stop token that it writes after an answer comes first.
@@ -45,6 +47,8 @@ def clone_chat_template(
     """
     _require_none(model, replace)
     directory = resolve(str(source), patterns=_TEXT_FILES).path
+    if not has_tokenizer(directory):
+        directory = chosen_checkpoint(directory) or directory
     template = ChatTemplate.from_directory(directory)
     if template is None:
         raise ConfigError(

@@ -170,6 +170,12 @@ def find_origin(path: Path, name: str, adapter: str | Path | None) -> Origin:
     directory = Path(adapter)
     if not (directory / ADAPTER_CONFIG).exists():
         directory = chosen_checkpoint(directory) or directory
+    if not (directory / ADAPTER_CONFIG).exists():
+        found = "is a whole model" if (directory / CONFIG).exists() else "has none"
+        raise CheckpointError(
+            f"an adapter's folder holds {ADAPTER_CONFIG}, and {adapter} {found}; give one that "
+            "PEFT wrote, or a run of LoRA or QLoRA"
+        )
     config = read_object(directory / ADAPTER_CONFIG)
     base = name or config.get("base_model_name_or_path")
     revision = None if name else config.get("revision")

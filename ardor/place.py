@@ -61,8 +61,8 @@ class Spread:
             usable = [self.key(value) for value in self.device_map.values()]
         return next((self.accelerators[d] for d in usable if d in self.accelerators), _HOST)
 
-    def key(self, given: Any) -> Device:
-        """A device as maps name it.
+    def key(self, given: Any, setting: str = "device_map") -> Device:
+        """A device as maps name it; `setting` is where it was given.
 
         Raises: ConfigError if this machine lacks it.
         """
@@ -74,7 +74,7 @@ class Spread:
         if isinstance(given, bool) or device not in self.accelerators:
             there = ", ".join(str(name) for name in (*self.accelerators, CPU, DISK))
             raise ConfigError(
-                f"device_map: {given!r} is not a device of this machine; it has {there}"
+                f"{setting}: {given!r} is not a device of this machine; it has {there}"
             )
         return device
 
@@ -331,7 +331,7 @@ def _decided(
     measured = spread.max_memory is None
     memory = measure(spread.accelerators) if measured else allowance(spread.max_memory or {})
     for device in memory:
-        spread.key(device)
+        spread.key(device, "max_memory")
     root = tree({name: filling.size(part) for part, name in theirs.items() if part}, theirs)
     found = device_map(root, spread.device_map, memory, ties_of(filling.names), measured=measured)
     amounts = ", ".join(f"{device}: {size / 2**30:.1f} GiB" for device, size in memory.items())

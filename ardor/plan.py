@@ -47,6 +47,12 @@ class Settings:
     ram: str | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -118,6 +124,8 @@ def _gpus(text: str) -> tuple[int, ...]:
         number, times, size = part.strip().rpartition("x")
         if times and not number.strip().isdecimal():
             raise ConfigError(f"gpus: {part!r} is no number of GPUs; give 2x24GiB, or 24GiB")
+        if size.strip().isdecimal():  # bytes elsewhere; here it is how many there are
+            raise ConfigError(f"gpus: {part!r} names no unit; give 2x24GiB, or 24GiB")
         found += [parse_size(size, "gpus")] * (int(number) if times else 1)
     return tuple(found)
 

@@ -163,7 +163,8 @@ class AdaptedHead(nn.Module):
         logits = F.linear(hidden, own.base_weight.to(dtype)).reshape(-1, len(own.base_weight))
         low = F.linear(hidden, own.lora_embedding_B.T.to(dtype)).reshape(-1, own.r)
         a = own.lora_embedding_A.to(dtype)
-        return torch.addmm(logits, low, a, alpha=own.scale).view(*hidden.shape[:-1], -1)
+        # Not -1: the loss asks a head about no rows, to see its dtype.
+        return torch.addmm(logits, low, a, alpha=own.scale).view(*hidden.shape[:-1], a.shape[1])
 
 
 class SavedModule(nn.Module):

@@ -67,6 +67,7 @@ def parse(config_class: type[C], args: Sequence[str], verb: str) -> C:
         group_parameters=OPTIONS,
         config=_from_yaml,
         console=results(),
+        help_format="plaintext",  # else a <tag> in a text is taken for markup, and not shown
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
     app["--help"].group = OPTIONS

@@ -59,6 +59,8 @@ class Config:
             raise ConfigError("--fix writes a copy, to the folder -o names: give both or neither")
         if self.rows < 1:
             raise ConfigError(f"rows={self.rows} must be at least 1")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length={self.max_length} must be at least 1")
         if self.eval_data is not None and self.data is None:
             raise ConfigError("eval_data is compared with data; give --data too")
 

@@ -75,7 +75,7 @@ def _score_dataset(config: Config) -> int:
     from ardor.train.evaluate import evaluate
 
     try:
-        rows = list(read_rows(Path(config.data) if Path(config.data).exists() else config.data))
+        rows = list(read_rows(config.data))
     except DataError as error:
         if not Path(config.data).exists():
             error.add_note("if that is the text to score, and no name, add --text")

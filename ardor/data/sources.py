@@ -43,6 +43,8 @@ class Source:
         if not isinstance(rows, str | Path):
             self.name, self._memory = "the given list", rows
             return
+        if not str(rows):  # as a path it would be the current directory
+            raise DataError("data has an empty name; give a file, a folder or a hub dataset")
         path = Path(rows).expanduser()
         self.name = str(path)
         if path.is_dir():

@@ -14,7 +14,7 @@ from ardor.doctor.finding import Finding
 from ardor.doctor.probe import Probe
 from ardor.doctor.runs import RunFolder
 from ardor.doctor.tensors import Statistics
-from ardor.errors import ArdorError, CheckpointError
+from ardor.errors import ArdorError, CheckpointError, TextError
 from ardor.families import family_of
 from ardor.families.family import HARMLESS
 from ardor.families.hf_config import HFConfig
@@ -29,6 +29,7 @@ from ardor.text.chat import ChatTemplate, TrainOn, terminator
 from ardor.text.legacy import has_tokenizer
 from ardor.text.special import read_config
 from ardor.text.stops import StopSet
+from ardor.text.templates import default_template
 from ardor.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -169,6 +170,19 @@ def open_checkpoint(path: Path, *, use_safetensors: bool = True) -> Checkpoint:
     return found
 
 
+def template_of_rows(found: Checkpoint) -> ChatTemplate | None:
+    """The one that training would render conversations by, where the model has none of its own.
+
+    None where there is nothing to choose: its own cannot be read, or no answer could end.
+    """
+    if found.template is not None or found.tokenizer is None or "template" in found.problems:
+        return found.template
+    try:
+        return default_template(found.tokenizer)
+    except TextError:
+        return None
+
+
 def reading_of(
     found: Checkpoint,
     limit: int | None,
@@ -177,12 +191,15 @@ def reading_of(
 ) -> Reading:
     """How rows are read for this model: examples of at most `limit` tokens, and its positions."""
     assert found.tokenizer is not None
+    template, stops = template_of_rows(found), found.stops.ids
+    if template is not None and (end := terminator(found.tokenizer, template)) is not None:
+        stops |= {end}
     positions = None if found.spec is None else found.spec.max_positions
     known = min((n for n in (limit, positions) if n is not None), default=None)
     return Reading(
         found.tokenizer,
-        found.template,
-        found.stops.ids,
+        template,
+        stops,
         found.rows,
         known,
         preferences,

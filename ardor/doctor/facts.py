@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ardor.doctor.checkpoint import Checkpoint
+from ardor.doctor.checkpoint import Checkpoint, template_of_rows
 from ardor.doctor.ids import written_by_template
 from ardor.text.tokenizer import Tokenizer
 
@@ -33,8 +33,14 @@ def _facts(it: Checkpoint) -> Iterator[tuple[str, str]]:
         tokens = " ".join(str(tokenizer.token(id)) for id in writes) or "no control tokens"
         yield "template", f"{it.template.fingerprint[:12]}, writes {tokens}"
     else:
-        yield "template", "none"
+        yield "template", "none" + _stand_in(it)
     yield "limits", _limits(it)
+
+
+def _stand_in(it: Checkpoint) -> str:
+    """What the rows were read with instead."""
+    template = None if it.data is None else template_of_rows(it)
+    return "" if template is None else f"; conversations would be learnt in {template.name}"
 
 
 def _padding(it: Checkpoint, tokenizer: Tokenizer) -> str:

@@ -145,7 +145,7 @@ class _RowsLinear(DequantizedLinear):
         if apart is not None and len(apart):
             columns = weight.codes[:, apart] * weight.largest.mul(1 / LARGEST)[:, None]
             y = torch.addmm(y, flat[:, apart], columns.to(x.dtype).T)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])  # not -1: there may be no rows
 
 
 def _by_row(values: Float32[Tensor, "N in"]) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,7 @@ def add_adapter(
     if left != adapter.token_rows:  # rows of what is trained in full need no training of their own
         adapter = replace(adapter, trainable_token_indices=left)
     targets = select(model.decoder, adapter, names)
+    _require_apart(targets, adapter.token_rows)
     _require_places(targets, disk.keys())
     sources = Sources()
     if adapter.init_lora_weights == "loftq":
@@ -106,6 +107,17 @@ def _names(given: tuple[str, ...]) -> str | tuple[str, ...]:
             "with modules_to_save"
         )
     return given
+
+
+def _require_apart(targets: tuple[str, ...], rows: Mapping[str, tuple[int, ...]]) -> None:
+    twice = next((name for name in targets if name in rows), None)
+    if twice is not None:
+        raise ConfigError(
+            f"target_modules adapts {twice} as a whole, but {len(rows[twice])} rows of it were "
+            "never trained (new tokens, or the chat template's control tokens) and train by "
+            f"themselves; give --modules-to-save {twice} instead, or, for control tokens, "
+            "--train-control-tokens no"
+        )
 
 
 def _require_places(targets: tuple[str, ...], places: Collection[str]) -> None:

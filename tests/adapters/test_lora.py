@@ -226,6 +226,22 @@ def test_the_chunked_loss_reaches_the_rows_of_a_tied_head(gpt2):
     assert expected[0].any()
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_chunked_loss_reaches_the_adapter_of_a_tied_embedding(gpt2, chunk):
+    """Without a size it asks the head about no rows at all, as a run does."""
+    decoder = gpt2.ours()
+    add_lora(decoder, LoraConfig(r=4, target_modules=("embed_tokens",)))
+    gpt2.randomise(lora_parameters(decoder))
+    hidden, targets = torch.randn(1, 9, 24), torch.randint(0, 61, (1, 9))
+    whole = next_token_loss(decoder.head(hidden), targets).nats
+    chunked = chunked_next_token_loss(hidden, targets, *decoder.head_parts(), chunk=chunk).nats
+    torch.testing.assert_close(chunked, whole)
+    adapted = [*lora_parameters(decoder)]
+    expected = torch.autograd.grad(whole, adapted)
+    torch.testing.assert_close(torch.autograd.grad(chunked, adapted), expected)
+    assert expected[0].any()
+
+
 def test_rows_of_an_untied_head_are_trained_by_name(llama):
     decoder = llama.ours()
     rows = {"embed_tokens": (1, 2), "lm_head": (2,)}

@@ -175,6 +175,17 @@ def test_help_shows_fields_with_their_texts_and_defaults(capsys):
     assert "--config PATH" in shown
 
 
+def test_help_shows_tags_and_quotes_as_they_are_written(capsys):
+    @dataclass(frozen=True)
+    class Tagged:
+        token: str = ""
+        """Such as <tool>, in `*these*` or [those]."""
+
+    with pytest.raises(SystemExit):
+        parse(Tagged, ["--help"], "tag")
+    assert "Such as <tool>, in `*these*` or [those]." in capsys.readouterr().out
+
+
 def test_help_is_the_string_below_or_the_comment_beside_or_above():
     assert field_help(Config) == {
         "output": "Folder of the run.",

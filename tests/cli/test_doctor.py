@@ -92,6 +92,20 @@ def test_data_and_what_the_model_makes_of_it_are_shown(model, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+def test_conversations_are_read_as_training_would_for_a_model_without_a_template(
+    base, tmp_path, capsys
+):
+    words = ["who ran", "the dog ran"]
+    turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), words, strict=True)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    assert main(["doctor", str(base), "--data", str(data), "--no-probe", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["targets"] > 0
+    assert found["facts"]["template"] == "none; conversations would be learnt in ChatML"
+    assert main(["doctor", str(base), "--no-probe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["facts"]["template"] == "none"
+
+
 def test_a_repaired_copy_is_written_and_its_code_is_the_answer(model, tmp_path, capsys):
     edit = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": 5}
     (model / "generation_config.json").write_text(json.dumps(edit))
@@ -110,6 +124,7 @@ def test_a_repaired_copy_is_written_and_its_code_is_the_answer(model, tmp_path, 
         (["--fix"], "give both or neither"),
         (["-o", "x"], "give both or neither"),
         (["--rows", "0"], "at least 1"),
+        (["--max-length", "0"], "max_length=0 must be at least 1"),
         (["--eval-data", "x"], "give --data too"),
         (["--run", "nowhere"], "is no folder"),
     ],

@@ -37,6 +37,22 @@ def test_an_unknown_model_is_the_users_mistake(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--gpus", "2"], "gpus: '2' names no unit; give 2x24GiB, or 24GiB"),
+        (["--gpus", "2x24"], "gpus: '2x24' names no unit"),
+        (["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--max-length", "-1"], "max_length=-1 must be at least 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps=0 must be at least"),
+    ],
+)
+def test_a_number_of_no_sense_is_refused(flags, says, capsys):
+    assert main(["plan", "llama-15m", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("width", [60, 100])
 def test_no_line_is_broken_by_a_narrow_terminal(width, capsys, monkeypatch):
     monkeypatch.setattr(console, "PLAIN_WIDTH", width)

@@ -110,6 +110,10 @@ def test_it_knows_a_run_and_its_adapter(model, data, tmp_path, capsys):
     assert "train_on: last" in (run / "config.yaml").read_text()
     assert main(["preview", str(run), str(data)]) == 0
     assert "chat_template.jinja" in capsys.readouterr().out
+    # Of a run the checkpoint that stands for it has the template, as for every other verb.
+    args = ["--clone-chat-template", str(run), "--rows", "1"]
+    assert main(["preview", str(model), str(data), *args]) == 0
+    assert f"the chat template of {run}" in capsys.readouterr().out
 
 
 def test_documents_of_a_folder_are_pieces_with_ends_at_their_borders_only(tmp_path, capsys):

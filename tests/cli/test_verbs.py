@@ -384,6 +384,26 @@ def test_score_takes_a_limit_of_tokens_at_its_word(world, say, refused):
 def test_score_points_to_its_flag_for_texts(world, refused):
     assert "add --text" in refused("score", world.base, "no such file of words")
     assert "give --text" in refused("score", world.base, world.texts, "--tokens")
+    # An empty name is not the folder one is in.
+    assert "data has an empty name; give a file" in refused("score", world.base, "")
+
+
+def test_what_is_no_adapter_is_told_with_its_flag(world, refused, tmp_path):
+    for given, what in ((world.base, "is a whole model"), (tmp_path / "none", "has none")):
+        message = refused("generate", world.base, "the cat", "--adapter", given)
+        assert f"holds adapter_config.json, and {given} {what}; give one that PEFT" in message
+    message = refused("generate", world.base, "the cat", "--quantization", "none.yaml")
+    assert "no such file: none.yaml; give a YAML file that is there" in message
+    assert "--config" not in message
+
+
+def test_an_embedding_is_adapted_as_a_whole_or_row_by_row(world, say, refused, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", [FORMATS["messages"]("the cat", "a dog")] * 12)
+    args = ["finetune", world.base, data, *TUNE, "--target-modules", "q_proj", "embed_tokens"]
+    message = refused(*args, "-o", tmp_path / "a")
+    assert "but 2 rows of it were never trained" in message
+    assert "--modules-to-save embed_tokens" in message and "--train-control-tokens no" in message
+    assert say(*args, "-o", tmp_path / "b", "--train-control-tokens", "no").code == 0
 
 
 # --- going on ---

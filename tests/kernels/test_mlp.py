@@ -110,3 +110,19 @@ def test_it_takes_what_it_can_and_leaves_the_rest(taken):
     trained = bfloat16(Mlp(48, specs.Mlp(width=80, act="silu")))
     trained(x).float().sum().backward()
     assert taken == [1] and trained.up_proj.weight.grad.any()
+
+
+@needs_kernel
+def test_who_watches_a_part_sees_what_goes_through_it(taken):
+    """EVA and doctor look at the inputs and outputs of maps that this function would skip."""
+    module, x, seen = bfloat16(Mlp(48, specs.Mlp(width=80, act="silu"))), rows(20, 48), []
+    for part in (module.gate_proj, module.up_proj, module.down_proj):
+        for watch in (part.register_forward_pre_hook, part.register_forward_hook):
+            hook = watch(lambda *given: seen.append(given[1][0].shape))
+            with torch.no_grad():
+                module(x)
+            assert not taken and seen.pop()[0] == 20
+            hook.remove()
+    with torch.no_grad():
+        module(x)
+    assert taken and not seen

@@ -120,6 +120,12 @@ def test_a_row_of_zeros_is_exact():
     assert q.product(torch.zeros(2, 80), None).isfinite().all()
 
 
+def test_no_rows_give_none_of_the_width_of_the_outputs():
+    """A loss asks its head so, which checkpoints of bitsandbytes may hold in 8 bits too."""
+    ours = quantize_rows(weight((5, 8)))
+    assert ours.product(torch.zeros(2, 0, 8), None).shape == (2, 0, 5)
+
+
 def test_parts_are_rows():
     q = quantize_rows(weight((24, 64)))
     dense = q.dequantize()
