@@ -15,7 +15,7 @@ from ardor.families.rules import Rules
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
 from ardor.files.runs import ORIGIN, chosen_checkpoint
-from ardor.memory.estimate import WIDTHS
+from ardor.memory.formats import WIDTHS
 from ardor.memory.shapes import parameters
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

@@ -9,8 +9,9 @@ from typing import Literal
 
 from ardor.adapters.config import LoraConfig
 from ardor.errors import ArdorError, ConfigError
-from ardor.memory.estimate import WIDTHS, Held, Use
+from ardor.memory.estimate import Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
+from ardor.memory.formats import WIDTHS
 from ardor.memory.machine import USABLE, Machine, this_machine
 from ardor.outline import Outline, beside, outline
 from ardor.parallel.placement import Device, device_map, parse_size

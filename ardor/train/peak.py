@@ -14,8 +14,9 @@ from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ArdorError
 from ardor.load import CONFIG, Model
-from ardor.memory.estimate import PROCESS, Use, counted
+from ardor.memory.estimate import PROCESS, Use
 from ardor.memory.fit import Choice, expected
+from ardor.memory.formats import counted
 from ardor.memory.machine import Machine, forget_peak, peak_resident, this_machine
 from ardor.memory.products import bound_products
 from ardor.outline import beside, outline, outline_of

@@ -18,10 +18,9 @@ from ardor.memory.estimate import (
     Held,
     Use,
     cache_bytes,
-    counted,
     estimate,
-    weight_bytes,
 )
+from ardor.memory.formats import counted, weight_bytes
 from ardor.memory.products import KEPT
 from ardor.memory.saved import How, per_token
 from ardor.plan import known
