@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ardor.adapters.config import LoraConfig
+from ardor.adapters.kbit import Upcast
 from ardor.errors import ArdorError, ConfigError
 from ardor.memory.estimate import Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
@@ -33,6 +34,7 @@ class Settings:
     lora_r: int = 16
     init_lora_weights: str = "default"
     use_dora: bool = False
+    kbit_upcast: Upcast = "norms"
     optim: Optim = "adamw"
     master_dtype: MasterDtype = "float32"
     gradient_checkpointing: Recompute = "none"
@@ -154,7 +156,8 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
             "trains on whole weights; leave it out, or choose qlora"
         )
     if method == "lora" and model.quantization is not None:
-        method = "qlora"  # adapters on weights that are packed in their file
+        # Adapters on weights that are packed in their file; what is not stays as it is.
+        method, settings = "qlora", replace(settings, kbit_upcast="none")
     adapter = _adapter(settings, method)
     packed = settings.quantization or model.quantization or "nf4"
     compute = _compute(machine) if settings.dtype == "auto" else settings.dtype
@@ -170,6 +173,7 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         length=length,
         accumulation=settings.gradient_accumulation_steps,
         rank=settings.lora_r,
+        upcast=settings.kbit_upcast,
         begun=adapter.init_lora_weights,
         offset=adapter.saves_rank > 1,
         dora=adapter.use_dora,

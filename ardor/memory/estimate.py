@@ -67,6 +67,7 @@ class Use:
     offloaded: bool = False  # the optimizer's state waits in the CPU's memory
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     ranks: Mapping[str, int] | None = None  # of the adapted linears; None: all of the layers
+    upcast: Literal["norms", "peft", "none"] = "none"  # of qlora's 16-bit weights, to float32
     begun: str = "default"  # init_lora_weights: what adapters begin with
     offset: bool = False  # A and B as they began are kept beside them: PiSSA, OLoRA
     dora: bool = False
@@ -265,11 +266,17 @@ class Held:
         return self._bytes({n: s for n, s in self.shapes.items() if n.startswith(f"{part}.")})
 
     def _bytes(self, shapes: dict[str, Shape]) -> int:
-        dtype, format = self.use.weights, self.use.quantization
         return sum(
-            weight_bytes(s, dtype, format if is_quantized(n, s) else None)
+            weight_bytes(s, self._dtype(n), self.use.quantization if is_quantized(n, s) else None)
             for n, s in shapes.items()
         )
+
+    def _dtype(self, name: str) -> str:
+        """That a weight is held in where it is not packed."""
+        use = self.use
+        norm = "norm" in name.split(".")[-2]
+        wide = use.upcast == "peft" or (use.upcast == "norms" and norm)
+        return "float32" if wide and use.method == "qlora" else use.weights
 
     def gradients(self, index: int) -> int:
         """Of one layer's trained numbers."""
@@ -401,7 +408,7 @@ class Held:
 
         Slopes are written over the logits of a plain product, and beside those of a finished one.
 
-        Its weight is cast to the compute dtype; its gradient is summed in the weight's own.
+        A weight that is wider is cast to the compute dtype; its gradient is summed in its own.
         """
         use = self.use
         states = 2 * use.tokens * self.spec.width * self.width  # and their gradient
@@ -411,9 +418,9 @@ class Held:
         each = self.spec.vocab * number
         chunk = ACCELERATOR_LOSS_CHUNK if use.accelerator else LOSS_CHUNK
         logits = each * min(use.tokens, max(1, chunk // each))
-        if not self.trains_head:
-            return states + logits
-        cast = self.width * self.head if self.width < self.master else 0
+        name = "embed_tokens.weight" if self.spec.tied else "lm_head.weight"
+        held = self.master if self.trains_head else WIDTHS[self._dtype(name)]
+        cast = self.width * self.head if self.width < held else 0
         return states + logits + cast + self.apart
 
 

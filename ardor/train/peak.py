@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ardor.adapters.kbit import Upcast
 from ardor.adapters.lora import LoraLinear, lora_modules
 from ardor.arch import spec as specs
 from ardor.arch.causal import CausalLM
@@ -49,6 +50,7 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
         weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=format_name(config.quantization) if config.method == "qlora" else None,
+        upcast=_upcast(config),
         **_updates(config),
         length=1,
         rank=config.lora_r,
@@ -97,6 +99,7 @@ def predicted(
         weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=model.quantization,
+        upcast=_upcast(config),
         accumulation=accumulation,
         **_updates(config),
         rank=1 if model.adapter is None else model.adapter.r,
@@ -119,6 +122,12 @@ def _updates(config: Optimisation) -> dict[str, Any]:
         "in_backward": config.optimizer_in_backward,
         "offloaded": config.offload_optimizer,
     }
+
+
+def _upcast(config: Optimisation) -> Upcast:
+    """Of what is not packed; adapters on a checkpoint that is packed already leave it alone."""
+    qlora = isinstance(config, Finetune) and config.method == "qlora"
+    return config.kbit_upcast if qlora else "none"
 
 
 def begin_measuring() -> int:
