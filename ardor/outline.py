@@ -82,6 +82,15 @@ def beside(model: Outline, weights: str, how: str | None) -> int:
     return WIDTHS[weights] * rearranged(model)
 
 
+def originals(model: Outline, begun: str) -> int:
+    """Bytes of full weights that are held all at once while adapters begin with LoftQ.
+
+    Those that lie otherwise in the file: copies, and the pages that they were read from. Of what is
+    mapped as it is, one is held at a time.
+    """
+    return 2 * WIDTHS[model.stored] * rearranged(model) if begun == "loftq" else 0
+
+
 def rearranged(model: Outline) -> int:
     """How many numbers lie otherwise in the file than in memory, and so are copied."""
     shapes, total = parameters(model.spec), 0

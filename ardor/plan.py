@@ -14,7 +14,7 @@ from ardor.memory.estimate import Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
 from ardor.memory.formats import WIDTHS
 from ardor.memory.machine import USABLE, Machine, this_machine
-from ardor.outline import Outline, beside, outline
+from ardor.outline import Outline, beside, originals, outline
 from ardor.parallel.placement import Device, device_map, parse_size
 from ardor.place import module_names, ties_of, tree
 from ardor.quant.formats import format_name
@@ -175,6 +175,7 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         rank=settings.lora_r,
         upcast=settings.kbit_upcast,
         begun=adapter.init_lora_weights,
+        originals=originals(model, adapter.init_lora_weights),
         offset=adapter.saves_rank > 1,
         dora=adapter.use_dora,
         optim=settings.optim,

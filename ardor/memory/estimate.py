@@ -69,6 +69,7 @@ class Use:
     ranks: Mapping[str, int] | None = None  # of the adapted linears; None: all of the layers
     upcast: Literal["norms", "peft", "none"] = "none"  # of qlora's 16-bit weights, to float32
     begun: str = "default"  # init_lora_weights: what adapters begin with
+    originals: int = 0  # bytes of full weights that LoftQ holds all at once
     offset: bool = False  # A and B as they began are kept beside them: PiSSA, OLoRA
     dora: bool = False
     trained: Mapping[str, Shape] | None = None  # parameters that train; None: all, or adapters
@@ -538,7 +539,9 @@ def _before(held: Held) -> Iterator[tuple[Any, ...]]:
     if found := 4 * max((factored(use.begun, shape) for shape in shapes), default=0):
         beginnings = Term("adapters", 4 * held.trained + held.constants, f"rank {use.rank}")
         working = Term("working set", found, "of the largest weight's factors, float32")
-        yield ("the adapters' beginning", _process(use), *_weights(held), beginnings, working)
+        originals = Term("originals", use.originals, "full weights that lie otherwise in the file")
+        moment = "the adapters' beginning"
+        yield (moment, _process(use), *_weights(held), beginnings, originals, working)
 
 
 def _surveying(held: Held) -> tuple[int, int]:

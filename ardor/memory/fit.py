@@ -136,6 +136,7 @@ def _places(spec: specs.Decoder, use: Use, machine: Machine) -> Iterator[Choice]
         yield Choice(use, "cpu", found.bytes - use.beside, machine.ram, found)
         return
     use = replace(use, accelerator=True, mapped=False, beside=0, compiled=False)
+    use = replace(use, originals=0)  # in the host's memory
     found = estimate(spec, use)
     yield Choice(use, "gpu", found.bytes, max(machine.gpus), found)
     if use.task == "generate" and (others := len(machine.gpus) - 1):
