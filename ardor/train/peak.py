@@ -127,8 +127,9 @@ def _updates(config: Optimisation) -> dict[str, Any]:
 
 def _begun(config: Optimisation) -> str:
     """What adapters begin with."""
-    adapted = isinstance(config, Finetune) and config.method != "full"
-    return config.init_lora_weights if adapted else "default"
+    if not isinstance(config, Finetune) or config.method == "full":
+        return "default"
+    return config.init_lora_weights
 
 
 def _upcast(config: Optimisation) -> Upcast:
