@@ -3,6 +3,7 @@
 Axes: B batch, T positions, N rows of hidden states, D model width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def chunked_next_token_loss(
     *,
     known: int | None = None,
     chunk: int | None = None,
+    share: float | None = None,
 ) -> LossSum:
     """`next_token_loss(head(hidden, *parameters), targets)` that never holds [tokens, vocab].
 
@@ -65,6 +67,11 @@ def chunked_next_token_loss(
     Ids from `known` on belong to no token: their logits count as -inf. Double backward is not
     supported.
 
+    With `share`, gradients of leaves are summed where earlier ones are: what `.grad` holds is taken
+    away now, and comes back as a part of this gradient. Then the loss must be differentiated, by
+    `backward` and times `share`, and what autograd.grad would say of a leaf holds the earlier ones.
+
+    Raises: RuntimeError in the backward pass, if it is differentiated times something else.
     Source: the idea of gradients in the forward pass is Hsu et al. 2024, arXiv:2410.10989, 3.2.
     """
     kept = (targets != IGNORE).flatten().nonzero().squeeze(-1)
@@ -73,7 +80,7 @@ def chunked_next_token_loss(
         rows, wanted = rows.index_select(0, kept), wanted.index_select(0, kept)
     if not torch.is_grad_enabled():
         rows, parameters = rows.detach(), tuple(p.detach() for p in parameters)
-    nats = _ChunkedLoss.apply(head, known, chunk, rows, wanted, *parameters)
+    nats = _ChunkedLoss.apply(head, known, chunk, share, rows, wanted, *parameters)
     return LossSum(nats, torch.tensor(len(kept), device=targets.device))
 
 
@@ -85,16 +92,18 @@ def chunked_token_logprobs(
     *,
     known: int | None = None,
     chunk: int | None = None,
+    accumulate: bool = False,
 ) -> Float[Tensor, "N"]:
     """log p of each target that is not IGNORE, in order, in nats; never holds [tokens, vocab].
 
     For losses that weigh tokens differently: how much each counts is known in the backward pass
     only, so logits are computed in both, `chunk` rows at a time. `known` as above. Double backward
-    is not supported.
+    is not supported. With `accumulate`, gradients of leaves are summed where earlier ones are, as
+    above, but only in the backward pass.
     """
     kept = (targets != IGNORE).flatten().nonzero().squeeze(-1)
     rows, wanted = hidden.flatten(0, 1)[kept], targets.flatten()[kept]
-    return _ChunkedLogprobs.apply(head, known, chunk, rows, wanted, *parameters)
+    return _ChunkedLogprobs.apply(head, known, chunk, accumulate, rows, wanted, *parameters)
 
 
 def token_nats(
@@ -127,8 +136,11 @@ class _Pieces:
         rows: Float[Tensor, "N D"],
         parameters: Sequence[Tensor],
         wanted: Sequence[bool],  # of the rows, then of each parameter
+        *,
+        share: float = 1.0,
+        taken: bool = False,
     ):
-        self.head, self.known, self.rows = head, known, rows
+        self.head, self.known, self.rows, self.share = head, known, rows, share
         self._wants_rows, *wants = wanted
         self._leaves = [
             p.detach().to(rows.dtype).requires_grad_(wants_it)
@@ -136,8 +148,9 @@ class _Pieces:
         ]
         self._inputs = [leaf for leaf in self._leaves if leaf.requires_grad]
         self.d_rows = torch.empty_like(rows) if self._wants_rows else None
+        # Times `share`, which the gradient of the rows is not.
         self.sums = [
-            torch.zeros_like(p) if wants_it else None
+            _begun(p, taken) if wants_it else None
             for p, wants_it in zip(parameters, wants, strict=True)
         ]
         # Nothing but a product: its slopes are written over its logits.
@@ -204,7 +217,7 @@ class _Pieces:
         if self.d_rows is not None:
             self.d_rows[piece] = gradients.pop(0)[: piece.stop - piece.start]
         for sum_, gradient in zip((s for s in self.sums if s is not None), gradients, strict=True):
-            sum_ += gradient
+            sum_.add_(gradient, alpha=self.share)
 
     def _add_linear(
         self, part: Float[Tensor, "n D"], piece: slice, slope: Float[Tensor, "n V"]
@@ -219,9 +232,10 @@ class _Pieces:
         if (sum_ := self.sums[0]) is not None:
             tile = max(1, TILE_BYTES // (weight.shape[1] * weight.element_size()))
             for start in range(0, len(weight), tile):
-                sum_[start : start + tile] += slope[:, start : start + tile].T @ part
+                found = slope[:, start : start + tile].T @ part
+                sum_[start : start + tile].add_(found, alpha=self.share)
         if len(self.sums) > 1 and (sum_ := self.sums[1]) is not None:
-            sum_ += slope.sum(0)
+            sum_.add_(slope.sum(0), alpha=self.share)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self.rows), self.chunk):
@@ -239,6 +253,18 @@ class _Pieces:
         fitting = max(1, bytes // (none.shape[-1] * number))
         step = _step(fitting)
         return max(1, fitting // step * step)
+
+
+def _begun(parameter: Tensor, taken: bool) -> Tensor:
+    """What its gradient is added to: zeros, or if it is to be `taken`, what `.grad` holds.
+
+    Not in 16 bits, where each addition rounds and small ones to a large sum are lost: pieces are
+    added to each other before they are to those of earlier batches.
+    """
+    if not (taken and parameter.is_leaf and parameter.element_size() >= 4):
+        return torch.zeros_like(parameter)
+    held, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if held is None else held
 
 
 def _like(logits: Float[Tensor, "n V"], slopes: Tensor | None) -> Float[Tensor, "n V"]:
@@ -264,13 +290,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head: Head,
         known: int | None,
         chunk: int | None,
+        accumulate: bool,
         rows: Float[Tensor, "N D"],
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, "N"]:
         unwanted = (False,) * (1 + len(parameters))
         pieces = _Pieces(head, known, chunk, rows, parameters, unwanted)
-        ctx.head, ctx.known, ctx.chunk = head, known, pieces.chunk
+        ctx.head, ctx.known, ctx.chunk, ctx.accumulate = head, known, pieces.chunk, accumulate
         ctx.save_for_backward(rows, targets, *parameters)
         return -pieces.nats(targets)
 
@@ -278,10 +305,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = upstream
         rows, targets, *parameters = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
-        pieces = _Pieces(ctx.head, ctx.known, ctx.chunk, rows, parameters, wanted)
+        wanted = (ctx.needs_input_grad[4], *ctx.needs_input_grad[6:])
+        pieces = _Pieces(
+            ctx.head, ctx.known, ctx.chunk, rows, parameters, wanted, taken=ctx.accumulate
+        )
         pieces.nats(targets, -weights.float())
-        return (None, None, None, pieces.d_rows, None, *pieces.sums)
+        return (None, None, None, None, pieces.d_rows, None, *pieces.sums)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -291,14 +320,17 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         known: int | None,
         chunk: int | None,
+        share: float | None,
         rows: Float[Tensor, "N D"],
         targets: Int[Tensor, "N"],
         *parameters: Tensor,
     ) -> Float[Tensor, ""]:
-        wanted = (ctx.needs_input_grad[3], *ctx.needs_input_grad[5:])
-        pieces = _Pieces(head, known, chunk, rows, parameters, wanted)
+        wanted, taken = (ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]), share is not None
+        pieces = _Pieces(
+            head, known, chunk, rows, parameters, wanted, share=share or 1.0, taken=taken
+        )
         total = pieces.nats(targets).sum()
-        ctx.found = (pieces.d_rows, *pieces.sums)
+        ctx.found, ctx.share = (pieces.d_rows, *pieces.sums), share
         return total
 
     @staticmethod
@@ -307,7 +339,11 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("the chunked loss has been differentiated; it is only once")
         # Multiplied where they lie and given away: a head's gradient may be a gigabyte.
         (factor,), (d_rows, *sums), ctx.found = upstream, ctx.found, None
-        for found in (d_rows, *sums):
+        if ctx.share is not None and not math.isclose(float(factor), ctx.share, rel_tol=1e-6):
+            raise RuntimeError(
+                f"the chunked loss is differentiated times {float(factor):g}, and share={ctx.share}"
+            )
+        for found in (d_rows, *(sums if ctx.share is None else ())):
             if found is not None:
                 found.mul_(factor)
-        return (None, None, None, d_rows, None, *sums)
+        return (None, None, None, None, d_rows, None, *sums)

@@ -15,7 +15,7 @@ from ardor.families.rules import Rules
 from ardor.files.hub import resolve
 from ardor.files.json import read_object
 from ardor.files.runs import ORIGIN, chosen_checkpoint
-from ardor.memory.estimate import WIDTHS
+from ardor.memory.formats import WIDTHS
 from ardor.memory.shapes import parameters
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -80,6 +80,15 @@ def beside(model: Outline, weights: str, how: str | None) -> int:
     if weights != model.stored or how not in (None, "lora"):
         return 0
     return WIDTHS[weights] * rearranged(model)
+
+
+def originals(model: Outline, begun: str) -> int:
+    """Bytes of full weights that are held all at once while adapters begin with LoftQ.
+
+    Those that lie otherwise in the file: copies, and the pages that they were read from. Of what is
+    mapped as it is, one is held at a time.
+    """
+    return 2 * WIDTHS[model.stored] * rearranged(model) if begun == "loftq" else 0
 
 
 def rearranged(model: Outline) -> int:

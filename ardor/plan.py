@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from ardor.adapters.config import LoraConfig
+from ardor.adapters.kbit import Upcast
 from ardor.errors import ArdorError, ConfigError
-from ardor.memory.estimate import WIDTHS, Held, Use
+from ardor.memory.estimate import Held, Use
 from ardor.memory.fit import Choice, as_asked, cheapest, expected, longest, most_rows
+from ardor.memory.formats import WIDTHS
 from ardor.memory.machine import USABLE, Machine, this_machine
-from ardor.outline import Outline, beside, outline
+from ardor.outline import Outline, beside, originals, outline
 from ardor.parallel.placement import Device, device_map, parse_size
 from ardor.place import module_names, ties_of, tree
 from ardor.quant.formats import format_name
@@ -32,6 +34,7 @@ class Settings:
     lora_r: int = 16
     init_lora_weights: str = "default"
     use_dora: bool = False
+    kbit_upcast: Upcast = "norms"
     optim: Optim = "adamw"
     master_dtype: MasterDtype = "float32"
     gradient_checkpointing: Recompute = "none"
@@ -161,7 +164,8 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
             "trains on whole weights; leave it out, or choose qlora"
         )
     if method == "lora" and model.quantization is not None:
-        method = "qlora"  # adapters on weights that are packed in their file
+        # Adapters on weights that are packed in their file; what is not stays as it is.
+        method, settings = "qlora", replace(settings, kbit_upcast="none")
     adapter = _adapter(settings, method)
     packed = settings.quantization or model.quantization or "nf4"
     compute = _compute(machine) if settings.dtype == "auto" else settings.dtype
@@ -177,7 +181,9 @@ def use_of(model: Outline, settings: Settings, machine: Machine) -> Use:
         length=length,
         accumulation=settings.gradient_accumulation_steps,
         rank=settings.lora_r,
+        upcast=settings.kbit_upcast,
         begun=adapter.init_lora_weights,
+        originals=originals(model, adapter.init_lora_weights),
         offset=adapter.saves_rank > 1,
         dora=adapter.use_dora,
         optim=settings.optim,

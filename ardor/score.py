@@ -78,11 +78,17 @@ def token_logprobs(decoder: CausalLM, tokens: Sequence[int]) -> list[float]:
 
 
 def document_loss(
-    decoder: CausalLM, batch: Batch, routings: list[Routing] | None = None
+    decoder: CausalLM,
+    batch: Batch,
+    routings: list[Routing] | None = None,
+    *,
+    share: float | None = None,
 ) -> LossSum:
     """Summed nats of a ragged row of documents; no position reads another document.
 
-    `routings` takes what each layer's router decided, for a loss of its own.
+    `routings` takes what each layer's router decided, for a loss of its own. `share`, if it is
+    known, is what they are multiplied with in the backward pass that follows: then a trained head
+    has no second gradient beside that of earlier batches.
     """
     device = decoder.device
     tokens, layout = batch.tokens.to(device), Packed((batch.lengths,))
@@ -92,6 +98,7 @@ def document_loss(
         batch.targets.to(device),
         *decoder.head_parts(),
         known=decoder.tokens_known,
+        share=share,
     )
 
 
@@ -101,17 +108,26 @@ class DocumentLogprobs(NamedTuple):
 
 
 def document_logprobs(
-    decoder: CausalLM, batch: Batch, routings: list[Routing] | None = None
+    decoder: CausalLM,
+    batch: Batch,
+    routings: list[Routing] | None = None,
+    *,
+    accumulate: bool = False,
 ) -> DocumentLogprobs:
     """The log-probability of each document's targets; every document has one at least.
 
-    `routings` as in `document_loss`.
+    `routings` as in `document_loss`; with `accumulate`, only `backward` may follow, and a trained
+    head has no second gradient either.
     """
     device = decoder.device
     tokens, targets = batch.tokens.to(device), batch.targets.to(device)
     hidden = decoder.hidden(tokens, Packed((batch.lengths,)), routings=routings)
     found = chunked_token_logprobs(
-        hidden, targets, *decoder.head_parts(), known=decoder.tokens_known
+        hidden,
+        targets,
+        *decoder.head_parts(),
+        known=decoder.tokens_known,
+        accumulate=accumulate,
     )
     marked = (batch.targets[0] != IGNORE).split(list(batch.lengths))
     counts = [int(part.sum()) for part in marked]

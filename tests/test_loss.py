@@ -5,7 +5,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ardor import loss
 from ardor.arch.linear import LinearHead
-from ardor.loss import IGNORE, chunked_next_token_loss, next_token_loss
+from ardor.loss import (
+    IGNORE,
+    chunked_next_token_loss,
+    chunked_token_logprobs,
+    next_token_loss,
+)
+
+from .memory.live import live_peak
 
 B, T, D, V = 3, 7, 8, 50
 
@@ -191,3 +198,117 @@ def test_slopes_of_a_plain_head_are_written_over_its_logits_and_all_pieces_share
 def test_products_of_the_head_have_few_sizes():
     assert {loss._filled(n) for n in range(1025, 2049)} == set(range(1088, 2049, 64))
     assert all(n <= loss._filled(n) < n * 17 / 16 + loss.ROWS for n in range(1, 5000))
+
+
+# --- several micro-batches ---
+
+
+def of_three_batches(weight, loss_of, *, dtype=torch.float32, table=False):
+    """The gradient after three micro-batches of one step, which divides by all of their targets."""
+    g = torch.Generator().manual_seed(1)
+    count = 13
+    for tokens in (7, 1, 5):
+        targets = torch.randint(0, V, (1, tokens), generator=g)
+        hidden = torch.randn(1, tokens, D, generator=g).to(dtype)
+        if table:  # a tied one: what is looked up in it has a gradient too
+            hidden = hidden + F.embedding(targets.flip(1), weight)
+        (loss_of(hidden, targets, weight) / count).backward()
+    return weight.grad
+
+
+def whole(hidden, targets, weight):
+    return next_token_loss(hidden @ weight.T, targets).nats
+
+
+def separately(hidden, targets, weight):
+    return chunked_next_token_loss(hidden, targets, LinearHead(), (weight,), chunk=2).nats
+
+
+def together(hidden, targets, weight):
+    return chunked_next_token_loss(
+        hidden, targets, LinearHead(), (weight,), chunk=2, share=1 / 13
+    ).nats
+
+
+def together_weighed(hidden, targets, weight):
+    return -chunked_token_logprobs(
+        hidden, targets, LinearHead(), (weight,), chunk=2, accumulate=True
+    ).sum()
+
+
+@pytest.mark.parametrize("head", [LinearHead(), lambda h, w: 2 * (h @ w.T)])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_gradients_that_are_summed_where_they_are_kept_are_those_of_the_reference(
+    weighed, table, head
+):
+    def mine(hidden, targets, weight):
+        parts = hidden, targets, head, (weight,)
+        if weighed:
+            return -chunked_token_logprobs(*parts, chunk=2, accumulate=True).sum()
+        return chunked_next_token_loss(*parts, chunk=2, share=1 / 13).nats
+
+    _, weight, _ = case(torch.float32)
+    other = weight.detach().clone().requires_grad_()
+    found = of_three_batches(weight, mine, table=table)
+    wanted = of_three_batches(
+        other, lambda h, t, w: next_token_loss(head(h, w), t).nats, table=table
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "held"), [(separately, 2), (together, 1), (together_weighed, 1)]
+)
+def test_the_gradient_of_a_head_is_held_once_over_micro_batches(loss_of, held, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(2000, 64, generator=g).requires_grad_()
+    monkeypatch.setattr(loss, "TILE_BYTES", weight.nbytes // 50)
+    weight.grad = torch.zeros_like(weight)
+    hidden, targets = torch.randn(1, 8, 64, generator=g), torch.arange(8)[None]
+    place = weight.grad.data_ptr()
+
+    def micro_batch() -> None:
+        (loss_of(hidden, targets, weight) / 13).backward()
+
+    # Beside what earlier ones have left; the logits of eight rows are an eighth of it.
+    assert held - 1 <= live_peak(micro_batch) / weight.nbytes < held - 0.7
+    assert weight.grad.data_ptr() == place
+
+
+@pytest.mark.parametrize("loss_of", [separately, together, together_weighed])
+def test_hooks_see_the_whole_gradient_of_every_micro_batch(loss_of):
+    _, weight, _ = case(torch.float32)
+    seen = []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    found = of_three_batches(weight, loss_of)
+    assert len(seen) == 3 and torch.equal(seen[-1], found)
+    assert seen[0].abs().sum() > 0 and not torch.equal(seen[0], seen[1])
+
+
+def test_small_gradients_in_16_bits_are_not_lost_beside_the_large_sum_before_them():
+    weight = torch.zeros(V, D, dtype=torch.bfloat16).requires_grad_()
+    weight.grad = torch.full_like(weight, 64.0)
+    hidden = torch.ones(1, 400, D, dtype=torch.bfloat16)
+    targets = torch.zeros(1, 400, dtype=torch.int64)
+    nats = chunked_next_token_loss(
+        hidden, targets, LinearHead(), (weight,), chunk=1, share=1 / 400
+    ).nats
+    (nats / 400).backward()
+    # 400 additions of less than half of what follows 64 in bfloat16, 0.5; together they are 0.98.
+    assert bool((weight.grad[0] <= 63.25).all())
+
+
+def test_measuring_takes_no_gradient_away():
+    hidden, weight, targets = case(torch.float32)
+    weight.grad = kept = torch.ones_like(weight)
+    with torch.no_grad():
+        chunked_next_token_loss(hidden, targets, LinearHead(), (weight,), share=0.1)
+    assert weight.grad is kept and bool((kept == 1).all())
+
+
+def test_another_share_than_was_said_is_refused():
+    hidden, weight, targets = case(torch.float32)
+    nats = chunked_next_token_loss(hidden, targets, LinearHead(), (weight,), share=0.1).nats
+    with pytest.raises(RuntimeError, match=r"times 0\.5, and share=0\.1"):
+        (nats / 2).backward()

@@ -151,6 +151,7 @@ ADAPTERS = (
     {"init_lora_weights": "eva"},
     {"method": "qlora"},
     {"method": "qlora", "init_lora_weights": "loftq"},
+    {"method": "qlora", "kbit_upcast": "peft", "dtype": "bfloat16"},
 )
 
 
@@ -182,7 +183,20 @@ def test_a_plan_and_the_run_it_plans_foretell_the_same_bytes(settings, world, tm
     asked = estimate(model.spec, use_of(model, planned, this_machine()))
     assert run.predicted == asked.bytes
     plain = replace(planned, use_dora=False, init_lora_weights="default", lora_r=1)
+    plain = replace(plain, kbit_upcast="none")
     assert estimate(model.spec, use_of(model, plain, this_machine())).bytes != asked.bytes
+
+
+def test_what_becomes_float32_is_planned_and_is_the_first_thing_to_leave():
+    def planned(**changes):
+        settings = Settings(method="qlora", gpus="none", ram="4GiB", max_length=128, batch_size=1)
+        return make_plan("gemma-2-2b", replace(settings, **changes))
+
+    plain, peft = planned(), planned(kbit_upcast="peft")
+    table = 2 * 256000 * 2304  # twice the bytes of the embedding, which is the head
+    assert peft.asked.needed - plain.asked.needed > table
+    assert plain.asked.fits and not peft.asked.fits and peft.cheapest is not None
+    assert peft.cheapest.changes == ("--kbit-upcast norms",)
 
 
 def test_on_packed_weights_a_plan_begins_plainly_instead_of_from_the_full_ones():

@@ -36,6 +36,8 @@ class Config:
     olora, eva or loftq."""
     use_dora: bool = False
     """Train a magnitude of each output beside the adapters (DoRA)."""
+    kbit_upcast: Literal["norms", "peft", "none"] = "norms"
+    """What of qlora's 16-bit weights is made float32, as in `finetune`."""
     optim: Optim = "adamw"
     """adamw, adamw_8bit, lion, lion_8bit, adafactor, muon, sgd or schedule_free_adamw."""
     master_dtype: MasterDtype = "float32"

@@ -35,6 +35,9 @@ SMALL = 1 << 20  # bytes of data below which encoding takes no time worth a file
 VARIABLE = "ARDOR_CACHE"  # names the folder, in place of the one below
 
 
+_ELSEWHERE = f"name another folder in {VARIABLE}"
+
+
 class Encoding(NamedTuple):
     dataset: Dataset
     note: str | None = None  # for people: where the tokens are kept
@@ -65,8 +68,9 @@ def encode(
 
     Without `cache` the tokens are in memory, as are those of less than SMALL bytes of data. Of what
     cannot be told from other data, such as a stream, the tokens go to files that nobody else sees.
+    If an entry cannot be written, as on a full disk, they are in memory too, and the note says so.
 
-    Raises: DataError as `Dataset.build`; CheckpointError if the disk is full.
+    Raises: DataError as `Dataset.build`; OSError if a disk has no room for those of a stream.
     """
     options = {
         "max_length": max_length,
@@ -96,7 +100,7 @@ def encode_judged(
 ) -> Encoding:
     """`build_judged`, out of the cache as in `encode`.
 
-    Raises: DataError as `build_judged`; CheckpointError if the disk is full.
+    Raises: as `encode`.
     """
     options = {"max_length": max_length, "over_length": policy_of(over_length), "vocab": vocab}
 
@@ -135,7 +139,11 @@ def _encoded(
         with tempfile.TemporaryDirectory(dir=root, prefix=STREAM) as folder:
             # The files stay readable to this process when the folder is gone.
             return Encoding(into(Path(folder)))
-    found = _kept(root / _key(identity, *settings), into, form)
+    try:
+        found = _kept(root / _key(identity, *settings), into, form)
+    except CheckpointError as error:
+        note = f"tokens are in memory, and will be made again next time: {error}; or {_ELSEWHERE}"
+        return Encoding(build(MemoryStore(form.dtypes)), note)
     return found._replace(note=f"{found.note}; {make_room(root, most)}")
 
 
@@ -148,10 +156,9 @@ def _kept(place: Path, build: Callable[[Path], Dataset], form: type[Dataset]) ->
         with atomic_directory(place) as folder:
             made = build(folder)
             _describe(folder, made)
-    except CheckpointError as error:
+    except CheckpointError:
         # Another process may have put the same entry in place at the same moment.
         if (found := _read(place, form)) is None:
-            error.add_note(f"--no-cache keeps tokens in memory; {VARIABLE} names another folder")
             raise
         return Encoding(found, f"tokens: as encoded before, in {place}")
     return Encoding(made, f"tokens: kept in {place}")

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -101,10 +102,9 @@ class FileStore:
         return made
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-        for scratch in self.scratches:
-            scratch.close()
+        with ExitStack() as closing:  # all of them, even if the disk is full
+            for one in (*self.files.values(), *self.scratches):
+                closing.callback(one.close)
         if not self.keep:
             # What is mapped stays readable.
             shutil.rmtree(self.directory, ignore_errors=True)

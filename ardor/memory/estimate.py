@@ -7,7 +7,6 @@ Axes: D model width, V vocabulary, N tokens of a micro-batch, R adapter rank.
 """
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from ardor.arch import spec as specs
 from ardor.memory.beginnings import factored
+from ardor.memory.formats import WIDTHS, weight_bytes
 from ardor.memory.optimizers import STATES
 from ardor.memory.products import KEPT
 from ardor.memory.saved import How, ffn_per_token, per_token, working_per_token
 from ardor.memory.shapes import Shape, count, is_linear, is_quantized, parameters
 
 MIB = 1 << 20
-WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 
 # Measured, with torch 2.13 for CPUs on Linux: the interpreter, torch and what the verb imports.
 PROCESS = {"generate": 262 * MIB, "train": 360 * MIB}
@@ -41,9 +40,7 @@ RAGGED_HEAP, RAGGED_BATCHES = 100 * MIB, 40
 # Of logits and slopes at a time (loss.CHUNK_BYTES, and its ACCELERATOR_CHUNK_BYTES).
 LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 32 * MIB, 512 * MIB
 FAULT = 64 << 10  # bytes that the kernel maps around the row of a table that is read
-NF4_BLOCK, NESTED_BLOCK = 64, 256
 Named = TypeVar("Named")
-GROUPED = re.compile(r"int(?P<bits>[48])-g(?P<group>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +67,9 @@ class Use:
     offloaded: bool = False  # the optimizer's state waits in the CPU's memory
     scratch: bool = False  # trained from random weights: there is nothing that could be adapted
     ranks: Mapping[str, int] | None = None  # of the adapted linears; None: all of the layers
+    upcast: Literal["norms", "peft", "none"] = "none"  # of qlora's 16-bit weights, to float32
     begun: str = "default"  # init_lora_weights: what adapters begin with
+    originals: int = 0  # bytes of full weights that LoftQ holds all at once
     offset: bool = False  # A and B as they began are kept beside them: PiSSA, OLoRA
     dora: bool = False
     trained: Mapping[str, Shape] | None = None  # parameters that train; None: all, or adapters
@@ -125,37 +124,6 @@ def estimate(spec: specs.Decoder, use: Use) -> Estimate:
     held = Held(spec, use)
     moments = _generating(held) if use.task == "generate" else _training(held)
     return Estimate(tuple(Moment(name, _shown(terms)) for name, *terms in moments))
-
-
-def counted(format: str) -> bool:
-    """Whether `weight_bytes` knows a format of weights."""
-    plain = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "llm-int8", "int4", "gptq", "awq")
-    return format in plain or GROUPED.fullmatch(format) is not None
-
-
-def weight_bytes(shape: Shape, dtype: str, quantization: str | None = None) -> int:
-    """Bytes of one weight: exact, for nf4 and fp4 with a float32 scale for each block of 64.
-
-    "-dq" holds these scales in 8 bits, with a float32 for 256 of them and one for all. GPTQ and AWQ
-    count as 4 bits in groups of 128. Of stacked experts each is quantized by itself.
-    """
-    n, outputs = math.prod(shape), math.prod(shape[:-1])
-    if quantization is None:
-        return n * WIDTHS[dtype]
-    if len(shape) > 2:
-        return shape[0] * weight_bytes(shape[1:], dtype, quantization)
-    if quantization in ("int8", "llm-int8"):
-        return n + 4 * outputs
-    if quantization in ("int4", "gptq", "awq"):
-        quantization = "int4-g128"
-    if grouped := GROUPED.fullmatch(quantization):
-        groups = -(-shape[-1] // int(grouped["group"]))
-        return n * int(grouped["bits"]) // 8 + 5 * groups * outputs
-    blocks = -(-n // NF4_BLOCK)
-    assert counted(quantization), quantization
-    if quantization.endswith("-dq"):
-        return (n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4
-    return (n + 1) // 2 + 4 * blocks
 
 
 def cache_bytes(spec: specs.Decoder, rows: int, capacity: int, dtype: str) -> int:
@@ -299,11 +267,17 @@ class Held:
         return self._bytes({n: s for n, s in self.shapes.items() if n.startswith(f"{part}.")})
 
     def _bytes(self, shapes: dict[str, Shape]) -> int:
-        dtype, format = self.use.weights, self.use.quantization
         return sum(
-            weight_bytes(s, dtype, format if is_quantized(n, s) else None)
+            weight_bytes(s, self._dtype(n), self.use.quantization if is_quantized(n, s) else None)
             for n, s in shapes.items()
         )
+
+    def _dtype(self, name: str) -> str:
+        """That a weight is held in where it is not packed."""
+        use = self.use
+        norm = "norm" in name.split(".")[-2]
+        wide = use.upcast == "peft" or (use.upcast == "norms" and norm)
+        return "float32" if wide and use.method == "qlora" else use.weights
 
     def gradients(self, index: int) -> int:
         """Of one layer's trained numbers."""
@@ -413,6 +387,19 @@ class Held:
         )
 
     @property
+    def apart(self) -> int:
+        """Bytes of a head's gradient beside that of earlier micro-batches: in 16 bits alone."""
+        apart = self.trains_head and self.use.accumulation > 1 and self.master < 4
+        return self.master * self.head if apart else 0
+
+    @property
+    def table(self) -> int:
+        """Bytes of an embedding's gradient beside an earlier one: a tied head's, or a batch's."""
+        trained = any(f"embed_tokens.{n}" in self.changed for n in ("weight", "copy.weight"))
+        beside = self.spec.tied or self.use.accumulation > 1
+        return self.master * self.head if trained and beside else 0
+
+    @property
     def head(self) -> int:
         """Numbers of the weight that makes logits."""
         return math.prod(self.shapes["embed_tokens.weight" if self.spec.tied else "lm_head.weight"])
@@ -422,8 +409,7 @@ class Held:
 
         Slopes are written over the logits of a plain product, and beside those of a finished one.
 
-        Its weight is cast to the compute dtype; its gradient is summed in the weight's own, beside
-        that of earlier micro-batches.
+        A weight that is wider is cast to the compute dtype; its gradient is summed in its own.
         """
         use = self.use
         states = 2 * use.tokens * self.spec.width * self.width  # and their gradient
@@ -433,11 +419,10 @@ class Held:
         each = self.spec.vocab * number
         chunk = ACCELERATOR_LOSS_CHUNK if use.accelerator else LOSS_CHUNK
         logits = each * min(use.tokens, max(1, chunk // each))
-        if not self.trains_head:
-            return states + logits
-        cast = self.width * self.head if self.width < 4 else 0
-        earlier = 4 * self.head if use.accumulation > 1 else 0
-        return states + logits + cast + earlier
+        name = "embed_tokens.weight" if self.spec.tied else "lm_head.weight"
+        held = self.master if self.trains_head else WIDTHS[self._dtype(name)]
+        cast = self.width * self.head if self.width < held else 0
+        return states + logits + cast + self.apart
 
 
 def _process(use: Use) -> Term:
@@ -494,6 +479,7 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     rest = wide * held.trained - sum(gradients) - head  # of tables and the last norm
     waiting = wide * held.trained if use.accumulation > 1 else 0
     most = wide * held.largest if use.in_backward else wide * held.trained
+    pending = held.apart if held.spec.tied else 0  # until the embedding's is added to it
 
     kept_free = sum(map(held.kept_free, layers))
     if not use.accelerator:
@@ -517,12 +503,11 @@ def _training(held: Held) -> Iterator[tuple[Any, ...]]:
     for index in layers:
         done = head + sum(gradients[index + 1 :])
         working = held.working(index, training=True, tokens=use.tokens) + held.again(index)
-        working += copies[index] - kept[index]
+        working += copies[index] - kept[index] + pending
         working += held.widened if use.recompute == "layers" else 0
         yield moment(f"backward, layer {index}", done, sum(saved[: index + 1]), working)
-    # The gradient of the whole table; where it is tied, beside that of the head.
-    table = wide * held.head if held.trains_head and held.spec.tied else 0
-    yield moment("the embedding's gradient", head + sum(gradients) + rest, 0, table)
+    done = head + sum(gradients) + rest
+    yield moment("the embedding's gradient", done, 0, held.table + pending)
     if wide < 4:
         # One weight, its gradient and its state, in float32 and rounded.
         there = 4 * held.largest * 4
@@ -554,7 +539,9 @@ def _before(held: Held) -> Iterator[tuple[Any, ...]]:
     if found := 4 * max((factored(use.begun, shape) for shape in shapes), default=0):
         beginnings = Term("adapters", 4 * held.trained + held.constants, f"rank {use.rank}")
         working = Term("working set", found, "of the largest weight's factors, float32")
-        yield ("the adapters' beginning", _process(use), *_weights(held), beginnings, working)
+        originals = Term("originals", use.originals, "full weights that lie otherwise in the file")
+        moment = "the adapters' beginning"
+        yield (moment, _process(use), *_weights(held), beginnings, originals, working)
 
 
 def _surveying(held: Held) -> tuple[int, int]:

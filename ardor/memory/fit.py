@@ -3,8 +3,8 @@
 Cheapest is what costs least in quality, in this order; each step keeps those before it:
 
 training: as asked; smaller micro-batches with as many more accumulated, which change nothing but
-speed; bfloat16 compute; LoRA in place of full training; QLoRA (nf4); nf4 with nested scales; half
-the length, and again, down to SHORTEST tokens.
+speed; bfloat16 compute; only norms in float32 beside packed weights; LoRA in place of full
+training; QLoRA (nf4); nf4 with nested scales; half the length, and again, down to SHORTEST tokens.
 generating: as asked; spread over all GPUs; bfloat16; nf4; nf4 with nested scales; parts of the
 model kept in host memory, or on disk, and fetched for their turn, which is slow.
 """
@@ -136,6 +136,7 @@ def _places(spec: specs.Decoder, use: Use, machine: Machine) -> Iterator[Choice]
         yield Choice(use, "cpu", found.bytes - use.beside, machine.ram, found)
         return
     use = replace(use, accelerator=True, mapped=False, beside=0, compiled=False)
+    use = replace(use, originals=0)  # in the host's memory
     found = estimate(spec, use)
     yield Choice(use, "gpu", found.bytes, max(machine.gpus), found)
     if use.task == "generate" and (others := len(machine.gpus) - 1):
@@ -209,6 +210,9 @@ def _lesser(use: Use) -> Iterator[tuple[Use, tuple[str, ...]]]:
         yield use, changes
     if use.scratch:
         return
+    if use.method == "qlora" and use.upcast == "peft":
+        use, changes = replace(use, upcast="norms"), (*changes, "--kbit-upcast norms")
+        yield use, changes
     if use.method == "full":
         use = replace(use, method="lora", weights=use.compute)
         yield use, (*changes, "--method lora")

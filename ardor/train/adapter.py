@@ -15,6 +15,7 @@ from ardor.arch.layout import Packed
 from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ConfigError
+from ardor.files.pages import release
 from ardor.load import Model, load_model
 from ardor.train.config import Finetune, pattern_of
 
@@ -86,6 +87,8 @@ def add_adapter(
 def originals(model: Model) -> Callable[[str], Tensor]:
     """The full weights under a quantized model, read again from its checkpoint as they are needed.
 
+    The pages of a mapped weight are given back when the next one is asked for.
+
     Raises: ConfigError for a checkpoint that holds its weights packed.
     """
     full = load_model(model.source, quantization="none", revision=model.revision)
@@ -94,7 +97,16 @@ def originals(model: Model) -> Callable[[str], Tensor]:
             f"init_lora_weights=loftq needs the full weights, but {model.source} holds them as "
             f"{full.quantization}; give the checkpoint it was made from"
         )
-    return lambda name: dense_weight(full.decoder.get_submodule(name))
+    held: list[Tensor] = []
+
+    def weight(name: str) -> Tensor:
+        for tensor in held:
+            release(tensor)
+        module = full.decoder.get_submodule(name)
+        held[:] = [parameter.data for parameter in module.parameters()]
+        return dense_weight(module)
+
+    return weight
 
 
 def _names(given: tuple[str, ...]) -> str | tuple[str, ...]:

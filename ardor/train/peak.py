@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ardor.adapters.kbit import Upcast
 from ardor.adapters.lora import LoraLinear, lora_modules
 from ardor.arch import spec as specs
 from ardor.arch.causal import CausalLM
@@ -14,11 +15,12 @@ from ardor.data.batches import BatchPlan
 from ardor.data.dataset import Dataset
 from ardor.errors import ArdorError
 from ardor.load import CONFIG, Model
-from ardor.memory.estimate import PROCESS, Use, counted
+from ardor.memory.estimate import PROCESS, Use
 from ardor.memory.fit import Choice, expected
+from ardor.memory.formats import counted
 from ardor.memory.machine import Machine, forget_peak, peak_resident, this_machine
 from ardor.memory.products import bound_products
-from ardor.outline import beside, outline, outline_of
+from ardor.outline import beside, originals, outline, outline_of
 from ardor.precision import training_compute
 from ardor.quant.formats import format_name
 from ardor.train.config import Finetune, Optimisation
@@ -48,10 +50,12 @@ def check_finetune(config: Finetune, device: torch.device) -> None:
         weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=format_name(config.quantization) if config.method == "qlora" else None,
+        upcast=_upcast(config),
         **_updates(config),
         length=1,
         rank=config.lora_r,
-        begun="default" if full else config.init_lora_weights,
+        begun=_begun(config),
+        originals=originals(found, _begun(config)),
         dora=config.use_dora,
     )
     expected(found.spec, use, _machine(device), f"{config.method} fine-tuning of {config.model}")
@@ -90,21 +94,22 @@ def predicted(
     full, accumulation = model.adapter is None, config.gradient_accumulation_steps
     steps = None if config.max_steps is None else config.max_steps * accumulation
     method = "full" if full else "lora" if model.quantization is None else "qlora"
+    file = outline_of(model.config, Path(CONFIG))
     use = Use(
         task="train",
         method=method,
         weights=config.master_dtype if full else compute,
         compute=compute,
         quantization=model.quantization,
+        upcast=_upcast(config),
         accumulation=accumulation,
         **_updates(config),
         rank=1 if model.adapter is None else model.adapter.r,
         **trains(model.decoder),
         **_passes(plan, heldout, config),
+        originals=originals(file, _begun(config)),
         scratch=full,
-        beside=beside(
-            outline_of(model.config, Path(CONFIG)), config.master_dtype if full else compute, method
-        ),
+        beside=beside(file, config.master_dtype if full else compute, method),
         **_largest_batch(plan, steps, config),
     )
     return expected(spec, use, _machine(model.decoder.device), "this run")
@@ -118,6 +123,20 @@ def _updates(config: Optimisation) -> dict[str, Any]:
         "in_backward": config.optimizer_in_backward,
         "offloaded": config.offload_optimizer,
     }
+
+
+def _begun(config: Optimisation) -> str:
+    """What adapters begin with."""
+    if not isinstance(config, Finetune) or config.method == "full":
+        return "default"
+    return config.init_lora_weights
+
+
+def _upcast(config: Optimisation) -> Upcast:
+    """Of what is not packed; adapters on a checkpoint that is packed already leave it alone."""
+    if not isinstance(config, Finetune) or config.method != "qlora":
+        return "none"
+    return config.kbit_upcast
 
 
 def begin_measuring() -> int:
@@ -183,7 +202,7 @@ def _passes(plan: BatchPlan, heldout: Dataset | None, config: Optimisation) -> d
         return found
     most = max(_sizes(plan))
     if config.method != "full":
-        found["begun"] = config.init_lora_weights
+        found["begun"] = _begun(config)
         found["surveyed"] = most if config.init_lora_weights == "eva" else 0
     if config.objective not in ("sft", *WITHOUT_REFERENCE):
         early = config.precompute_ref_log_probs

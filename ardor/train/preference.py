@@ -147,7 +147,7 @@ class PairObjective:
 
     def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum:
         found_reference = None if self.reference is None else self.reference(decoder, batch)
-        found = document_logprobs(decoder, batch, routings)
+        found = document_logprobs(decoder, batch, routings, accumulate=True)
         reference = torch.zeros_like(found.sums) if found_reference is None else found_reference
         sums, known, tokens = found.sums, reference, found.targets
         pairs = Pairs(sums[::2], sums[1::2], known[::2], known[1::2], tokens[::2], tokens[1::2])
@@ -198,7 +198,7 @@ class LabelObjective:
 
     def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum:
         known = self._known[batch.examples][::2]
-        found = document_logprobs(decoder, half(batch, 0), routings).sums
+        found = document_logprobs(decoder, half(batch, 0), routings, accumulate=True).sums
         flags = [self.data.likes(index) for index in batch.examples[::2]]
         liked = torch.tensor(flags, device=found.device)
         gain, beta = found - known, self.strength.beta

@@ -94,11 +94,15 @@ class NextToken:
     in_nats = True
     tally = Tally()
 
+    def __init__(self) -> None:
+        self._targets = 1
+
     def begin(self, decoder: CausalLM, batches: list[Batch]) -> int:
-        return sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        self._targets = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        return self._targets
 
     def loss(self, decoder: CausalLM, batch: Batch, routings: list[Routing] | None) -> LossSum:
-        return document_loss(decoder, batch, routings)
+        return document_loss(decoder, batch, routings, share=1 / self._targets)
 
 
 class Trainer:

@@ -1,5 +1,6 @@
 """Tokens on the disk: the same as those in memory, and never those of something else."""
 
+import errno
 import gc
 import json
 import os
@@ -300,6 +301,69 @@ def test_a_folder_that_cannot_be_written_is_done_without(data, tokenizer, tmp_pa
     monkeypatch.setenv("ARDOR_CACHE", str(tmp_path / "file"))
     found = encode(Mixture([str(data)]), tokenizer)
     assert "tokens are in memory" in (found.note or "") and len(found.dataset) == 20
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill_at(event: str, monkeypatch) -> None:
+    """Let the disk be full from some moment of writing an entry on."""
+    append, calls = FileStore.append, []
+
+    def appended(self, *given, **named):
+        calls.append(1)
+        if len(calls) > 10:
+            for file in self.files.values():
+                os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+        append(self, *given, **named)
+        if len(calls) > 10:
+            self.files["tokens"].flush()
+
+    match event:
+        case "its folder":
+            real = Path.mkdir
+
+            def mkdir(path, *given, **named):
+                return no_room() if ".partial-" in path.name else real(path, *given, **named)
+
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+        case "its first file":
+            monkeypatch.setattr(FileStore, "__init__", no_room)
+        case "half of its rows":
+            monkeypatch.setattr(FileStore, "append", appended)
+        case "its description":
+            monkeypatch.setattr(cache, "write_json", no_room)
+        case "the flush":
+            monkeypatch.setattr(os, "fsync", no_room)
+        case "the rename":
+            monkeypatch.setattr(os, "rename", no_room)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        "its folder",
+        "its first file",
+        "half of its rows",
+        "its description",
+        "the flush",
+        "the rename",
+    ],
+)
+def test_a_disk_that_is_full_at_any_moment_is_done_without(
+    event, data, tokenizer, folder, monkeypatch
+):
+    expected = Dataset.build(Mixture([str(data)]), tokenizer)
+    with monkeypatch.context() as full:
+        fill_at(event, full)
+        found = encode(Mixture([str(data)]), tokenizer)
+    assert found.dataset == expected and found.dataset.census == expected.census
+    assert (found.note or "").startswith("tokens are in memory, and will be made again next time")
+    assert "no space left on the device of" in found.note and "ARDOR_CACHE" in found.note
+    assert list(folder.rglob("*")) == []  # hidden ones, too
+    again = encode(Mixture([str(data)]), tokenizer)  # with room, it is kept
+    assert "tokens: kept in" in (again.note or "") and again.dataset == expected
 
 
 def test_another_process_may_win(data, tokenizer, folder, monkeypatch):

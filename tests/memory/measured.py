@@ -51,13 +51,16 @@ class Case:
     rows: int = 2
     length: int = 128
     recompute: str = "none"
+    accumulation: int = 1
     sizes: dict[str, int] = field(default_factory=dict)  # that differ from the preset's
 
     @property
     def name(self) -> str:
         layers = self.sizes.get("num_hidden_layers")
         again = "" if self.recompute == "none" else f", {self.recompute} recomputed"
-        return f"{self.preset}{f' ({layers} layers)' if layers else ''}, {self.what}{again}"
+        several = "" if self.accumulation == 1 else f", {self.accumulation} micro-batches"
+        about = f" ({layers} layers)" if layers else ""
+        return f"{self.preset}{about}, {self.what}{again}{several}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ CASES = [
     Case(preset="smollm2-135m", stored="bfloat16", what="lora", rows=4),
     Case(preset="smollm2-135m", stored="bfloat16", what="qlora"),
     Case(preset="smollm2-135m", stored="bfloat16", what="full"),
+    Case(preset="smollm2-135m", stored="bfloat16", what="full", accumulation=3),
     Case(preset="smollm2-135m", stored="bfloat16", what="lora", rows=4, recompute="layers"),
     Case(preset="llama-110m", stored="float32", what="generate"),
     Case(preset="llama-110m", stored="float32", what="full", rows=4, length=256),
@@ -113,6 +117,7 @@ def measure(case: Case, work: Path) -> Found:
     flags = ["-o", run, "--method", case.what, "--max-length", case.length, "--max-steps", 2]
     flags += ["--per-device-train-batch-size", case.rows, "--eval-fraction", 0]
     flags += ["--gradient-checkpointing", case.recompute]
+    flags += ["--gradient-accumulation-steps", case.accumulation]
     _verb("finetune", model, rows, *flags)
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     row = next(line for line in lines if line["kind"] == "memory")

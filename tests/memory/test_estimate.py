@@ -7,9 +7,11 @@ import torch
 
 import ardor
 from ardor import loss
+from ardor.adapters.kbit import Census, prepare_kbit
 from ardor.adapters.lora import LoraConfig, add_lora, lora_parameters
 from ardor.arch.cache import KVCache
 from ardor.arch.decoder import Decoder
+from ardor.arch.linear import LinearHead
 from ardor.memory.estimate import (
     ACCELERATOR_LOSS_CHUNK,
     KERNEL,
@@ -18,10 +20,9 @@ from ardor.memory.estimate import (
     Held,
     Use,
     cache_bytes,
-    counted,
     estimate,
-    weight_bytes,
 )
+from ardor.memory.formats import counted, weight_bytes
 from ardor.memory.products import KEPT
 from ardor.memory.saved import How, per_token
 from ardor.plan import known
@@ -31,6 +32,7 @@ from ardor.train.optim import Optimizer, trainable
 
 from ..parity.cases import CASES
 from ..parity.peer import peer, saved
+from .live import live_peak
 
 LLAMA = known("llama-15m").spec
 SMALL = replace(LLAMA, vocab=64, layers=LLAMA.layers[:2])
@@ -160,6 +162,38 @@ def test_a_quantized_load_holds_the_bytes_that_are_said(tmp_path, family, format
     held = sum({t.data_ptr(): t.nbytes for t in state if t.numel()}.values())
     assert Held(lm.spec, use).weights == held
     assert Held(lm.spec, replace(use, quantization=None)).weights > 2 * held
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("upcast", ["norms", "peft", "none"])
+def test_what_becomes_float32_beside_packed_weights_is_exact(tmp_path, family, upcast):
+    case = next(case for case in CASES.values() if case.model_type == family)
+    lm = ardor.load(saved(peer(case), tmp_path), dtype="bfloat16", quantization="nf4")
+    use = Use(task="train", method="qlora", weights="bfloat16", compute="bfloat16", length=1)
+    use = replace(use, quantization=lm.model.quantization)
+    before = Census.of(lm.model.decoder).total
+    assert Held(lm.spec, use).weights == before
+    prepare_kbit(lm.model.decoder, upcast)
+    after = Census.of(lm.model.decoder).total
+    assert Held(lm.spec, replace(use, upcast=upcast)).weights == after
+    assert (after > before) == (upcast != "none")
+
+
+def test_a_float32_head_is_cast_for_the_loss_of_a_frozen_model():
+    """In a run that computes in bfloat16: one more copy of the head for as long as that takes."""
+    hidden = torch.randn(1, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(20000, 64)
+
+    def lost(weight: torch.Tensor) -> int:
+        targets = torch.arange(8)[None]
+        parts = hidden, targets, LinearHead(), (weight,)
+        return live_peak(lambda: loss.chunked_next_token_loss(*parts).nats.backward())
+
+    measured = lost(head) - lost(head.bfloat16())
+    spec = replace(LLAMA, vocab=20000, width=64, tied=False)
+    use = replace(TRAIN, method="qlora", weights="bfloat16", compute="bfloat16")
+    wide, narrow = (Held(spec, replace(use, upcast=kind)).loss() for kind in ("peft", "norms"))
+    assert measured == pytest.approx(wide - narrow, rel=0.02) and wide - narrow == 2 * head.numel()
 
 
 def test_the_loss_is_counted_in_the_chunks_that_it_takes():
