@@ -148,14 +148,13 @@ def combined(
     for module, weight in members:
         if isinstance(module, LoraEmbedding):
             a, b = module.lora_embedding_A, module.lora_embedding_B
-        elif isinstance(module, LoraExperts) or (
-            isinstance(module, LoraLinear) and module.lora_magnitude_vector is None
-        ):
+        elif isinstance(module, LoraExperts | LoraLinear) and not (more := _more(module)):
             a, b = module.whole
         elif isinstance(module, AdaptedHead):
             return None  # follows its embedding, which is combined too
         else:
-            kind = type(module).__name__ + (" with DoRA" if isinstance(module, LoraLinear) else "")
+            kind = type(module).__name__
+            kind += f" with {more}" if isinstance(module, LoraLinear) else ""
             raise ConfigError(
                 f"{place} is adapted by more than a product of A and B ({kind}), which cannot be "
                 "added; merge one adapter into the base, and train the other on that"
@@ -173,6 +172,15 @@ def combined(
         starts = [Start(one, two) for one, two in zip(a, b, strict=True)]
         return LoraExperts(first.base, r, r, start=starts).requires_grad_(False)
     return LoraLinear(first.base, r, r, start=Start(a, b)).requires_grad_(False)
+
+
+def _more(module: LoraExperts | LoraLinear) -> str | None:
+    """What it computes beside a product of A and B."""
+    if isinstance(module, LoraExperts):
+        return None
+    if module.lora_magnitude_vector is not None:
+        return "DoRA"
+    return None if module.lora_B_bias is None else "lora_bias"
 
 
 def _sum(

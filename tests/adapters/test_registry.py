@@ -247,8 +247,14 @@ def test_cat_is_the_weighted_sum_of_the_changes_also_of_unlike_ranks(loaded):
     torch.testing.assert_close(change("near"), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_added_is_refused(loaded):
+def test_what_cannot_be_added_is_refused(llama, loaded, tmp_path):
     _, adapters = loaded
+    decoder, config = llama.ours(), LoraConfig(r=4, target_modules=("q_proj",), lora_bias=True)
+    add_lora(decoder, config, names=llama.name)
+    save_adapter(tmp_path, decoder, config, disk_names=llama.disk_names, base_model=llama.path)
+    adapters.load(tmp_path, "biased")
+    with pytest.raises(ConfigError, match="LoraLinear with lora_bias"):
+        adapters.combine("x", {"one": 1.0, "biased": 1.0})
     with pytest.raises(ConfigError, match=r"their ranks at .*q_proj are \[4, 2\]; use 'cat'"):
         adapters.combine("x", {"one": 1.0, "rank2": 1.0}, how="linear")
     with pytest.raises(ConfigError, match=r"how='ties' adds A to A, but their ranks .* in _svd"):
