@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ardor import chat_format
 from ardor.adapters.merge import Merged
-from ardor.adapters.registry import Adapters, How
+from ardor.adapters.registry import Adapters
 from ardor.arch.causal import Facts
 from ardor.errors import ConfigError, ShapeError
 from ardor.files.runs import chosen_checkpoint
@@ -113,14 +113,30 @@ class LM:
         voices.get(name, voices[None]).give(self.model)
 
     def combine_adapters(
-        self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        how: str = "cat",
+        rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
     ) -> None:
         """Make an adapter from a weighted sum of others; see `Adapters.combine`.
 
         Its template and ends are those of the first.
         """
         voices = self._voices
-        self.adapters.combine(name, weights, how=how, rank=rank)
+        self.adapters.combine(
+            name,
+            weights,
+            how=how,
+            rank=rank,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            seed=seed,
+        )
         if (voice := voices.get(next(iter(weights)))) is not None:
             voices[name] = voice
 

@@ -44,6 +44,7 @@ class LoraConfig:
     layers_pattern: tuple[str, ...] = ()  # what precedes a layer's number; (): whatever does
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    lora_bias: bool = False  # a trained bias of B, which the scale multiplies too
 
     def __post_init__(self) -> None:
         for name, r in {"lora_r": self.r, **_named("rank_pattern", self.rank_pattern)}.items():
@@ -56,6 +57,8 @@ class LoraConfig:
                 f"init_lora_weights={self.init_lora_weights!r} is not known; choose one of "
                 f"{', '.join(INITS)} or pissa_niter_N"
             )
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias and use_dora do not go together, as in PEFT; choose one")
         if self.layers_to_transform and isinstance(self.target_modules, str):
             raise ConfigError(
                 f"layers_to_transform={list(self.layers_to_transform)} acts on a list of "

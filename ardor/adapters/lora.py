@@ -93,13 +93,15 @@ class LoraLinear(_Adapted):
 
     A is uniform in +-1/sqrt(in) and B zero unless `start` says otherwise, so that a fresh adapter
     changes nothing. With `dora` each output of the sum (without its bias) is brought to a trained
-    magnitude: times m / |row of the adapted weight|, the norm taken for a constant. `base` is any
-    linear module with `inputs`, `outputs` and a forward, and is frozen.
+    magnitude: times m / |row of the adapted weight|, the norm taken for a constant. With `bias` B
+    has a bias, zero at first. `base` is any linear module with `inputs`, `outputs` and a forward,
+    and is frozen.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; Liu et al. 2024, arXiv:2402.09353,
     equations 5 and 6, and section 4.3 for the constant; the initialisation is PEFT's.
     """
 
+    lora_B_bias: nn.Parameter | None  # (out,)
     lora_magnitude_vector: nn.Parameter | None  # (out,)
     squares: Tensor | None  # (out,): of the norms of the base's rows
 
@@ -112,6 +114,7 @@ class LoraLinear(_Adapted):
         *,
         rslora: bool = False,
         dora: bool = False,
+        bias: bool = False,
         start: Start | None = None,
         generator: torch.Generator | None = None,
     ):
@@ -121,6 +124,9 @@ class LoraLinear(_Adapted):
         self.begin(start.a, start.b, offset=start.offset)
         self._norms: tuple[tuple[int, int], Tensor] | None = None
         self.register_buffer("squares", None, persistent=False)
+        self.lora_B_bias = None
+        if bias:
+            self.lora_B_bias = nn.Parameter(torch.zeros(self.outputs, device=device_of(base)))
         self.lora_magnitude_vector = None
         if dora:
             self.squares = dense_weight(base).square().sum(1)
@@ -160,6 +166,8 @@ class LoraLinear(_Adapted):
             flat = added(self.base(rows), low, b, self.scale)
         else:
             flat = adapted(self.base, rows, *self.whole, self.scale)
+        if self.lora_B_bias is not None:
+            flat = torch.add(flat, self.lora_B_bias.to(flat.dtype), alpha=self.scale)
         if self.lora_magnitude_vector is not None:
             gain = (self.lora_magnitude_vector / self.norms()).to(x.dtype)
             bias: Any = getattr(self.base, "bias", None)
@@ -175,7 +183,7 @@ class LoraLinear(_Adapted):
 
     def extra_repr(self) -> str:
         dora = "" if self.lora_magnitude_vector is None else ", dora"
-        return super().extra_repr() + dora
+        return super().extra_repr() + dora + ("" if self.lora_B_bias is None else ", bias")
 
 
 class LoraExperts(_Adapted):
@@ -286,6 +294,11 @@ def _draws(
                 f"use_dora cannot adapt {name}: PEFT has no magnitudes for experts; leave them out "
                 "(exclude_modules='.*experts.*'), or train without use_dora"
             )
+        if config.lora_bias and is_experts(base):
+            raise ConfigError(
+                f"lora_bias cannot adapt {name}: PEFT has no biases for experts; leave them out "
+                "(exclude_modules='.*experts.*'), or train without lora_bias"
+            )
         scale = scale_of(r, alpha, rslora=config.use_rslora)
         draw = starts(name, base, r, scale, config, sources)
         kept = {"dropout": config.lora_dropout, "rslora": config.use_rslora}
@@ -301,7 +314,8 @@ def _draws(
             start = draw(generator)
             if is_experts(base):
                 return LoraExperts(base, r, alpha, start=start, **kept)
-            return LoraLinear(base, r, alpha, start=start[0], dora=config.use_dora, **kept)
+            own = {"dora": config.use_dora, "bias": config.lora_bias}
+            return LoraLinear(base, r, alpha, start=start[0], **own, **kept)
 
         found[name] = made
     return found
@@ -310,8 +324,11 @@ def _draws(
 def _embedding_draw(
     base: nn.Module, r: int, alpha: int | float, config: LoraConfig
 ) -> Callable[[torch.Generator | None], LowRank]:
-    if config.use_dora or config.init_lora_weights not in ("default", "gaussian", "eva"):
-        what = "use_dora" if config.use_dora else f"init_lora_weights={config.init_lora_weights}"
+    variants = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
+    begins = config.init_lora_weights in ("default", "gaussian", "eva")
+    if any(variants.values()) or not begins:
+        beginning = f"init_lora_weights={config.init_lora_weights}"
+        what = next((name for name, on in variants.items() if on), beginning)
         raise ConfigError(
             f"{what} is for linear maps, and embed_tokens is a table; leave embed_tokens out of "
             "target_modules (modules_to_save trains it in full)"

@@ -150,7 +150,26 @@ def _merged(
             "dtype=bfloat16 or float32 and merge again, or look for NaN in the adapter"
         )
     residual = _residual(name, exact, total, stored, trained, packed) if tell else None
-    return plain(base, stored), residual
+    made = plain(base, stored)
+    if isinstance(adapted, LoraLinear) and adapted.lora_B_bias is not None:
+        made.bias = _merged_bias(name, adapted, adapted.lora_B_bias)
+    return made, residual
+
+
+def _merged_bias(name: str, adapted: LoraLinear, bias: Tensor) -> nn.Parameter:
+    own = cast(Tensor | None, getattr(adapted.base, "bias", None))
+    if own is None:
+        raise ConfigError(
+            f"{name} was trained with lora_bias, and the map itself has no bias that could take "
+            "it; keep the adapter beside its base"
+        )
+    total = (own.float() + adapted.scale * bias).to(own.dtype)
+    if not total.isfinite().all():
+        raise ConfigError(
+            f"the bias of {name} with its adapter leaves the range of {own.dtype}; load the base "
+            "with dtype=bfloat16 or float32 and merge again, or look for NaN in the adapter"
+        )
+    return nn.Parameter(total, requires_grad=False)
 
 
 def plain(base: nn.Module, weight: Float[Tensor, "... out in"]) -> Linear | ExpertLinear:

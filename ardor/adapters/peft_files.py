@@ -63,7 +63,7 @@ _READ = {
     *("peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "trainable_token_indices"),
     *("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "layers_pattern"),
-    *("target_parameters", "ensure_weight_tying"),
+    *("target_parameters", "ensure_weight_tying", "lora_bias"),
 }
 # Keys that change nothing about an adapter that has been trained.
 _HARMLESS = {
@@ -239,16 +239,20 @@ def _take(group: Group, files: _Files, key: str) -> Factors:
     keys = [f"{key}.lora_{letter}.weight" for letter in "AB"]
     if files.raw.get("use_dora"):
         keys.append(f"{key}.lora_magnitude_vector")
+    if files.raw.get("lora_bias"):
+        keys.append(f"{key}.lora_B.bias")
     if missing := [name for name in keys if name not in files.tensors]:
         raise CheckpointError(
             f"{files.weights} lacks {', '.join(missing)}, which {ADAPTER_CONFIG} calls for on this "
             "base; load the base that it was trained on, or copy the adapter again"
         )
-    a, b, *rest = (files.tensors.pop(name).float() for name in keys)
+    found = {name: files.tensors.pop(name).float() for name in keys}
     for leaf in ("weight", "bias"):  # a head's, which PEFT saves again
         files.tensors.pop(f"{key}.base_layer.{leaf}", None)
     alpha = files.setting("lora_alpha", group.disk, "alpha_pattern")
-    return Factors(a, b, alpha, rest[0] if rest else None)
+    a, b = (found[name] for name in keys[:2])
+    extra = (found.get(f"{key}.{leaf}") for leaf in ("lora_magnitude_vector", "lora_B.bias"))
+    return Factors(a, b, alpha, *extra)
 
 
 def _check_base(on_disk: dict[Group, Factors], files: _Files) -> None:
@@ -266,6 +270,9 @@ def _check_base(on_disk: dict[Group, Factors], files: _Files) -> None:
                 f"{group.disk} has A {found[0]} and B {found[1]}, expected {expected[0]} and "
                 f"{expected[1]}"
             )
+            continue
+        if factors.bias is not None and factors.bias.shape != (sum(group.sizes),):
+            wrong.append(f"{group.disk} has a bias of B {list(factors.bias.shape)}")
             continue
         a, b = from_file(group, factors.a, factors.b)
         on_disk[group] = replace(factors, a=a, b=b)
@@ -325,7 +332,7 @@ def _place_group(
                 f"the saved adapter of {name} has rank {r} and alpha {alpha:g}, but the "
                 f"model's has rank {module.r} and alpha {module.alpha:g}"
             )
-        _fill(module, start, offset, factors.magnitude, rows[name])
+        _fill(module, start, offset, factors, rows[name])
 
 
 def _made(base: nn.Module, start: Start, alpha: int | float, config: LoraConfig) -> nn.Module:
@@ -333,7 +340,8 @@ def _made(base: nn.Module, start: Start, alpha: int | float, config: LoraConfig)
     if start.a.ndim == 3:
         each = [Start(a, b) for a, b in zip(start.a, start.b, strict=True)]
         return LoraExperts(base, start.a.shape[1], alpha, start=each, **kept)
-    return LoraLinear(base, len(start.a), alpha, start=start, dora=config.use_dora, **kept)
+    kept |= {"dora": config.use_dora, "bias": config.lora_bias}
+    return LoraLinear(base, len(start.a), alpha, start=start, **kept)
 
 
 @torch.no_grad()
@@ -341,7 +349,7 @@ def _fill(
     module: LoraLinear | LoraExperts,
     start: Start,
     offset: tuple[Tensor, Tensor] | None,
-    magnitude: Tensor | None,
+    factors: Factors,
     rows: Tensor,
 ) -> None:
     """Overwrite in place what an adapter trains, and set what it began with."""
@@ -350,9 +358,12 @@ def _fill(
     if offset is not None:
         device = module.lora_A.device
         module.offset_A, module.offset_B = (t.float().to(device).contiguous() for t in offset)
-    if magnitude is not None and isinstance(module, LoraLinear):
+    if factors.magnitude is not None and isinstance(module, LoraLinear):
         assert module.lora_magnitude_vector is not None
-        module.lora_magnitude_vector.copy_(magnitude[rows])
+        module.lora_magnitude_vector.copy_(factors.magnitude[rows])
+    if factors.bias is not None and isinstance(module, LoraLinear):
+        assert module.lora_B_bias is not None
+        module.lora_B_bias.copy_(factors.bias[rows])
 
 
 def _take_others(
@@ -493,6 +504,7 @@ def _read_config(
         target_modules=targets,
         use_rslora=files.rslora,
         use_dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
         init_lora_weights=init if isinstance(init, str) and is_init(init) else "default",
         modules_to_save=tuple(
             disk_name(disk_names, name) for name, value in others.items() if isinstance(value, dict)

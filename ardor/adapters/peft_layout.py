@@ -92,6 +92,7 @@ class Factors:
     b: Tensor  # ([E], out, R)
     alpha: int | float
     magnitude: Tensor | None = None  # (out,)
+    bias: Tensor | None = None  # (out,): of B
 
     @property
     def rank(self) -> int:
@@ -146,9 +147,9 @@ def join(
     a, b = wholes[0]
     rank = a.shape[-2]
     alpha = scaled_alpha(first.alpha, first.r, rank, rslora=rslora)
-    magnitude = _magnitudes(group, adapted, decoder)
+    magnitude, bias = _magnitudes(group, adapted, decoder), _biases(group, adapted, first.scale)
     if len(group.names) == 1:
-        return Factors(a, b, alpha, magnitude)
+        return Factors(a, b, alpha, magnitude, bias)
     front = a.shape[:-2]
     shared = len(members) == len(group.names) and all(
         module.scale == first.scale and torch.equal(one, a)
@@ -158,7 +159,7 @@ def join(
         joined = b.new_empty(*front, sum(group.sizes), rank)
         for (_, rows), (_, own) in zip(members, wholes, strict=True):
             joined[..., rows, :] = own
-        return Factors(a, joined, alpha, magnitude)
+        return Factors(a, joined, alpha, magnitude, bias)
     joined_a = torch.cat([one for one, _ in wholes], -2)
     joined = a.new_zeros(*front, sum(group.sizes), joined_a.shape[-2])
     start = 0
@@ -170,7 +171,7 @@ def join(
         joined[..., rows, start:end] = block
         start = end
     alpha = scaled_alpha(first.alpha, first.r, joined_a.shape[-2], rslora=rslora)
-    return Factors(joined_a, joined, alpha, magnitude)
+    return Factors(joined_a, joined, alpha, magnitude, bias)
 
 
 def _magnitudes(group: Group, adapted: Mapping[str, Adapted], decoder: nn.Module) -> Tensor | None:
@@ -191,6 +192,19 @@ def _magnitudes(group: Group, adapted: Mapping[str, Adapted], decoder: nn.Module
     return joined
 
 
+def _biases(group: Group, adapted: Mapping[str, Adapted], scale: float) -> Tensor | None:
+    """Those of B of the whole group, under one scale: 0 where a part has no adapter."""
+    found = {name: getattr(adapted.get(name), "lora_B_bias", None) for name in group.names}
+    if not any(bias is not None for bias in found.values()):
+        return None
+    joined = torch.zeros(sum(group.sizes))
+    for name, rows in group.rows():
+        if (own := found[name]) is not None:
+            same = adapted[name].scale == scale
+            joined[rows] = (own if same else own * (adapted[name].scale / scale)).detach().cpu()
+    return joined
+
+
 def split(
     group: Group, factors: Factors, members: list[str], rank: int
 ) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -199,8 +213,10 @@ def split(
     What `join` made block-diagonal (its rank says so) comes apart into the same blocks again.
     """
     places, b = dict(group.rows()), factors.b
-    if any(b[..., rows, :].any() for name, rows in places.items() if name not in members):
-        return None
+    for name, rows in places.items():
+        biased = factors.bias is not None and factors.bias[rows].any()
+        if name not in members and (biased or b[..., rows, :].any()):
+            return None
     if factors.rank == rank * len(members):
         blocks = {m: slice(i * rank, (i + 1) * rank) for i, m in enumerate(members)}
         rest = b.clone()

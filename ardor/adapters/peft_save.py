@@ -80,6 +80,8 @@ def save_adapter(
         tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         if factors.magnitude is not None:
             tensors[f"{key}.lora_magnitude_vector"] = factors.magnitude
+        if factors.bias is not None:
+            tensors[f"{key}.lora_B.bias"] = factors.bias
     for name, module in others.items():
         tensors |= _other_tensors(name, module, _place(disk_names, name), tied=tied)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -172,6 +174,7 @@ def _config(
         "lora_dropout": 0.0 if experts else config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
         "target_modules": shortest_endings(targets, [*dict.fromkeys(known)]),
         "target_parameters": shortest_endings({g.disk for g in experts}, parameters) or None,
         "modules_to_save": shortest_endings({*saved}, [*dict.fromkeys(known)]) or None,

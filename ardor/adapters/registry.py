@@ -1,28 +1,22 @@
-"""Several adapters of one model: loaded beside each other, one at work, or combined into another.
-
-Axes: R adapter rank.
-"""
+"""Several adapters of one model: loaded beside each other, one at work, or added up."""
 
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ardor.adapters.combine import Combination, combined
 from ardor.adapters.config import LoraConfig
 from ardor.adapters.embedding import AdaptedHead, LoraEmbedding
-from ardor.adapters.initial import Start
 from ardor.adapters.lora import LoraExperts, LoraLinear
 from ardor.adapters.merge import Attached, Merged, attach, detach, merge, unmerge
 from ardor.adapters.peft_files import load_adapter
 from ardor.adapters.peft_layout import DiskLinear
 from ardor.errors import ConfigError
-
-How = Literal["cat", "linear", "svd"]
 
 
 class Adapters:
@@ -141,18 +135,32 @@ class Adapters:
         self._merged = None
 
     def combine(
-        self, name: str, weights: Mapping[str, float], *, how: How = "cat", rank: int | None = None
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        how: str = "cat",
+        rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
     ) -> None:
-        """Make another adapter whose change is the weighted sum of the changes of others.
+        """Make another adapter of the weighted sum of others.
 
         "cat" is exact, with the sum of their ranks; "svd" is the best of `rank` (None: the highest
         of theirs); "linear" adds A to A and B to B, of equal ranks, which is only near where they
-        are alike. What they began at and takes off counts to their ranks.
+        are alike. "magnitude_prune" keeps the largest numbers of each tensor, a share of `density`;
+        "ties" of those the ones whose sign is the majority's, in mean; "dare_linear" and
+        "dare_ties" keep numbers by chance (`seed`), enlarged. Those four act on A and B as "linear"
+        does, or with "_svd" behind on whole changes. What adapters began at and takes off counts to
+        their ranks.
 
-        Raises: ConfigError for names that are not there or taken, ranks that differ, and adapters
-            that are more than products of A and B (DoRA, token rows, modules in full).
-        Source: PEFT 0.21, LoraModel.add_weighted_adapter.
+        Raises: ConfigError for names that are not there or taken, ranks that differ, settings that
+            do not go with `how`, and adapters that are more than products of A and B (DoRA, token
+            rows, modules in full).
+        Source: see `ardor.adapters.combine`.
         """
+        combination = Combination(how, rank, density, majority_sign_method, seed)
         if name in self._configs:
             raise ConfigError(f"there is an adapter {name!r} already; give another name")
         if not weights:
@@ -160,22 +168,10 @@ class Adapters:
         for known in weights:
             self._check(known)
         with self.using(None):
-            sources = {known: self._parts[known] for known in weights}
-            places = dict.fromkeys(place for parts in sources.values() for place in parts)
-            combined: Attached = {}
-            for place in places:
-                members = [
-                    (sources[k][place], w) for k, w in weights.items() if place in sources[k]
-                ]
-                made = _combined(place, members, how, rank)
-                if made is not None:
-                    combined[place] = made
-            embedding = combined.get("embed_tokens")
-            if isinstance(embedding, LoraEmbedding) and self._head_is_tied():
-                combined["lm_head"] = AdaptedHead(embedding)
-            self._parts[name] = combined
+            made = self._combined(weights, combination)
+            self._parts[name] = made
         first = self._configs[next(iter(weights))]
-        ranks = [m.r for m in combined.values() if isinstance(m, LoraLinear | LoraExperts)]
+        ranks = [m.r for m in made.values() if isinstance(m, LoraLinear | LoraExperts)]
         r = max(ranks, default=first.r)
         self._configs[name] = replace(
             first,
@@ -187,6 +183,20 @@ class Adapters:
             rank_pattern={},
             alpha_pattern={},
         )
+
+    def _combined(self, weights: Mapping[str, float], combination: Combination) -> Attached:
+        sources = {known: self._parts[known] for known in weights}
+        generator = torch.Generator().manual_seed(combination.seed)
+        made: Attached = {}
+        for place in dict.fromkeys(place for parts in sources.values() for place in parts):
+            members = [(sources[k][place], w) for k, w in weights.items() if place in sources[k]]
+            module = combined(place, members, combination, generator)
+            if module is not None:
+                made[place] = module
+        embedding = made.get("embed_tokens")
+        if isinstance(embedding, LoraEmbedding) and self._head_is_tied():
+            made["lm_head"] = AdaptedHead(embedding)
+        return made
 
     def _head_is_tied(self) -> bool:
         return getattr(self._decoder, "lm_head", ...) is None
@@ -200,66 +210,3 @@ class Adapters:
     def _require_apart(self) -> None:
         if self._merged is not None:
             raise ConfigError(f"{self.active!r} is merged into the weights; unmerge it first")
-
-
-def _combined(
-    place: str, members: list[tuple[nn.Module, float]], how: How, rank: int | None
-) -> nn.Module | None:
-    first = members[0][0]
-    parts: list[tuple[Tensor, Tensor, float]] = []
-    for module, weight in members:
-        if isinstance(module, LoraEmbedding):
-            parts.append(
-                (module.lora_embedding_B.T, module.lora_embedding_A.T, weight * module.scale)
-            )
-        elif isinstance(module, LoraExperts) or (
-            isinstance(module, LoraLinear) and module.lora_magnitude_vector is None
-        ):
-            parts.append((*module.whole, weight * module.scale))
-        elif isinstance(module, AdaptedHead):
-            return None  # follows its embedding, which is combined below
-        else:
-            kind = type(module).__name__ + (" with DoRA" if isinstance(module, LoraLinear) else "")
-            raise ConfigError(
-                f"{place} is adapted by more than a product of A and B ({kind}), which cannot be "
-                "added; merge one adapter into the base, and train the other on that"
-            )
-    with torch.no_grad():
-        a, b = _sum(place, parts, how, rank)
-    r = a.shape[-2]
-    if isinstance(first, LoraEmbedding):
-        made = LoraEmbedding(first.base, r, r)
-        made.lora_embedding_A.data, made.lora_embedding_B.data = b.T.contiguous(), a.T.contiguous()
-        return made.requires_grad_(False)
-    assert isinstance(first, LoraLinear | LoraExperts)
-    if isinstance(first, LoraExperts):
-        starts = [Start(one, two) for one, two in zip(a, b, strict=True)]
-        return LoraExperts(first.base, r, r, start=starts).requires_grad_(False)
-    return LoraLinear(first.base, r, r, start=Start(a, b)).requires_grad_(False)
-
-
-def _sum(
-    place: str, parts: list[tuple[Tensor, Tensor, float]], how: How, rank: int | None
-) -> tuple[Tensor, Tensor]:
-    ranks = [a.shape[-2] for a, _, _ in parts]
-    if how == "cat":
-        a = torch.cat([scale * a for a, _, scale in parts], -2)
-        return a, torch.cat([b for _, b, _ in parts], -1)
-    if how == "linear":
-        if len({*ranks}) > 1:
-            raise ConfigError(
-                f"how='linear' adds A to A, but their ranks at {place} are {ranks}; use 'cat' or "
-                "'svd'"
-            )
-        # The sign goes to one side: on both it would cancel.
-        a = sum(a * (abs(s) ** 0.5 * (1 if s >= 0 else -1)) for a, _, s in parts)
-        b = sum(b * abs(s) ** 0.5 for _, b, s in parts)
-        assert isinstance(a, Tensor) and isinstance(b, Tensor)
-        return a, b
-    if how != "svd":
-        raise ConfigError(f"how={how!r} is not known; choose cat, linear or svd")
-    total = sum(scale * (b @ a) for a, b, scale in parts)
-    assert isinstance(total, Tensor)
-    u, s, vh = torch.linalg.svd(total, full_matrices=False)
-    r = min(rank or max(ranks), s.shape[-1])
-    return vh[..., :r, :].contiguous(), (u[..., :, :r] * s[..., None, :r]).contiguous()

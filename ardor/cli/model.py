@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,14 @@ from ardor.errors import ConfigError
 
 if TYPE_CHECKING:
     from ardor.lm import LM
+
+_OF_A_SUM = (
+    "adapter_combination",
+    "adapter_density",
+    "adapter_majority_sign",
+    "adapter_rank",
+    "adapter_seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,17 @@ class ModelFlags:
     first is at work; in a chat /adapter NAME takes another."""
     adapter_weights: tuple[float, ...] = ()
     """Put the sum of all adapters to work instead, each times its number: one for each."""
+    adapter_combination: str = "cat"
+    """How they are added up: cat (exact), linear (A to A, B to B), svd, or magnitude_prune, ties,
+    dare_linear, dare_ties, which keep a share of each, of A and B or, with _svd behind, of B A."""
+    adapter_density: float | None = None
+    """The share that pruning, ties and dare keep, such as 0.2."""
+    adapter_majority_sign: str = "total"
+    """What ties elects signs by: total (the sum) or frequency (the count)."""
+    adapter_rank: int | None = None
+    """The rank that svd and what ends in _svd cut to. Default: the highest of theirs."""
+    adapter_seed: int = 0
+    """Of what dare drops."""
     attn_implementation: str | None = None
     """sdpa, eager (the reference), flex or flash_attention_2. Default: the best there is."""
     revision: str | None = None
@@ -62,6 +81,11 @@ class ModelFlags:
                 f"found {len(self.adapter_weights)} adapter_weights for {len(adapters)} adapters; "
                 "give one for each"
             )
+        if unused := [] if self.adapter_weights else self._combination():
+            raise ConfigError(
+                f"{', '.join(unused)} says how adapters are added up, but there is no sum; give "
+                "adapter_weights, one for each adapter"
+            )
         lm = self._load(name, next(iter(adapters.values()), None))
         if len(adapters) < 2 and not self.adapter_weights:
             return lm
@@ -70,9 +94,25 @@ class ModelFlags:
             lm.load_adapter(adapters[other], other)
         if self.adapter_weights:
             summed = "+".join(adapters)
-            lm.combine_adapters(summed, dict(zip(adapters, self.adapter_weights, strict=True)))
+            lm.combine_adapters(
+                summed,
+                dict(zip(adapters, self.adapter_weights, strict=True)),
+                how=self.adapter_combination,
+                rank=self.adapter_rank,
+                density=self.adapter_density,
+                majority_sign_method=self.adapter_majority_sign,
+                seed=self.adapter_seed,
+            )
             lm.use_adapter(summed)
         return lm
+
+    def _combination(self) -> list[str]:
+        """The settings of a sum that were given."""
+        return [
+            one.name
+            for one in fields(ModelFlags)
+            if one.name in _OF_A_SUM and getattr(self, one.name) != one.default
+        ]
 
     def _load(self, name: str, adapter: str | None) -> LM:
         from ardor.lm import load  # later: help needs no torch

@@ -32,6 +32,7 @@ def lora_config(config: Finetune, rows: Rows) -> LoraConfig:
         target_modules=_names(config.target_modules),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
         init_lora_weights=config.init_lora_weights,
         exclude_modules=_names(config.exclude_modules),
         modules_to_save=config.modules_to_save,

@@ -352,7 +352,7 @@ def _check_objective(config: "Finetune") -> None:
 
 ADAPTER_FIELDS = (
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
-    *("init_lora_weights", "eva_batches", "exclude_modules", "modules_to_save"),
+    *("lora_bias", "init_lora_weights", "eva_batches", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
     *("kbit_upcast",),
 )
@@ -458,6 +458,8 @@ class Finetune(Reading, Optimisation):
     """Multiply by lora_alpha / sqrt(lora_r) instead."""
     use_dora: bool = False
     """Train a magnitude of each output beside the adapters (DoRA)."""
+    lora_bias: bool = False
+    """Train a bias of each output in the adapters, which merges only into maps that have one."""
     init_lora_weights: str = "default"
     """Where adapters begin: default (Kaiming and zero), gaussian, orthogonal, pissa, pissa_niter_N,
     olora, eva (from the data), or with qlora loftq. docs/ADAPTERS.md says which to use when."""

@@ -95,4 +95,9 @@ def keep(folder: Path, data: Sequence[Dataset], found: Sequence[Table]) -> None:
 
 def begins_as_its_base(decoder: CausalLM) -> bool:
     """Whether the adapter, as it stands, changes nothing: then the base is the reference."""
-    return all(not bool(module.lora_B.any()) for _, module in lora_modules(decoder))
+    return not any(
+        bool(tensor.any())
+        for _, module in lora_modules(decoder)
+        for tensor in (module.lora_B, getattr(module, "lora_B_bias", None))
+        if tensor is not None
+    )

@@ -147,6 +147,17 @@ def test_several_from_the_command_line(runs, alone, capsys, monkeypatch):
     lm.load_adapter(runs / "other", "o")
     lm.combine_adapters("s", {"default": 0.5, "o": -1.0})
     assert summed["logprobs"] == list(lm.generate(text, adapter="s", **SHORT).logprobs)
+    ties = ["--adapter-combination", "ties_svd", "--adapter-density", "0.5"]
+    ties += ["--adapter-majority-sign", "frequency"]
+    summed = said(capsys, "generate", base, text, *short, *given, *ties)
+    weights = {"default": 0.5, "o": -1.0}
+    lm.combine_adapters("t", weights, how="ties_svd", density=0.5, majority_sign_method="frequency")
+    assert summed["logprobs"] == list(lm.generate(text, adapter="t", **SHORT).logprobs)
+    dare = ["--adapter-combination", "dare_linear_svd", "--adapter-density", "0.5"]
+    dare += ["--adapter-rank", "2", "--adapter-seed", "3"]
+    summed = said(capsys, "generate", base, text, *short, *given, *dare)
+    lm.combine_adapters("d", weights, how="dare_linear_svd", density=0.5, rank=2, seed=3)
+    assert summed["logprobs"] == list(lm.generate(text, adapter="d", **SHORT).logprobs)
     lines = "the cat\n/new\n/adapter dora\n/adapter c\nthe cat\n/adapter nope\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     two = put(f"c={runs / 'chat'}", f"again={runs / 'chat'}")
@@ -172,6 +183,7 @@ def test_the_model_may_come_after_its_adapter(runs, alone, capsys):
         ),
         (["--adapter", "x", "--adapter-weights", "1", "2"], "found 2 adapter_weights for 1"),
         (["--adapter-weights", "1"], "found 1 adapter_weights for 0 adapters"),
+        (["--adapter", "x", "--adapter-density", "0.5"], "adapter_density says how adapters are"),
     ],
 )
 def test_mistakes_of_the_command_line(runs, capsys, flags, told):

@@ -24,6 +24,7 @@ from ardor.adapters.peft_layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ardor.adapters.peft_save import save_adapter
 from ardor.errors import CheckpointError, ConfigError
 from ardor.load import load_model
+from ardor.train.reference import begins_as_its_base
 
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -34,6 +35,9 @@ pytestmark = [
     # It looks for the keys of patterns among modules only, and honours those of parameters.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    # A bias has one axis, which PEFT takes for a shard of a matrix.
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.* LoRA tensor.*lora_B.bias"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
 ]
 
 
@@ -60,6 +64,7 @@ SOME = ("q_proj", "down_proj", "c_attn", "mlp.c_proj")
 VARIANTS = {
     "dora": {"use_dora": True},
     "dora-rslora": {"use_dora": True, "use_rslora": True, "lora_alpha": 5},
+    "bias": {"lora_bias": True},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "pissa": {"init_lora_weights": "pissa"},
@@ -103,8 +108,45 @@ def test_peft_computes_the_same_with_ours_of_any_variant(pair, settings, tmp_pat
     close(pair.logits(again.eval()), pair.logits(decoder))
     for one, two in zip(lora_parameters(again), lora_parameters(decoder), strict=True):
         assert torch.equal(one, two)  # so that a run can be resumed
+    if config.lora_bias and pair.kind != "gpt2":
+        with pytest.raises(ConfigError, match="q_proj was trained with lora_bias, and the map its"):
+            merge(again)
+        close(pair.logits(again), pair.logits(decoder))  # and the adapter is still there
+        return
     merge(again)
     close(pair.logits(again), pair.logits(decoder), 1e-4)
+
+
+def test_biases_of_parts_of_a_joined_map_travel_under_one_scale(gpt2, tmp_path):
+    """PEFT sees one bias of c_attn; a part without an adapter has none of it."""
+    config = LoraConfig(
+        r=2, target_modules=("q_proj", "v_proj"), alpha_pattern={"v_proj": 7}, lora_bias=True
+    )
+    decoder = made(gpt2, config)
+    fresh = begins_as_its_base(decoder)
+    with torch.no_grad():
+        for _, module in lora_modules(decoder):
+            module.lora_B_bias.normal_(generator=torch.Generator().manual_seed(5))
+    assert fresh and not begins_as_its_base(decoder)  # though every B is zero
+    gpt2.randomise(lora_parameters(decoder))
+    saved(gpt2, decoder, config, tmp_path)
+    with torch.no_grad():
+        close(gpt2.logits(peft_of(gpt2, tmp_path)), gpt2.logits(decoder))
+    other = gpt2.ours()
+    load_adapter(tmp_path, other, disk_names=gpt2.disk_names)
+    close(gpt2.logits(other.eval()), gpt2.logits(decoder))
+    one = made(gpt2, LoraConfig(r=2, target_modules=("q_proj",), lora_bias=True))
+    before = str(one)
+    with pytest.raises(CheckpointError, match="reaches beyond the adapted"):
+        load_adapter(tmp_path, one, disk_names=gpt2.disk_names)
+    assert str(one) == before
+
+
+def test_a_bias_has_no_place_with_dora_nor_in_an_embedding(llama):
+    with pytest.raises(ConfigError, match="lora_bias and use_dora do not go together"):
+        LoraConfig(lora_bias=True, use_dora=True)
+    with pytest.raises(ConfigError, match="lora_bias is for linear maps, and embed_tokens"):
+        made(llama, LoraConfig(r=2, target_modules=("embed_tokens",), lora_bias=True))
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -348,10 +390,12 @@ def test_experts_are_adapted_and_travel_both_ways(experts, settings, tmp_path):
     close(again.logits(again.hidden(TOKENS)).detach(), logits.detach())
 
 
-def test_experts_under_dora_are_refused_with_what_to_do(experts):
+def test_experts_under_dora_or_a_bias_are_refused_with_what_to_do(experts):
     decoder, _ = loaded(experts[1])
     with pytest.raises(ConfigError, match=r"PEFT has no magnitudes for experts; leave them out"):
         add_lora(decoder, LoraConfig(r=4, use_dora=True))
+    with pytest.raises(ConfigError, match=r"PEFT has no biases for experts; leave them out"):
+        add_lora(decoder, LoraConfig(r=4, lora_bias=True))
     names = add_lora(
         decoder, LoraConfig(r=4, use_dora=True, exclude_modules=r".*\.experts\..*"), names=str
     )

@@ -116,6 +116,7 @@ TUNINGS = {
             "master_dtype": "bfloat16",
         },
     ),
+    "biases of adapters": ("llama", {"lora_bias": True}),
     "muon": ("llama", {"method": "full", "optim": "muon", "lr_scheduler_type": "wsd"}),
     "8 bits": ("llama", {"method": "full", "optim": "adamw_8bit"}),
     "noise, recomputed, states elsewhere": (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ardor.adapters.lora import lora_modules
 from ardor.data.batches import BatchPlan
 from ardor.errors import ConfigError
 from ardor.files.runs import checkpoints, chosen_checkpoint, newest_checkpoint
@@ -116,6 +117,14 @@ def test_frozen_weights_stay_and_the_others_move(base, pairs, tmp_path):
     )
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith("layers.0.")}
+
+
+def test_biases_of_adapters_are_trained(base, pairs, tmp_path):
+    config = tune_config(base("llama"), pairs, tmp_path / "run", lora_bias=True, max_steps=1)
+    finish(prepare(config))
+    decoder = load_model(tmp_path / "run", dtype="float32").decoder
+    biases = [getattr(module, "lora_B_bias", None) for _, module in lora_modules(decoder)]
+    assert biases and all(bias is not None and bias.any() for bias in biases)
 
 
 # --- order ---
