@@ -52,9 +52,10 @@ def adapted(
 
 
 def _bare(base: nn.Module) -> bool:
-    """Whether it can give the slope in x by itself, and nobody watches it or moves its weight."""
+    """Whether it can give the slope in x by itself: frozen, not watched, its weight not moved."""
     hooks = base._forward_hooks, base._forward_pre_hooks, base._backward_hooks
-    return hasattr(base, "back") and not any(hooks)
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    return hasattr(base, "back") and frozen and not any(hooks)
 
 
 def _turned(b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,6 +108,14 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     assert backs == []  # nobody asks for the slope in x: the weight is not expanded again
 
 
+def test_a_base_that_trains_too_has_its_gradient():
+    torch.manual_seed(0)
+    module = adapter_on("bias")
+    module.base.requires_grad_(True)
+    module(torch.randn(ROWS, INPUTS).bfloat16()).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
 def test_a_view_is_not_written_to(monkeypatch):
     torch.manual_seed(0)
     part, low = torch.randn(ROWS, OUTPUTS).bfloat16().view(-1, OUTPUTS), torch.randn(ROWS, 8)
