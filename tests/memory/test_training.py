@@ -111,8 +111,10 @@ def test_a_step_takes_what_is_said_and_less_than_a_working_set_beside(method, wh
         for moment in estimate(spec, use).moments
     ]
     said = max(terms, key=lambda moment: sum(moment.values()))
-    # It counts all that a layer recomputes and all that it works with at once; not all is.
-    assert sum(said.values()) - said["working set"] / 2 < found < 1.03 * sum(said.values())
+    # It counts all that a layer recomputes and all that it works with at once; not all is, and
+    # compiled adapters add their slopes to the base's instead of holding both.
+    missing = (0.6 if method == "lora" else 0.5) * said["working set"]
+    assert sum(said.values()) - missing < found < 1.03 * sum(said.values())
 
 
 def file_pages() -> int:
