@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ardor import chat_format
+from ardor.adapters.combine import Combination
 from ardor.adapters.merge import Merged
 from ardor.adapters.registry import Adapters
 from ardor.arch.causal import Facts
@@ -123,20 +124,15 @@ class LM:
         majority_sign_method: str = "total",
         seed: int = 0,
     ) -> None:
-        """Make an adapter from a weighted sum of others; see `Adapters.combine`.
+        """Make an adapter from a weighted sum of others; see `Adapters.combine`, `Combination`.
 
         Its template and ends are those of the first.
+
+        Raises: as they do: ConfigError, for settings that do not go with `how`, too.
         """
         voices = self._voices
-        self.adapters.combine(
-            name,
-            weights,
-            how=how,
-            rank=rank,
-            density=density,
-            majority_sign_method=majority_sign_method,
-            seed=seed,
-        )
+        how_to = Combination(how, rank, density, majority_sign_method, seed)
+        self.adapters.combine(name, weights, how_to)
         if (voice := voices.get(next(iter(weights)))) is not None:
             voices[name] = voice
 

@@ -76,6 +76,9 @@ class Combination:
         return "linear" if self.how in ("cat", "svd") else self.how.removesuffix("_svd")
 
 
+CAT = Combination()  # exact
+
+
 class _Part(NamedTuple):
     """One adapter of a map as a plain product."""
 

@@ -46,7 +46,7 @@ def adapted(
 ) -> Float[Tensor, "n out"]:
     """base(x) + scale * B A x, where `base` is frozen; one function both ways if base can be."""
     if torch.is_grad_enabled() and thin.takes(x, len(a)) and thin.fits(len(b)) and _bare(base):
-        return _Adapted.apply(x, a, b, base, scale)
+        return _BaseAndAdapter.apply(x, a, b, base, scale)
     low = lowered(x, a)
     return added(base(x), low, b, scale)
 
@@ -62,12 +62,17 @@ def _turned(b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(b.T.shape, dtype=dtype).copy_(b.T)  # in half the time of contiguous()
 
 
+def _kept(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the way back reads of A or B: a parameter, which is there anyway, or else its cast."""
+    return factor if factor.is_leaf or factor._is_view() else factor.to(dtype)
+
+
 class _Lowered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:
-        ctx.dtype, a = a.dtype, a.to(x.dtype)
-        ctx.save_for_backward(x, a)
-        return thin.dots(x, a)
+        ctx.dtype = a.dtype
+        ctx.save_for_backward(x, _kept(a, x.dtype))
+        return thin.dots(x, a.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -77,7 +82,7 @@ class _Lowered(torch.autograd.Function):
         (slope,), (x, a) = upstream, ctx.saved_tensors
         of_x, of_a = ctx.needs_input_grad
         return (
-            thin.add(None, slope, a) if of_x else None,
+            thin.add(None, slope, a.to(x.dtype)) if of_x else None,
             thin.outer(x, slope).to(ctx.dtype) if of_a else None,
         )
 
@@ -85,11 +90,11 @@ class _Lowered(torch.autograd.Function):
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
-        ctx.dtype, ctx.scale, b = b.dtype, scale, _turned(b, y.dtype)
-        ctx.save_for_backward(low, b)
+        ctx.dtype, ctx.scale = b.dtype, scale
+        ctx.save_for_backward(low, _kept(b, y.dtype))
         if fresh:
             ctx.mark_dirty(y)
-        return thin.add(y, low, b, scale, out=y if fresh else None)
+        return thin.add(y, low, _turned(b, y.dtype), scale, out=y if fresh else None)
 
     @staticmethod
     @once_differentiable
@@ -99,21 +104,21 @@ class _Added(torch.autograd.Function):
         of_low, of_b = ctx.needs_input_grad[1:3]
         return (
             slope,
-            thin.dots(slope, b, ctx.scale) if of_low else None,
+            thin.dots(slope, _turned(b, low.dtype), ctx.scale) if of_low else None,
             thin.outer(slope, low, ctx.scale).T.to(ctx.dtype) if of_b else None,
             None,
             None,
         )
 
 
-class _Adapted(torch.autograd.Function):
+class _BaseAndAdapter(torch.autograd.Function):
     """The base's product and the two above: slopes in x are summed where they are."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Any, scale: float) -> Tensor:
-        ctx.base, ctx.scale = base, scale
+        ctx.base, ctx.scale, ctx.dtypes = base, scale, (a.dtype, b.dtype)
         low, y = thin.dots(x, a.to(x.dtype)), base(x)
-        ctx.save_for_backward(x, low, a, b)
+        ctx.save_for_backward(x, low, _kept(a, x.dtype), _kept(b, x.dtype))
         return thin.add(y, low, _turned(b, x.dtype), scale, out=y)
 
     @staticmethod
@@ -122,11 +127,10 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (slope,), (x, low, a, b) = upstream, ctx.saved_tensors
         of_x, of_a, of_b = ctx.needs_input_grad[:3]
-        # The base first, with its weight expanded: what stays here would split the room of that.
         d_x = ctx.base.back(slope) if of_x else None
         of_low = thin.dots(slope, _turned(b, x.dtype), ctx.scale)
         if d_x is not None:
             thin.add(d_x, of_low, a.to(x.dtype), out=d_x)
-        d_a = thin.outer(x, of_low).to(a.dtype) if of_a else None
-        d_b = thin.outer(slope, low, ctx.scale).T.to(b.dtype) if of_b else None
+        d_a = thin.outer(x, of_low).to(ctx.dtypes[0]) if of_a else None
+        d_b = thin.outer(slope, low, ctx.scale).T.to(ctx.dtypes[1]) if of_b else None
         return d_x, d_a, d_b, None, None

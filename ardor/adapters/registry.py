@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ardor.adapters.combine import Combination, combined
+from ardor.adapters.combine import CAT, Combination, combined
 from ardor.adapters.config import LoraConfig
 from ardor.adapters.embedding import AdaptedHead, LoraEmbedding
 from ardor.adapters.lora import LoraExperts, LoraLinear
@@ -138,14 +138,9 @@ class Adapters:
         self,
         name: str,
         weights: Mapping[str, float],
-        *,
-        how: str = "cat",
-        rank: int | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        seed: int = 0,
+        combination: Combination = CAT,
     ) -> None:
-        """Make another adapter of the weighted sum of others.
+        """Make another adapter of the weighted sum of others, in the way `combination.how`.
 
         "cat" is exact, with the sum of their ranks; "svd" is the best of `rank` (None: the highest
         of theirs); "linear" adds A to A and B to B, of equal ranks, which is only near where they
@@ -155,12 +150,10 @@ class Adapters:
         does, or with "_svd" behind on whole changes. What adapters began at and takes off counts to
         their ranks.
 
-        Raises: ConfigError for names that are not there or taken, ranks that differ, settings that
-            do not go with `how`, and adapters that are more than products of A and B (DoRA, token
-            rows, modules in full).
+        Raises: ConfigError for names that are not there or taken, ranks that differ, and adapters
+            that are more than products of A and B (DoRA, token rows, modules in full).
         Source: see `ardor.adapters.combine`.
         """
-        combination = Combination(how, rank, density, majority_sign_method, seed)
         if name in self._configs:
             raise ConfigError(f"there is an adapter {name!r} already; give another name")
         if not weights:

@@ -12,14 +12,6 @@ from ardor.errors import ConfigError
 if TYPE_CHECKING:
     from ardor.lm import LM
 
-_OF_A_SUM = (
-    "adapter_combination",
-    "adapter_density",
-    "adapter_majority_sign",
-    "adapter_rank",
-    "adapter_seed",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
@@ -111,7 +103,9 @@ class ModelFlags:
         return [
             one.name
             for one in fields(ModelFlags)
-            if one.name in _OF_A_SUM and getattr(self, one.name) != one.default
+            if one.name.startswith("adapter_")
+            and one.name != "adapter_weights"
+            and getattr(self, one.name) != one.default
         ]
 
     def _load(self, name: str, adapter: str | None) -> LM:

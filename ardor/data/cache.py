@@ -35,9 +35,6 @@ SMALL = 1 << 20  # bytes of data below which encoding takes no time worth a file
 VARIABLE = "ARDOR_CACHE"  # names the folder, in place of the one below
 
 
-_ELSEWHERE = f"name another folder in {VARIABLE}"
-
-
 class Encoding(NamedTuple):
     dataset: Dataset
     note: str | None = None  # for people: where the tokens are kept
@@ -142,7 +139,10 @@ def _encoded(
     try:
         found = _kept(root / _key(identity, *settings), into, form)
     except CheckpointError as error:
-        note = f"tokens are in memory, and will be made again next time: {error}; or {_ELSEWHERE}"
+        note = (
+            f"tokens are in memory, and will be made again next time: {error}; or name another "
+            f"folder in {VARIABLE}"
+        )
         return Encoding(build(MemoryStore(form.dtypes)), note)
     return found._replace(note=f"{found.note}; {make_room(root, most)}")
 

@@ -140,7 +140,8 @@ void thin_add(const uint16_t *y, const uint16_t *low, const uint16_t *a, uint16_
     }
 }
 
-/* sums over rows, in pairs: four of low's columns, 64 of x's; added to what is there if `more` */
+/* sums over rows, in pairs: four of low's columns, 64 of x's, of which `columns` are there and
+ * stored; added to what is there if `more` */
 static void outer(const uint32_t *x, const uint32_t *low, float *out, int64_t pairs, int64_t width,
                   int64_t r, int64_t columns, float scale, int more) {
     __m512 sums[4][4];

@@ -97,6 +97,22 @@ def test_gradients_of_a_and_b_are_not_rounded():
     assert not torch.equal(d_b, d_b.bfloat16().float())
 
 
+@pytest.mark.parametrize("kind", ["plain", "dropout", "taken off"])
+def test_nothing_is_kept_of_factors_that_are_parameters(kind):
+    torch.manual_seed(0)
+    module, kept = adapter_on(kind), []
+    x = torch.randn(ROWS, INPUTS).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x)
+    there = {p.data_ptr() for p in (x, *module.parameters())}
+    casts = [t for t in kept if t.data_ptr() not in there and max(t.shape[-2:]) > ROWS]
+    if kind == "taken off":  # A and B with what is taken off beside them, in 16 bits
+        assert {t.dtype for t in casts} == {torch.bfloat16} and len(casts) == 2
+    else:
+        assert all(t.shape == (ROWS, INPUTS) for t in casts)  # of x, by dropout
+        assert bool(casts) == (kind == "dropout")
+
+
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     torch.manual_seed(0)
     module = adapter_on("nf4")

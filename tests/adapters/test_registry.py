@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from ardor.adapters.combine import agreed, drop, trim
+from ardor.adapters.combine import Combination, agreed, drop, trim
 from ardor.adapters.lora import LoraConfig, add_lora, lora_modules, lora_parameters
 from ardor.adapters.peft_save import save_adapter
 from ardor.adapters.registry import Adapters
@@ -125,7 +125,9 @@ def test_combined_is_what_peft_combines(llama, files, loaded, how, settings):
         model.load_adapter(str(files[name][0]), name)
     model.add_weighted_adapter([*names], weights, "c", combination_type=how, **settings)
     model.set_adapter("c")
-    adapters.combine("both", dict(zip(names, weights, strict=True)), how=how, **settings)
+    adapters.combine(
+        "both", dict(zip(names, weights, strict=True)), Combination(how=how, **settings)
+    )
     adapters.use("both")
     for name, module in lora_modules(decoder):
         theirs = model.get_submodule(f"base_model.model.{llama.name(name)}")
@@ -155,7 +157,7 @@ def test_adapted_embeddings_are_combined_as_peft_does(llama, tmp_path, how):
     density = {} if how == "linear" else {"density": 0.5}
     model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "c", combination_type=how, **density)
     model.set_adapter("c")
-    adapters.combine("c", {"a": 0.7, "b": -0.4}, how=how, **density)
+    adapters.combine("c", {"a": 0.7, "b": -0.4}, Combination(how=how, **density))
     adapters.use("c")
     theirs = model.get_submodule("base_model.model.model.embed_tokens")
     torch.testing.assert_close(
@@ -180,7 +182,7 @@ def test_a_seed_says_what_dare_drops(loaded, how):
     weights = {"one": 1.0, "two": 0.5}
 
     def change(name, seed):
-        adapters.combine(name, weights, how=how, density=0.5, seed=seed)
+        adapters.combine(name, weights, Combination(how=how, density=0.5, seed=seed))
         with adapters.using(name):
             return [module.delta() for _, module in lora_modules(decoder)]
 
@@ -228,7 +230,7 @@ def test_each_expert_is_trimmed_by_itself():
 def test_settings_that_make_no_sum_are_refused(loaded, settings, told):
     _, adapters = loaded
     with pytest.raises(ConfigError, match=told):
-        adapters.combine("x", {"one": 1.0, "two": 1.0}, **settings)
+        adapters.combine("x", {"one": 1.0, "two": 1.0}, Combination(**settings))
     assert "x" not in [*adapters]
 
 
@@ -243,7 +245,7 @@ def test_cat_is_the_weighted_sum_of_the_changes_also_of_unlike_ranks(loaded):
     expected = 2 * change("one") - 0.5 * change("rank2")
     adapters.combine("both", {"one": 2.0, "rank2": -0.5})
     torch.testing.assert_close(change("both"), expected)
-    adapters.combine("near", {"one": 2.0, "rank2": -0.5}, how="svd", rank=6)
+    adapters.combine("near", {"one": 2.0, "rank2": -0.5}, Combination(how="svd", rank=6))
     torch.testing.assert_close(change("near"), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -256,12 +258,12 @@ def test_what_cannot_be_added_is_refused(llama, loaded, tmp_path):
     with pytest.raises(ConfigError, match="LoraLinear with lora_bias"):
         adapters.combine("x", {"one": 1.0, "biased": 1.0})
     with pytest.raises(ConfigError, match=r"their ranks at .*q_proj are \[4, 2\]; use 'cat'"):
-        adapters.combine("x", {"one": 1.0, "rank2": 1.0}, how="linear")
+        adapters.combine("x", {"one": 1.0, "rank2": 1.0}, Combination(how="linear"))
     with pytest.raises(ConfigError, match=r"how='ties' adds A to A, but their ranks .* in _svd"):
-        adapters.combine("x", {"one": 1.0, "rank2": 1.0}, how="ties", density=0.5)
+        adapters.combine("x", {"one": 1.0, "rank2": 1.0}, Combination(how="ties", density=0.5))
     for how, density in (("cat", None), ("ties", 0.5), ("dare_linear_svd", 0.5)):
         with pytest.raises(ConfigError, match="LoraLinear with DoRA"):
-            adapters.combine("x", {"one": 1.0, "dora": 1.0}, how=how, density=density)
+            adapters.combine("x", {"one": 1.0, "dora": 1.0}, Combination(how=how, density=density))
     with pytest.raises(ConfigError, match="there is nothing to combine"):
         adapters.combine("x", {})
     with pytest.raises(ConfigError, match="there is no adapter 'four'"):

@@ -13,14 +13,6 @@ from ardor.files.runs import newest_checkpoint
 from ardor.train import finetune
 from ardor.train.config import Finetune
 
-from ..tiny import make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 TOKENS = [[5, 9, 3, 17, 8, 2]]
 
 
