@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ardor.adapters.embedding import AdaptedHead, LoraEmbedding
+from ardor.adapters.embedding import (
+    AdaptedHead,
+    LoraEmbedding,
+    SavedModule,
+    TrainableHead,
+    TrainableTokens,
+)
 from ardor.adapters.initial import Start
 from ardor.adapters.lora import LoraExperts, LoraLinear
 from ardor.errors import ConfigError
@@ -50,7 +56,9 @@ class Combination:
             )
         prunes = self.rule in _PRUNING
         if prunes and self.density is None:
-            raise ConfigError(f"how={self.how!r} keeps a share of each adapter: give a density")
+            raise ConfigError(
+                f"how={self.how!r} keeps a share of each adapter: give a density (--adapter-density)"
+            )
         if self.density is not None and not prunes:
             raise ConfigError(
                 f"density={self.density:g} is for ties, dare and magnitude_prune; how={self.how!r} "
@@ -151,17 +159,16 @@ def combined(
     for module, weight in members:
         if isinstance(module, LoraEmbedding):
             a, b = module.lora_embedding_A, module.lora_embedding_B
-        elif isinstance(module, LoraExperts | LoraLinear) and not (more := _more(module)):
-            a, b = module.whole
         elif isinstance(module, AdaptedHead):
             return None  # follows its embedding, which is combined too
-        else:
-            kind = type(module).__name__
-            kind += f" with {more}" if isinstance(module, LoraLinear) else ""
+        elif more := _more(module):
             raise ConfigError(
-                f"{place} is adapted by more than a product of A and B ({kind}), which cannot be "
+                f"{place} is adapted by more than a product of A and B ({more}), which cannot be "
                 "added; merge one adapter into the base, and train the other on that"
             )
+        else:
+            assert isinstance(module, LoraExperts | LoraLinear)
+            a, b = module.whole
         parts.append(_Part(a, b, module.scale, weight))
     with torch.no_grad():
         a, b = _sum(place, parts, combination, generator)
@@ -177,13 +184,15 @@ def combined(
     return LoraLinear(first.base, r, r, start=Start(a, b)).requires_grad_(False)
 
 
-def _more(module: LoraExperts | LoraLinear) -> str | None:
-    """What it computes beside a product of A and B."""
-    if isinstance(module, LoraExperts):
-        return None
-    if module.lora_magnitude_vector is not None:
+def _more(module: nn.Module) -> str | None:
+    """What adapts a map beside a product of A and B, or instead of it."""
+    if isinstance(module, TrainableTokens | TrainableHead):
+        return "rows of single tokens"
+    if isinstance(module, SavedModule):
+        return "all of its weights"
+    if isinstance(module, LoraLinear) and module.lora_magnitude_vector is not None:
         return "DoRA"
-    return None if module.lora_B_bias is None else "lora_bias"
+    return "lora_bias" if getattr(module, "lora_B_bias", None) is not None else None
 
 
 def _sum(

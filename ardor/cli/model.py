@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ardor.errors import ConfigError
 
@@ -78,6 +78,7 @@ class ModelFlags:
                 f"{', '.join(unused)} says how adapters are added up, but there is no sum; give "
                 "adapter_weights, one for each adapter"
             )
+        how = self._how() if self.adapter_weights else {}  # refused before anything is loaded
         lm = self._load(name, next(iter(adapters.values()), None))
         if len(adapters) < 2 and not self.adapter_weights:
             return lm
@@ -86,17 +87,22 @@ class ModelFlags:
             lm.load_adapter(adapters[other], other)
         if self.adapter_weights:
             summed = "+".join(adapters)
-            lm.combine_adapters(
-                summed,
-                dict(zip(adapters, self.adapter_weights, strict=True)),
-                how=self.adapter_combination,
-                rank=self.adapter_rank,
-                density=self.adapter_density,
-                majority_sign_method=self.adapter_majority_sign,
-                seed=self.adapter_seed,
-            )
+            weights = dict(zip(adapters, self.adapter_weights, strict=True))
+            lm.combine_adapters(summed, weights, **how)
             lm.use_adapter(summed)
         return lm
+
+    def _how(self) -> dict[str, Any]:
+        from ardor.adapters.combine import Combination  # later: help needs no torch
+
+        combination = Combination(
+            how=self.adapter_combination,
+            rank=self.adapter_rank,
+            density=self.adapter_density,
+            majority_sign_method=self.adapter_majority_sign,
+            seed=self.adapter_seed,
+        )
+        return asdict(combination)
 
     def _combination(self) -> list[str]:
         """The settings of a sum that were given."""
