@@ -57,7 +57,8 @@ class Combination:
         prunes = self.rule in _PRUNING
         if prunes and self.density is None:
             raise ConfigError(
-                f"how={self.how!r} keeps a share of each adapter: give a density (--adapter-density)"
+                f"how={self.how!r} keeps a share of each adapter: give a density "
+                "(--adapter-density)"
             )
         if self.density is not None and not prunes:
             raise ConfigError(
